@@ -126,6 +126,11 @@ class Tokens:
         return self.mask.sum(-1)
 
 
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64; everything else is float32: 1/N is not a number for bf16."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x over the True positions of mask, in float64; 0 where there are none.  Scalar tensor."""
     total = torch.where(mask, x, 0).sum(dtype=torch.float64)
@@ -254,8 +259,10 @@ def clip_factor(
 AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_sum_norm", "token_sum")
 
 
-def aggregation_coefficients(mask: Tensor, how: str = "token_mean", norm: float | None = None) -> Tensor:
-    """The weight of every token in the batch's loss.  (B, T) bool -> (B, T) float32, 0 where masked.
+def aggregation_coefficients(
+    mask: Tensor, how: str = "token_mean", norm: float | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The weight of every token in the batch's loss.  (B, T) bool -> (B, T) of `dtype`, 0 where masked.
 
     Each aggregation is a linear functional of the per-token losses l, so it *is* a coefficient per token:
 
@@ -269,7 +276,7 @@ def aggregation_coefficients(mask: Tensor, how: str = "token_mean", norm: float 
     is to "gradient accumulation done right": averaging per-micro-batch means over-weights short
     micro-batches. An all-masked batch has coefficients 0, hence loss 0.
     """
-    m = mask.to(torch.float32)
+    m = mask.to(dtype)
     length = m.sum(-1, keepdim=True)  # (B, 1)
     rows = (length > 0).sum().clamp(min=1)
     if how == "token_mean":  # (2.8)
@@ -298,7 +305,7 @@ def weighted_sum(loss: Tensor, coef: Tensor) -> Tensor:
 def aggregate(loss: Tensor, mask: Tensor, how: str = "token_mean", norm: float | None = None) -> Tensor:
     """One scalar from (B, T) per-token losses; see `aggregation_coefficients` for the five ways, (2.8) -
     (2.12)."""
-    return weighted_sum(loss, aggregation_coefficients(mask, how, norm).to(loss.dtype))
+    return weighted_sum(loss, aggregation_coefficients(mask, how, norm, at_least_float32(loss.dtype)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -472,6 +479,10 @@ class Method:
         """Place 2.  (B,) bool, the responses that enter the update; None: all."""
         return None
 
+    def shape(self, tk: Tokens) -> Tensor:
+        """(B,) the reward that advantages are computed from; `tk.solved` stays what it was."""
+        return tk.reward
+
     def advantage(self, tk: Tokens) -> Tensor:
         """Place 3, first half.  (B, T): `tk.adv` where given, else (2.1) broadcast over each response's
         tokens."""
@@ -555,6 +566,8 @@ def plan_update(tokens: Tokens, method: Method) -> Plan:
         raise ValueError(
             f"method {method.key} needs Tokens.{missing[0]}, which is None: fill it before the update"
         )
+    if tk.reward is not None:
+        tk.correct, tk.reward = tk.solved, method.shape(tk)
     rows = method.select(tk)
     if rows is not None:
         tk.mask = tk.mask & rows[:, None]
@@ -571,12 +584,12 @@ def plan_update(tokens: Tokens, method: Method) -> Plan:
     marks = method.mark(tk, adv, metrics)
     weight = torch.ones_like(adv) if weight is None else torch.where(tk.mask, weight, 0).to(adv.dtype)
     _weight_metrics(weight, tk.mask, tokens.mask, metrics)
-    norm = method.loss_norm
+    norm, dtype = method.loss_norm, at_least_float32(adv.dtype)
     return Plan(
         adv=adv,
         weight=weight,
-        coef=aggregation_coefficients(tk.mask, method.aggregation, norm).to(adv.dtype),
-        coef_all=aggregation_coefficients(tokens.mask, method.aggregation, norm).to(adv.dtype),
+        coef=aggregation_coefficients(tk.mask, method.aggregation, norm, dtype),
+        coef_all=aggregation_coefficients(tokens.mask, method.aggregation, norm, dtype),
         entropy=entropy,
         tokens=int(tokens.mask.sum()),
         marks=marks,

@@ -399,6 +399,7 @@ def score(
     mask: Tensor,
     temperature: float = 1.0,
     entropy_grad: bool = False,
+    chunk: int | None = 2**22,
 ) -> TokenStats:
     """log π, H, Σp² and Σp² log p of every response token, each (B, T), 0 where masked.
 
@@ -410,9 +411,7 @@ def score(
     row, col = mask.nonzero(as_tuple=True)  # (N,)
     head = model.get_output_embeddings()
     packed = hidden[row, start[row] + col]  # (N, D)
-    stats = head_token_stats(
-        packed, head.weight, ids[row, col], temperature, bias=head.bias, entropy_grad=entropy_grad
-    )
+    stats = head_token_stats(packed, head.weight, ids[row, col], temperature, head.bias, chunk, entropy_grad)
     return stats.map(lambda x: x.new_zeros(mask.shape).index_put((row, col), x))
 
 
@@ -560,9 +559,7 @@ def main() -> None:
     task = chain_task()
     _, _, start = chain_solutions()
     count = start[:, -1] - start[:, 0]
-    print(
-        f"{len(count)} problems, {len(task.train)} of them for training; median solutions: {np.median(count):.0f}"
-    )
+    print(f"{len(count)} problems, {len(task.train)} for training; median solutions: {np.median(count):.0f}")
     model, tokenizer = warm_policy(progress=lambda it: tqdm(it, desc="warm start", unit="step"))
     generator = torch.Generator().manual_seed(0)
     out = answer(model, tokenizer, task, task.test[:3], 6, generator=generator, entropy=True)

@@ -46,11 +46,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import interventions
-from entropy_math import entropy_directional_change
+from entropy_math import adam_preconditioner, entropy_directional_change, network_flow
 from eval import draw, evaluate, table
-from grpo import Method, Progress, Tokens, batch_loss, masked_mean, plan_update, token_flow
+from grpo import Method, Plan, Progress, Tokens, batch_loss, masked_mean, plan_update, token_flow
 from rollout import Problem, Rollout, Task, WarmStart, answer, chain_task, score, warm_policy
 
 
@@ -131,6 +132,8 @@ class Settings:
             )
         if self.ledger not in ("off", "step", "full"):
             raise UserError(f"--ledger {self.ledger}: choose off, step or full")
+        if self.ledger == "full" and self.updates_per_rollout > 1:
+            raise UserError("--ledger full: books the tokens of one update; use --updates-per-rollout 1")
 
 
 def flag(name: str) -> str:
@@ -249,21 +252,30 @@ def scored_in_slices(model: nn.Module, batch: Batch, temperature: float, micro: 
     return replace(batch.tokens, **{k: torch.cat([getattr(p, k) for p in parts]) for k in names})
 
 
-def accumulate_gradient(
-    model: nn.Module, batch: Batch, method: Method, settings: Settings
-) -> tuple[Any, dict[str, float]]:
-    """Add the gradient of the method's loss on the whole batch to the parameters; return the plan and the
-    metrics.
+@dataclass
+class Gradient:
+    """What `accumulate_gradient` found out on its way, besides the gradient in the parameters."""
 
-    All at once, the plan is made from the very forward pass that is differentiated.  In micro-batches it is
+    plan: Plan
+    metrics: dict[str, float]
+    force: Tensor  # (B, T) F_t = -∂loss/∂log π(y_t)
+    flow: Tensor  # (B, T) F_t T_t, the tabular flow (5.3)
+
+
+def accumulate_gradient(model: nn.Module, batch: Batch, method: Method, settings: Settings) -> Gradient:
+    """Add the gradient of the method's loss on the whole batch to the parameters.
+
+    All at once, the plan is made from the very forward pass that is differentiated. In micro-batches it is
     made from a pass without gradient over the whole batch first, so that every statistic is of the whole
     batch: one more forward pass buys that the gradient does not depend on how the batch was sliced.
     """
     slices = batch.slices(settings.micro_batch)
     plan = None
     if len(slices) > 1:
-        plan = plan_update(scored_in_slices(model, batch, settings.temperature, settings.micro_batch), method)
-    totals: dict[str, float] = {"loss": 0.0, "flow_up": 0.0, "flow_down": 0.0}
+        stats = scored_in_slices(model, batch, settings.temperature, settings.micro_batch)
+        plan = plan_update(stats, method)
+    totals: dict[str, float] = {"loss": 0.0}
+    forces, flows = [], []
     for s in slices:
         tk = scored(model, batch.rows(s), settings.temperature, method.entropy_grad)
         if plan is None:
@@ -271,51 +283,100 @@ def accumulate_gradient(
         tk.logp.retain_grad()
         loss, metrics = batch_loss(tk, plan.rows(s), method)
         loss.backward()
-        flow = token_flow(tk, -tk.logp.grad) if tk.logp.grad is not None else torch.zeros(())  # (5.3)
-        metrics |= {"loss": float(loss.detach())}
-        metrics |= {"flow_up": float(flow.clamp(min=0).sum()), "flow_down": float(-flow.clamp(max=0).sum())}
-        for key, value in metrics.items():
+        forces.append(torch.zeros_like(tk.logp) if tk.logp.grad is None else -tk.logp.grad)
+        flows.append(token_flow(tk, forces[-1]))  # (5.3)
+        for key, value in {**metrics, "loss": float(loss.detach())}.items():
             totals[key] = totals.get(key, 0.0) + value
-    return plan, totals
+    force, flow = torch.cat(forces).detach(), torch.cat(flows)
+    totals |= {"flow_up": float(flow.clamp(min=0).sum()), "flow_down": float(-flow.clamp(max=0).sum())}
+    return Gradient(plan, totals, force, flow)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 3. The entropy ledger
 
 
+class LogProbs(nn.Module):
+    """The model as a function from parameters to the responses' log-probabilities, for `torch.func`."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, temperature: float) -> Tensor:
+        tk = batch.tokens
+        full = (batch.full_ids, batch.start, tk.ids, tk.mask)
+        return score(self.model, *full, temperature, chunk=None).logp  # unchunked: forward mode goes through
+
+
 @dataclass
 class Ledger:
     """Opened before a step and closed after it: measured and predicted change of the mean entropy on the same
-    states."""
+    states, and on demand every token's network flow."""
 
     batch: Batch
     settings: Settings
     before: float  # H̄(θ), nats
-    grads: list[Tensor | None]  # ∇H̄(θ)
+    grads: list[Tensor]  # ∇H̄(θ)
     params: list[Tensor]  # θ
 
     @classmethod
     def open(cls, model: nn.Module, batch: Batch, settings: Settings) -> Ledger:
         params = [p for p in model.parameters() if p.requires_grad]
         count, total = batch.tokens.mask.sum().clamp(min=1), 0.0
-        grads: list[Tensor | None] = [None] * len(params)
+        grads = [torch.zeros_like(p) for p in params]
         for s in batch.slices(settings.micro_batch):
             tk = scored(model, batch.rows(s), settings.temperature, entropy_grad=True)
             part = torch.where(tk.mask, tk.entropy, 0).sum() / count
-            for i, g in enumerate(torch.autograd.grad(part, params, allow_unused=True)):
-                grads[i] = g if grads[i] is None or g is None else grads[i] + g
-            total += float(torch.where(tk.mask, tk.entropy, 0).sum(dtype=torch.float64) / count)
+            for total_grad, g in zip(grads, torch.autograd.grad(part, params, materialize_grads=True)):
+                total_grad += g
+            total += float(torch.where(tk.mask, tk.entropy, 0).detach().sum(dtype=torch.float64) / count)
         return cls(batch, settings, total, grads, [p.detach().clone() for p in params])
 
     def close(self, model: nn.Module) -> dict[str, float]:
         """(5.1) and (5.2), nats."""
-        now = [p for p in model.parameters() if p.requires_grad]
-        pairs = [(g, p.detach() - old) for g, p, old in zip(self.grads, now, self.params) if g is not None]
+        moved = [p.detach() - old for p, old in zip(self._trained(model), self.params)]
         after = scored_in_slices(model, self.batch, self.settings.temperature, self.settings.micro_batch)
         return {
             "dH_measured": float(masked_mean(after.entropy, after.mask)) - self.before,  # (5.1)
-            "dH_predicted": entropy_directional_change([g for g, _ in pairs], [d for _, d in pairs]),  # (5.2)
+            "dH_predicted": entropy_directional_change(self.grads, moved),  # (5.2)
         }
+
+    def network_flow(self, model: nn.Module, optimizer: torch.optim.Optimizer, force: Tensor) -> Tensor:
+        """(B, T): F_t <∇log π(y_t), P ∇H̄> at θ, P the optimizer's preconditioner in this step.
+
+        What token t did to the batch's entropy through the shared parameters, per unit of learning rate and
+        apart from momentum and gradient clipping: the exact counterpart, in a network, of the tabular (5.3).
+        `force` is F_t of the step, (B, T).
+        """
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        scale = adam_preconditioner(optimizer)
+        scale = {old: scale[p] for p, old in zip(self._trained(model), self.params)}
+        call, out = LogProbs(model), []
+        for s in self.batch.slices(self.settings.micro_batch):
+            rows = self.batch.rows(s)
+
+            def logp(at: dict[str, Tensor], rows: Batch = rows) -> Tensor:
+                named = {f"model.{name}": value for name, value in at.items()}
+                return torch.func.functional_call(call, named, (rows, self.settings.temperature))
+
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
+                params, grads = dict(zip(names, self.params)), dict(zip(names, self.grads))
+                out.append(network_flow(logp, params, force[s], grads, scale))
+        return torch.cat(out)
+
+    @staticmethod
+    def _trained(model: nn.Module) -> list[Tensor]:
+        return [p for p in model.parameters() if p.requires_grad]
+
+
+def flow_summary(tabular: Tensor, network: Tensor, mask: Tensor) -> dict[str, float]:
+    """Network flow up and down, and how well the tabular score of a token knows it (Pearson's r over
+    tokens)."""
+    a, b = tabular[mask].double(), network[mask].double()
+    r = torch.corrcoef(torch.stack([a, b]))[0, 1] if len(a) > 1 else torch.tensor(math.nan)
+    up, down = float(b.clamp(min=0).sum()), float(-b.clamp(max=0).sum())
+    return {"net_flow_up": up, "net_flow_down": down, "flow_r": float(r) if r.isfinite() else None}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -351,6 +412,7 @@ class Run:
     folder/config.json       the settings in force and the method's hyperparameters
     folder/metrics.jsonl     one JSON object a step; step 0 is the evaluation of the warm policy
     folder/samples.jsonl     some responses of every evaluation
+    folder/flows.jsonl       with --ledger full: the responses that moved entropy most, token by token
     folder/checkpoint/     a folder that `transformers` loads, and state.pt: optimizer, method, step, position
     folder/checkpoint-previous/   the one before, in case of a crash between two renames
     """
@@ -420,7 +482,7 @@ class Run:
         ledger = None
         if s.ledger != "off" and self.step % s.ledger_every == 0 and len(tk.reward):
             ledger = Ledger.open(self.model, batch, s)
-        row |= self._updates(batch)
+        row |= self._updates(batch, ledger)
         if ledger:
             row |= ledger.close(self.model)
         row |= {
@@ -431,37 +493,57 @@ class Run:
         self.step += 1
         return row
 
-    def _updates(self, batch: Batch) -> dict[str, Any]:
+    def _updates(self, batch: Batch, ledger: Ledger | None) -> dict[str, Any]:
         """`updates_per_rollout` optimizer steps on one rollout; a non-finite one is skipped."""
         s, method = self.settings, self.method
-        parts = self._parts(batch)
         out: dict[str, Any] = {"skipped": 0}
         history: dict[str, list[float]] = {}
-        for part in parts:
+        for part in self._parts(batch):
             method.progress = Progress(self.step, s.steps, s.seed, self.task.max_new_tokens)
             self.optimizer.zero_grad(set_to_none=True)
-            plan, metrics = accumulate_gradient(self.model, part, method, s)
-            params = [p for p in self.model.parameters() if p.grad is not None]
-            norm = float(nn.utils.clip_grad_norm_(params, s.grad_clip or math.inf))
-            if math.isfinite(norm) and math.isfinite(metrics["loss"]):
+            gradient = accumulate_gradient(self.model, part, method, s)
+            norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf))
+            if math.isfinite(norm) and math.isfinite(gradient.metrics["loss"]):
                 self.optimizer.step()
-                method.after_step(plan)
+                method.after_step(gradient.plan)
                 self.skipped_in_row = 0
+                if ledger and s.ledger == "full":
+                    out |= self._book(ledger, gradient)
             else:
                 out["skipped"] += 1
                 self.skipped_in_row += 1
-            numbers = {**plan.metrics, **metrics, "grad_norm": norm}
-            for key, value in {**numbers, "entropy": plan.entropy}.items():
+            numbers = {**gradient.plan.metrics, **gradient.metrics, "grad_norm": norm}
+            for key, value in {**numbers, "entropy": gradient.plan.entropy}.items():
                 history.setdefault(key, []).append(value)
         for key, values in history.items():
-            total = key in (
-                "flow_up",
-                "flow_down",
-            )  # flows of successive updates add up; the rest is averaged
-            out[key] = sum(values) / (1 if total else len(values))
+            adds_up = key in ("flow_up", "flow_down")  # successive updates move entropy one after another
+            out[key] = sum(values) if adds_up else sum(values) / len(values)
         if history:
             out["entropy"] = history["entropy"][0]  # of the policy that sampled
         return out
+
+    def _book(self, ledger: Ledger, gradient: Gradient, responses: int = 4) -> dict[str, float]:
+        """The network flow of the step just taken; flows.jsonl gets the responses that moved entropy most."""
+        tk = ledger.batch.tokens
+        network = ledger.network_flow(self.model, self.optimizer, gradient.force)
+        for i in (
+            torch.where(tk.mask, network.abs(), 0).sum(-1).topk(min(responses, len(network))).indices.tolist()
+        ):
+            m = tk.mask[i]
+            words = self.tokenizer.convert_ids_to_tokens(tk.ids[i][m].tolist())
+            prompt = ledger.batch.full_ids[i, : int(ledger.batch.start[i]) + 1]
+            row = {
+                "step": self.step + 1,
+                "prompt": self.tokenizer.decode(prompt),
+                "reward": float(tk.reward[i]),
+            }
+            row |= {
+                "tokens": words,
+                "network_flow": network[i][m].tolist(),
+                "flow": gradient.flow[i][m].tolist(),
+            }
+            self._append("flows.jsonl", row)
+        return flow_summary(gradient.flow, network, tk.mask)
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """The update batches of one rollout, whole groups each, with what the method needs beyond the current
@@ -542,8 +624,9 @@ class Run:
             self.save()
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with open(self.folder / name, "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(plain) + "\n")
 
     # -- files -----------------------------------------------------------------------------------------------
 
@@ -602,7 +685,7 @@ class Run:
                     f"--resume {self.folder}: {path.name} is damaged ({reason});\n"
                     f"remove {path} to go on from checkpoint-previous if there is one, else from the start"
                 ) from None
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "flows.jsonl"):
             rows = read_rows(self.folder / name, self.step) if path.exists() else []
             write_atomically(self.folder / name, "".join(json.dumps(r) + "\n" for r in rows))
             if name == "metrics.jsonl":
@@ -637,8 +720,9 @@ def parser() -> argparse.ArgumentParser:
     ideas = "\n".join(f"  {name:<20} {cls.idea}" for name, cls in interventions.METHODS.items())
     p = argparse.ArgumentParser(
         prog="train.py",
-        description="Train a language model with verifiable rewards and watch its entropy.  Without --model it\n"
-        "trains a small transformer on an embedded arithmetic task: nothing is downloaded, two minutes on two cores.",
+        description="Train a language model with verifiable rewards and watch its entropy. Without --model it\n"
+        "trains a small transformer on an embedded arithmetic task: nothing is downloaded, two minutes on\n"
+        "two cores.",
         epilog="examples:\n"
         "  python train.py --method opefo\n"
         "  python train.py --method grpo opefo steer --out runs/three\n"
@@ -750,7 +834,8 @@ def resumed_plan(args: argparse.Namespace, folder: Path) -> tuple[list[str], Set
         raise UserError(f"--resume {folder}: config.json is damaged ({error}); start a new run") from None
     if hasattr(args, "method") and args.method != specs:
         raise UserError(
-            f"--method {' '.join(args.method)}: {folder} was started with {' '.join(specs)};\nleave --method out"
+            f"--method {' '.join(args.method)}: {folder} was started with {' '.join(specs)};\n"
+            "leave --method out"
         )
     for name, value in given_settings(args).items():
         was = getattr(base, name)

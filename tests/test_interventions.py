@@ -1,0 +1,1514 @@
+"""Chapter 3: what methods.md promises of each intervention.  U1 - U8 hold for every method; then each
+method's own claims.
+
+The oracles are independent of the code under test: hand-written formulas on plain lists, finite differences,
+autograd of another expression, or enumeration.
+"""
+
+import json
+import math
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import interventions as iv
+from entropy_math import TokenStats, entropy_change, token_stats
+from grpo import Method, Plan, Progress, Tokens, batch_loss, masked_mean, plan_update, policy_loss
+from interventions import METHODS, build
+
+F64 = torch.float64
+seeds = st.integers(0, 2**31)
+pytestmark = pytest.mark.filterwarnings("ignore:.*fraction")
+
+# Settings under which each method really acts on a batch of a hundred tokens, entropy about 1.5 nats.
+ACTIVE = {
+    "entropy_bonus": {"alpha": 0.1},
+    "dapo": {"overlong_max": 6, "overlong_cache": 4, "overlong_filter": True},
+    "clip_cov": {"ratio": 0.1, "lb": 0.05},
+    "kl_cov": {"ratio": 0.1},
+    "rand_pos_clip": {"ratio": 0.1},
+    "par": {"lam": 0.3, "schedule": "constant"},
+    "steer": {"form": "exact"},
+    "opefo": {"target_entropy": 1.4},
+    "entrocraft": {"start": 0.0},
+    "stare": {"target": 9.0, "variant": "C2"},
+    "entropic": {"threshold": 0.5, "denominator": "own"},
+    "htpo": {"high_drop": 0.3, "low_drop": 0.2},
+    "lp_reg": {"fraction": 0.3},
+    "mixed_cuts": {"correct": True},
+    "qae": {"interpolation": "linear"},
+}
+RANDOM = ("clip_cov", "rand_pos_clip")
+
+
+def active(key, **more):
+    method = build(key, **{**ACTIVE.get(key, {}), **more})
+    method.progress = Progress(step=3, total=10, seed=5, max_length=8)
+    if key == "adaptive_entropy":
+        method.c, method.target = 0.05, 9.0
+    if key == "papo":
+        method.e_ref = 2.5
+    return method
+
+
+def make(seed, B=24, T=6, V=7, G=4, off=False, dtype=F64, low=1):
+    """Leaf logits (B, T, V) and a function that builds the batch's Tokens from logits."""
+    g = torch.Generator().manual_seed(seed)
+    logits = 1.5 * torch.randn(B, T, V, generator=g, dtype=F64)
+    ids = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=g).view(B, T)
+    mask = torch.arange(T) < torch.randint(low, T + 1, (B, 1), generator=g)
+    noise = 0.4 * torch.randn(B, T, V, 3, generator=g, dtype=F64)
+    logp = [(logits + noise[..., i]).log_softmax(-1).gather(-1, ids[..., None])[..., 0] for i in range(3)]
+    reward = torch.randint(0, 2, (B,), generator=g).to(F64)
+    fixed = Tokens(
+        ids,
+        mask,
+        reward=reward,
+        correct=reward > 0,
+        group=torch.arange(B) // G,
+        truncated=torch.rand(B, generator=g) < 0.2,
+        old_logp=logp[0] if off else None,
+        ref_logp=logp[1],
+        rollout_logp=logp[2],
+        proxy_logp=iv.proxy_log_prob(logits, ids),
+    )
+    fixed = fixed._map(lambda v: v.to(dtype) if v.is_floating_point() else v)
+    logits = logits.to(dtype).requires_grad_()
+
+    def tokens(z=logits):
+        s = token_stats(z, ids)
+        return replace(fixed, logp=s.logp, entropy=s.entropy, p2=s.p2, p2logp=s.p2logp)
+
+    return logits, tokens
+
+
+def gradient(logits, tokens, method, slices=None):
+    """Gradient of the objective on the logits, in one piece or accumulated over slices of rows."""
+    if slices is None:
+        loss, _ = policy_loss(tokens, method)
+        return (
+            torch.autograd.grad(loss, logits, retain_graph=True)[0]
+            if loss.requires_grad
+            else 0 * logits.detach()
+        )
+    plan, total = plan_update(tokens, method), torch.zeros_like(logits)
+    for rows in slices:
+        loss, _ = batch_loss(tokens.rows(rows), plan.rows(rows), method)
+        total += torch.autograd.grad(loss, logits, retain_graph=True)[0]
+    return total
+
+
+def close(a, b, tol=1e-10):
+    return torch.linalg.vector_norm(a - b) <= tol * (torch.linalg.vector_norm(b) + 1e-12)
+
+
+every_method = pytest.mark.parametrize("key", list(METHODS))
+both_policies = pytest.mark.parametrize("off", [False, True], ids=["on-policy", "off-policy"])
+
+# ----------------------------------------------------------------------------------------------------------
+# U1 - U8
+
+
+@every_method
+@both_policies
+def test_u1_one_batch_of_512_equals_8_of_64(key, off):
+    logits, tokens = make(1, B=512, off=off, dtype=torch.float32)
+    whole = gradient(logits, tokens(), active(key))
+    parts = gradient(logits, tokens(), active(key), [slice(i, i + 64) for i in range(0, 512, 64)])
+    assert whole.abs().sum() > 0
+    assert close(parts, whole, 1e-5)
+
+
+@every_method
+def test_u1_metrics_of_the_parts_add_up(key):
+    _, tokens = make(2, B=32, off=True)
+    method = active(key)
+    plan = plan_update(tokens(), method)
+    _, whole = batch_loss(tokens(), plan, method)
+    parts = [batch_loss(tokens().rows(s), plan.rows(s), method)[1] for s in (slice(0, 5), slice(5, 32))]
+    assert whole.keys() >= {"clip_fraction", "kl_old"}
+    for name, value in whole.items():
+        assert value == pytest.approx(sum(p[name] for p in parts), abs=1e-12)
+
+
+def test_u1_can_fail_statistics_per_micro_batch_change_the_gradient():
+    """The public implementations' way: this is the error that U1 excludes."""
+    logits, tokens = make(1, B=64)
+    for key in ("opefo", "steer", "clip_cov", "kl_cov", "high_entropy_tokens", "cw_grpo", "stare"):
+        method = active(key)
+        halves = sum(0.5 * gradient(logits, tokens().rows(s), method) for s in (slice(0, 32), slice(32, 64)))
+        assert not close(halves, gradient(logits, tokens(), method), 1e-4), key
+
+
+@every_method
+@both_policies
+def test_u2_row_order_and_group_names_do_not_matter(key, off):
+    logits, tokens = make(3, off=off)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    tk = tokens()
+    permuted = replace(tk.rows(order), group=torch.tensor([7, 100, -3, 12, 55, 2])[tk.group[order]])
+    assert close(gradient(logits, permuted, active(key)), gradient(logits, tk, active(key)))
+
+
+@every_method
+@both_policies
+def test_u3_padding_content_and_width_do_not_matter(key, off):
+    logits, tokens = make(4, off=off)
+    tk = tokens()
+    want = gradient(logits, tk, active(key))
+
+    def pad(v):  # three more columns, and garbage at every masked position
+        if v.dim() < 2:
+            return v
+        bad = {torch.bool: False, torch.int64: 3}.get(v.dtype, math.nan)
+        v = v if v.dtype == torch.bool else torch.where(tk.mask, v, bad)
+        return torch.cat([v, torch.full((24, 3), bad, dtype=v.dtype)], 1)
+
+    got = gradient(logits, tk._map(pad), active(key))
+    assert got.isfinite().all()
+    assert close(got, want)
+    assert (got[~tk.mask] == 0).all()
+
+
+NEUTRAL = {  # hyperparameters that make the method plain GRPO, and whether that holds off-policy too
+    "grpo": ({}, True),
+    "entropy_bonus": ({"alpha": 0}, True),
+    "adaptive_entropy": ({}, True),  # its coefficient starts at 0
+    "ref_kl": ({"beta": 0}, True),
+    "prorl": ({"beta": 0}, True),
+    "dapo": ({"eps_high": 0.2, "dynamic_sampling": False, "overlong": False}, True),
+    "clip_higher": ({"eps_high": 0.2}, True),
+    "clip_cov": ({"ratio": 0}, True),
+    "kl_cov": ({}, False),
+    "high_entropy_tokens": ({"rho": 1}, True),
+    "par": ({"schedule": "constant", "lam": 1}, True),
+    "rand_pos_clip": ({"ratio": 0}, True),
+    "entropy_advantage": ({"alpha": 0}, True),
+    "steer": ({"lambda_min": 1}, True),
+    "opefo": ({"lam": 0}, True),
+    "papo": ({"lam": 0}, True),
+    "entrocraft": ({"start": 0, "end": 0, "width": 9}, True),
+    "stare": ({"target": 0}, True),
+    "entropic": ({"kp": 0, "ki": 0}, True),
+    "cispo": ({}, False),
+    "gspo": ({"aggregation": "token_mean"}, False),
+    "htpo": ({"low_drop": 0, "high_drop": 0}, False),
+    "aem": ({"k": 0}, True),
+    "mixed_cuts": ({"share": 0}, True),
+    "ce_gppo": ({"b1": 0, "b2": 0, "dual_clip": None}, True),
+    "lp_reg": ({"fraction": 0, "eps_low": 0.2, "eps_high": 0.2}, True),
+}
+
+
+@pytest.mark.parametrize("key", list(NEUTRAL))
+@both_policies
+def test_u4_neutral_hyperparameters_give_grpo(key, off):
+    options, off_too = NEUTRAL[key]
+    logits, tokens = make(5, off=off)
+    same = close(gradient(logits, tokens(), build(key, **options)), gradient(logits, tokens(), Method()))
+    assert same == (off_too or not off)
+
+
+@every_method
+@both_policies
+def test_u5_weights_and_selections_carry_no_gradient(key, off):
+    _, tokens = make(6, off=off)
+    names = ("logp", "entropy", "p2", "p2logp", "ref_logp", "proxy_logp", "rollout_logp")
+    leaves = {n: getattr(tokens(), n).detach().requires_grad_() for n in names}
+    method = active(key)
+    plan = plan_update(replace(tokens(), **leaves), method)
+    for tensor in (plan.adv, plan.weight, plan.coef, plan.coef_all, *plan.marks.values()):
+        assert not tensor.requires_grad
+    loss, _ = batch_loss(replace(tokens(), **leaves), plan, method)
+    grads = dict(zip(names, torch.autograd.grad(loss, leaves.values(), allow_unused=True), strict=True))
+    allowed = {"logp"} | ({"entropy"} if method.entropy_grad else set())
+    allowed |= {"ref_logp", "proxy_logp"} & set(method.needs)  # constants of a penalty, not of a weight
+    for name in set(names) - allowed:
+        assert grads[name] is None or (grads[name] == 0).all(), name
+
+
+def _degenerate(kind):
+    logits, tokens = make(7, B={"one row": 1}.get(kind, 8))
+    tk = tokens()
+    if kind == "all rewards equal":
+        tk = replace(tk, reward=torch.ones(8, dtype=F64), correct=torch.ones(8, dtype=torch.bool))
+    elif kind == "all wrong":
+        tk = replace(tk, reward=torch.zeros(8, dtype=F64), correct=torch.zeros(8, dtype=torch.bool))
+    elif kind == "one token":
+        mask = torch.zeros_like(tk.mask)
+        mask[2, 0] = True
+        tk = replace(tk, mask=mask)
+    elif kind == "an empty row":
+        tk = replace(tk, mask=tk.mask & (torch.arange(8) != 3)[:, None])
+    elif kind == "nothing":
+        tk = replace(tk, mask=torch.zeros_like(tk.mask))
+    elif kind == "equal log-probs":  # sigma of the covariance is 0
+        tk = replace(tk, logp=tk.logp * 0 - 1.0, entropy=tk.entropy * 0 + 1.0)
+    return logits, tk
+
+
+@every_method
+@pytest.mark.parametrize(
+    "kind",
+    ["all rewards equal", "all wrong", "one row", "one token", "an empty row", "nothing", "equal log-probs"],
+)
+def test_u6_degenerate_batches_are_finite(key, kind):
+    logits, tk = _degenerate(kind)
+    method = active(key)
+    loss, metrics = policy_loss(tk, method)
+    grad = gradient(logits, tk, method)
+    assert math.isfinite(loss.item()) and grad.isfinite().all()
+    assert all(math.isfinite(v) for v in metrics.values())
+    without_baseline = key in ("w_reinforce", "psr", "nsr")
+    if kind == "nothing":
+        assert loss.item() == 0 and (grad == 0).all()
+    if (
+        kind in ("all rewards equal", "all wrong", "one row")
+        and not without_baseline
+        and method.place != "penalty"
+    ):
+        assert (grad == 0).all(), "no contrast, no gradient"
+    method.after_step(plan_update(tk, method))
+
+
+@every_method
+def test_u7_seed_and_step_determine_the_gradient(key):
+    logits, tokens = make(8, B=64)
+    first, again = (gradient(logits, tokens(), active(key)) for _ in range(2))
+    assert torch.equal(first, again)
+    later = active(key)
+    later.progress.step = 4
+    if key in RANDOM:
+        assert not close(gradient(logits, tokens(), later), first, 1e-3)
+
+
+@pytest.mark.parametrize(
+    "key", ["adaptive_entropy", "par", "papo", "stare", "entropic", "opefo", "prorl", "opefo+par"]
+)
+def test_u8_controller_state_survives_save_and_restore(key):
+    options = {
+        "opefo": {"target_entropy": 1.0, "integral": 0.1},
+        "opefo+par": {"target_entropy": 1.0, "integral": 0.1},
+        "par": {"target": 1.2},
+        "stare": {"adaptive": True, "target": 9.0},
+        "adaptive_entropy": {"target": 9.0},
+    }.get(key, {})
+
+    def run(method, batches):
+        trace = []
+        for seed in batches:
+            logits, tokens = make(seed)
+            trace.append(gradient(logits, tokens(), method))
+            method.after_step(plan_update(tokens(), method))
+            method.reset_reference(seed, 0.5 if seed % 2 else None)
+        return trace
+
+    method = build(key, **options)
+    whole = run(method, range(1, 7))
+    first = build(key, **options)
+    run(first, range(1, 4))
+    second = build(key, **options)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert all(torch.equal(a, b) for a, b in zip(run(second, range(4, 7)), whole[3:], strict=True))
+    assert second.state_dict() == method.state_dict()
+    assert build(key, **options).state_dict() != method.state_dict(), (
+        "the state moved, or this test shows nothing"
+    )
+
+
+@every_method
+def test_computing_a_loss_twice_gives_it_twice(key):
+    _, tokens = make(9)
+    method = active(key)
+    assert policy_loss(tokens(), method)[0].item() == policy_loss(tokens(), method)[0].item()
+
+
+@every_method
+def test_inert_methods_say_so(key):
+    """on_policy = False means: with r = 1 the force on every token is that of GRPO, up to the aggregation."""
+    logits, tokens = make(10)
+    tk = tokens()
+    method = build(key, **({"aggregation": "token_mean"} if key == "gspo" else {}))
+    if not METHODS[key].on_policy:
+        assert close(gradient(logits, tk, method), gradient(logits, tk, Method()))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Selection of tokens: counts, ties, keys, warnings
+
+
+@given(seeds, st.integers(0, 40))
+def test_top_selects_k_largest_with_ties_to_the_lower_index(seed, k):
+    g = torch.Generator().manual_seed(seed)
+    score = torch.randint(0, 4, (5, 6), generator=g).double()
+    mask = torch.rand(5, 6, generator=g) < 0.7
+    want = sorted((i for i in range(30) if mask.view(-1)[i]), key=lambda i: (-score.view(-1)[i].item(), i))[
+        :k
+    ]
+    assert iv.top(score, mask, k).flatten().nonzero()[:, 0].tolist() == sorted(want)
+
+
+def test_token_keys_are_uniform_and_independent_of_place_and_padding():
+    ids = torch.randint(0, 50, (4000, 10), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    keys = iv.token_keys(Tokens(ids, mask), seed=3)
+    assert 0 <= keys.min() and keys.max() < 1
+    counts = torch.histc(keys, 20, 0, 1)
+    assert ((counts - 2000) ** 2 / 2000).sum() < 45  # chi², 19 degrees of freedom, p about .0007
+    flat = keys.flatten()
+    assert abs(torch.corrcoef(torch.stack([flat[:-1], flat[1:]]))[0, 1]) < 0.02
+    other = iv.token_keys(Tokens(ids, mask), seed=4)
+    assert abs(torch.corrcoef(torch.stack([flat, other.flatten()]))[0, 1]) < 0.02
+    wide = torch.cat([ids.flip(0), torch.full((4000, 2), 9)], 1)
+    wide_mask = torch.cat([mask, torch.zeros(4000, 2, dtype=torch.bool)], 1)
+    assert torch.equal(iv.token_keys(Tokens(wide, wide_mask), 3)[:, :10].flip(0), keys)
+
+
+@pytest.mark.parametrize("key", ["clip_cov", "kl_cov", "rand_pos_clip", "lp_reg"])
+def test_fractions_that_select_nobody_are_reported_once_with_the_number(key):
+    _, tokens = make(11)
+    method = build(key)
+    with pytest.warns(UserWarning, match=rf"{key}: fraction .* (1 is|0 are) selected"):
+        plan_update(tokens(), method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan_update(tokens(), method)
+
+
+def test_pitfall_15_fractions_are_fractions_not_percent():
+    _, tokens = make(12, B=512)
+    n = int(tokens().mask.sum())
+    for key, option, want in (
+        ("kl_cov", {"ratio": 0.02}, int(0.02 * n)),
+        ("rand_pos_clip", {"ratio": 0.02}, int(0.02 * n)),
+        ("clip_cov", {"ratio": 0.02, "lb": 0}, int(0.02 * n)),
+    ):
+        assert plan_update(tokens(), build(key, **option)).metrics["selected"] == want
+    plan = plan_update(tokens(), build("high_entropy_tokens"))
+    assert int((plan.coef > 0).sum()) == math.ceil(0.2 * n)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3.1 - 3.5
+
+
+@given(seeds, st.floats(0.1, 5))
+def test_eq_3_1_strict_grpo_is_reinforce_and_homogeneous_in_the_advantage(seed, s):
+    logits, tokens = make(seed)
+    tk = tokens()
+    adv = plan_update(tk, Method()).adv
+    reinforce = -(torch.where(tk.mask, adv * tk.logp, 0).sum() / tk.mask.sum())
+    want = torch.autograd.grad(reinforce, logits, retain_graph=True)[0]
+    assert close(gradient(logits, tk, Method()), want)
+    assert close(gradient(logits, replace(tk, adv=s * adv), Method()), s * want)
+    assert (want[(adv == 0) | ~tk.mask] == 0).all()
+
+
+def test_eq_3_2_entropy_bonus_matches_finite_differences_and_raises_entropy():
+    logits, tokens = make(13, B=4, T=3)
+    tk = replace(tokens(), adv=torch.zeros(4, 3, dtype=F64))
+    grad = gradient(logits, tk, build("entropy_bonus", alpha=0.1))
+    weight = tk.mask / tk.mask.sum()
+
+    def mean_entropy(z):
+        logp = z.log_softmax(-1)
+        return (-(logp.exp() * logp).sum(-1) * weight).sum()
+
+    with torch.no_grad():
+        for index in [(0, 0, 0), (1, 0, 3), (3, 0, 6)]:
+            step = torch.zeros_like(logits)
+            step[index] = 1e-5
+            slope = (mean_entropy(logits + step) - mean_entropy(logits - step)) / 2e-5
+            assert grad[index].item() == pytest.approx(-0.1 * slope.item(), abs=1e-9)
+        assert mean_entropy(logits - 0.1 * grad) > mean_entropy(logits)
+
+
+def test_pitfall_11_a_zero_coefficient_builds_no_entropy_graph():
+    assert not build("entropy_bonus", alpha=0).entropy_grad and build("entropy_bonus").entropy_grad
+    adaptive = build("adaptive_entropy")
+    assert not adaptive.entropy_grad
+    adaptive.after_step(_plan(entropy=0.1))
+    assert adaptive.entropy_grad
+    assert not any(build(k).entropy_grad for k in METHODS if k not in ("entropy_bonus", "adaptive_entropy"))
+
+
+def _plan(entropy):
+    one = torch.ones(1, 1)
+    return Plan(one, one, one, one, entropy, 1)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=40), st.sampled_from(["paper", "released"]))
+def test_eq_3_3_adaptive_coefficient_stays_in_range_moves_by_delta_and_is_gated(trace, variant):
+    m = build("adaptive_entropy", target=0.4, delta=0.01, c_max=0.03, variant=variant)
+    last = math.nan
+    for e in trace:
+        alpha, c = m.alpha(e), m.c
+        gating = e if variant == "paper" else last
+        if gating > 0.4:
+            assert alpha == 0
+        else:
+            assert alpha == c or (variant == "released" and gating == 0.4)
+        m.after_step(_plan(e))
+        last = e
+        assert 0 <= m.c <= 0.03 and abs(m.c - c) <= 0.01 + 1e-15
+        if e < 0.4:
+            assert m.c >= c
+        elif e > 0.4 or variant == "released":
+            assert m.c <= c
+        else:
+            assert m.c == c
+
+
+@given(seeds, st.sampled_from(["k1", "k2", "k3", "abs"]))
+def test_eq_3_4_reference_kl_is_zero_at_the_reference_and_untouched_by_mismatch(seed, estimator):
+    logits, tokens = make(seed)
+    tk = tokens()
+    method, zero = build("ref_kl", estimator=estimator), torch.zeros_like(tk.logp).detach()
+    here = replace(tk, ref_logp=tk.logp.detach(), adv=zero)
+    assert policy_loss(here, method)[0].item() == 0
+    if estimator != "k1":  # k1's gradient is noise around 0, also here
+        assert (gradient(logits, here, method) == 0).all()
+    away = replace(tk, adv=zero)
+    assert close(gradient(logits, replace(away, mismatch=zero + 2), method), gradient(logits, away, method))
+
+
+def test_eq_3_4_penalties_see_every_token_also_under_80_20():
+    logits, tokens = make(14)
+    tk = replace(tokens(), adv=torch.zeros(24, 6, dtype=F64))
+    combined = build("high_entropy_tokens+ref_kl")
+    assert close(gradient(logits, tk, combined), gradient(logits, tk, build("ref_kl")))
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.integers(1, 4))
+def test_eq_3_5_prorl_resets_after_patience_evaluations_without_a_new_best(scores, patience):
+    m = build("prorl", patience=patience)
+    best, waited = -1.0, 0
+    for step, score in enumerate(scores):
+        assert not m.reset_reference(step, None)
+        best, waited = (score, 0) if score > best else (best, waited + 1)
+        reset = waited >= patience
+        assert m.reset_reference(step, score) == reset
+        if reset:
+            best, waited = -1.0, 0
+
+
+def test_eq_3_5_prorl_resets_every_k_steps_and_the_kl_is_zero_after():
+    m = build("prorl", every=5)
+    assert [s for s in range(16) if m.reset_reference(s, None)] == [5, 10, 15]
+    logits, tokens = make(15)
+    tk = tokens()
+    after = replace(tk, ref_logp=tk.logp.detach(), adv=torch.zeros_like(tk.logp).detach())
+    loss, _ = policy_loss(after, m)
+    assert loss.item() == 0 and (gradient(logits, after, m) == 0).all()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3.6 - 3.9
+
+
+@given(seeds, st.integers(1, 6))
+def test_eq_3_6_dynamic_sampling_keeps_whole_groups_with_a_contrast(seed, G):
+    _, tokens = make(seed, B=4 * G, G=G)
+    tk = tokens()
+    kept = build("dapo").select(tk)
+    for g in range(4):
+        right = tk.correct[tk.group == g].sum().item()
+        assert (kept[tk.group == g] == (0 < right < G)).all()
+
+
+@given(st.integers(1, 300), st.integers(1, 100), st.lists(st.integers(0, 500), min_size=2, max_size=9))
+def test_eq_3_6_overlong_shaping_is_continuous_non_increasing_and_bounded(longest, cache, lengths):
+    lengths = torch.tensor(sorted(lengths)).double()
+    shaping = iv.overlong_penalty(lengths, longest, cache)
+    assert (shaping <= 0).all() and (shaping >= -1).all()
+    assert (shaping.diff() <= 0).all() and (shaping.diff().abs() <= lengths.diff() / cache + 1e-12).all()
+    assert (shaping[lengths <= longest - cache] == 0).all() and (shaping[lengths >= longest] == -1).all()
+
+
+def test_eq_3_6_accuracy_not_reward_decides_and_no_usable_group_gives_zero():
+    logits, tokens = make(16)
+    tk = replace(tokens(), correct=torch.ones(24, dtype=torch.bool))
+    method = build("dapo", overlong_max=6, overlong_cache=4)
+    assert not method.select(tk).any(), "length penalties do not rescue a solved group"
+    assert (gradient(logits, tk, method) == 0).all()
+    assert build("dapo").refill
+
+
+def _cov(tk, adv):
+    """The covariance term per token, by hand."""
+    a, x = adv[tk.mask], tk.logp.detach()[tk.mask]
+    out = torch.zeros_like(adv)
+    out[tk.mask] = (a - a.mean()) * (x - x.mean())
+    return out
+
+
+@given(seeds, st.floats(0.01, 0.5), st.floats(0.0, 0.5), st.floats(0.5, 3), st.booleans())
+def test_eq_3_7_clip_cov_drops_n_tokens_strictly_inside_the_bounds(seed, ratio, lb, ub, off):
+    _, tokens = make(seed, off=off)
+    tk = tokens()
+    method = build("clip_cov", ratio=ratio, lb=lb, ub=ub)
+    plan = plan_update(tk, method)
+    cov, n = _cov(tk, plan.adv), int(tk.mask.sum())
+    r = torch.ones_like(cov) if not off else (tk.logp - tk.old_logp).exp().detach()
+    clipped = ((plan.adv > 0) & (r > 1.2)) | ((plan.adv < 0) & (r < 0.8))
+    eligible = tk.mask & (cov > lb) & (cov < ub) & ~clipped
+    dropped = tk.mask & (plan.weight == 0)
+    assert (dropped & ~eligible).sum() == 0
+    assert dropped.sum() == min(max(int(ratio * n), 1), int(eligible.sum()))
+    assert (plan.weight[tk.mask & ~dropped] == 1).all()
+    assert plan.coef[tk.mask].allclose(torch.tensor(1 / n, dtype=F64), atol=1e-8), "the denominator stays N"
+    sample = torch.cov(torch.stack([plan.adv[tk.mask], tk.logp.detach()[tk.mask]]), correction=0)[0, 1]
+    assert masked_mean(iv.covariance(tk.detach(), plan.adv), tk.mask).item() == pytest.approx(
+        sample.item(), abs=1e-10
+    )
+
+
+def test_eq_3_7_the_bounds_are_strict():
+    """Two tokens, A = ±1, log p = log p̄ ± 1: every covariance is exactly 1."""
+    mask, ids = torch.ones(2, 1, dtype=torch.bool), torch.tensor([[0], [1]])
+    adv = torch.tensor([[1.0], [-1.0]], dtype=F64)
+    tk = Tokens(ids, mask, logp=torch.tensor([[-1.0], [-3.0]], dtype=F64), adv=adv)
+    assert iv.covariance(tk, adv).flatten().tolist() == [1.0, 1.0]
+    for lb, ub, touched in ((1.0, 5.0, 0), (0.0, 1.0, 0), (0.999, 1.001, 2)):
+        plan = plan_update(tk, build("clip_cov", ratio=1, lb=lb, ub=ub))
+        assert plan.metrics["selected"] == touched
+
+
+def test_eq_3_7_annealing_ends_at_nobody_and_the_choice_is_uniform():
+    _, tokens = make(17, B=64)
+    method = build("clip_cov", ratio=0.5, lb=0, anneal=True)
+    counts = []
+    for step in (0, 50, 100):
+        method.progress = Progress(step=step, total=100)
+        counts.append(plan_update(tokens(), method).metrics["selected"])
+    assert counts[0] > counts[1] > counts[2] == 0
+    hits, method = 0, build("clip_cov", ratio=0.05, lb=0)
+    for step in range(400):
+        method.progress = Progress(step=step, total=400)
+        plan = plan_update(tokens(), method)
+        hits = hits + (plan.weight == 0)[tokens().mask].double()
+    eligible = (hits > 0) | ((_cov(tokens(), plan.adv) > 0) & (_cov(tokens(), plan.adv) < 5))[tokens().mask]
+    share = hits[eligible] / 400
+    p = share.mean().item()
+    assert share.std().item() < 1.3 * math.sqrt(p * (1 - p) / 400), (
+        "each eligible token is as likely as any other"
+    )
+
+
+@given(seeds, st.floats(0.01, 0.5), st.sampled_from(["abs", "k2", "k3"]))
+def test_eq_3_8_kl_cov_penalises_exactly_k_tokens_and_is_inert_on_policy(seed, ratio, estimator):
+    logits, tokens = make(seed, off=True)
+    tk, method = tokens(), build("kl_cov", ratio=ratio, estimator=estimator)
+    plan = plan_update(tk, method)
+    k = max(1, int(ratio * int(tk.mask.sum())))
+    picked = plan.marks["picked"]
+    assert picked.sum() == k
+    cov = _cov(tk, plan.adv)
+    assert cov[picked].min() >= cov[tk.mask & ~picked].max() - 1e-12
+    off = gradient(logits, tk, method)
+    x = tk.logp - tk.old_logp
+    d = {"abs": x.abs(), "k2": x**2 / 2, "k3": x.exp() - 1 - x}[estimator]
+    n = tk.mask.sum()
+    loss = (torch.where(tk.mask, -x.exp() * plan.adv, 0).sum() + torch.where(picked, d, 0).sum()) / n
+    want = torch.autograd.grad(loss, logits, retain_graph=True)[0]
+    assert close(off, want)
+    strict = replace(tk, old_logp=None)
+    assert close(gradient(logits, strict, method), gradient(logits, strict, build("kl_cov", beta=0)))
+    assert close(gradient(logits, strict, method), gradient(logits, strict, Method()))
+
+
+def test_pitfall_7_a_second_forward_pass_gives_abs_a_gradient_of_full_size_and_random_sign():
+    logits, tokens = make(18, B=64)
+    tk = tokens()
+    noise = 1e-7 * torch.randn(tk.logp.shape, generator=torch.Generator().manual_seed(0), dtype=F64)
+    noisy = replace(tk, old_logp=tk.logp.detach() + noise)
+    pure = gradient(logits, tk, Method(eps_low=9, eps_high=9))
+    size = {}
+    for estimator in ("abs", "k2", "k3"):
+        method = build("kl_cov", ratio=0.2, estimator=estimator)
+        size[estimator] = torch.linalg.vector_norm(gradient(logits, noisy, method) - pure).item()
+    selected = plan_update(noisy, method).marks["picked"]
+    n = int(tk.mask.sum())
+    assert size["abs"] > 0.3 * math.sqrt(int(selected.sum())) / n, "±beta/N on every selected token"
+    assert size["k2"] < 1e-6 and size["k3"] < 1e-6
+    signs = torch.sign((noisy.logp.detach() - noisy.old_logp)[selected])
+    assert 0.3 < (signs > 0).double().mean() < 0.7
+
+
+def test_eq_3_8_beta_zero_is_the_unclipped_gradient_not_clipped_grpo():
+    logits, tokens = make(19, off=True)
+    unclipped = Method(eps_low=1e9, eps_high=1e9)
+    assert close(
+        gradient(logits, tokens(), build("kl_cov", beta=0)), gradient(logits, tokens(), unclipped), 1e-6
+    )
+    assert not close(
+        gradient(logits, tokens(), build("kl_cov", beta=0)), gradient(logits, tokens(), Method()), 1e-3
+    )
+
+
+@given(seeds, st.floats(0.01, 1))
+def test_eq_3_9_80_20_keeps_k_tokens_of_highest_entropy_and_divides_by_k(seed, rho):
+    logits, tokens = make(seed)
+    tk, method = tokens(), build("high_entropy_tokens", rho=rho)
+    plan = plan_update(tk, method)
+    kept, n = plan.coef > 0, int(tk.mask.sum())
+    assert kept.sum() == max(1, math.ceil(rho * n))
+    if (~kept & tk.mask).any():
+        assert tk.entropy[kept].min() >= tk.entropy[~kept & tk.mask].max()
+    loss = -(plan_update(tk, Method()).adv * tk.logp)[kept].sum() / kept.sum()
+    want = torch.autograd.grad(loss, logits, retain_graph=True)[0]
+    assert close(gradient(logits, tk, method), want, 1e-6)
+    monotone = replace(tk, entropy=(2 * tk.entropy).exp() + 1)
+    assert torch.equal(plan_update(monotone, method).coef, plan.coef)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3.10 - 3.12
+
+
+@given(seeds, st.floats(0, 1))
+def test_eq_3_10_par_weighs_positive_tokens_by_lambda(seed, lam):
+    logits, tokens = make(seed, off=True)
+    tk, method = tokens(), build("par", schedule="constant", lam=lam)
+    plan = plan_update(tk, method)
+    assert (plan.weight[tk.mask & (plan.adv > 0)] == lam).all() and (
+        plan.weight[tk.mask & (plan.adv <= 0)] == 1
+    ).all()
+    scaled = replace(tk, adv=torch.where(plan.adv > 0, lam * plan.adv, plan.adv))  # homogeneity
+    assert close(gradient(logits, tk, method), gradient(logits, scaled, Method()))
+    if lam == 0:
+        assert (gradient(logits, tk, method)[plan.adv > 0] == 0).all()
+
+
+@given(st.lists(st.floats(0, 1), max_size=60), st.floats(0.01, 0.3), st.floats(0.05, 0.9))
+def test_eq_3_10_entropy_schedule_follows_the_entropy_trace_on_its_grid(trace, delta, target):
+    m, lam = build("par", delta=delta, target=target), 0.0
+    for h in trace:
+        m.after_step(_plan(h))
+        lam = min(max(lam - delta if h < target else lam + delta, 0), 1)
+        assert m.now() == pytest.approx(lam, abs=1e-9) and 0 <= m.now() <= 1
+    at_target = build("par", delta=delta, target=target)
+    at_target.after_step(_plan(target))
+    assert at_target.now() > 0, "H = target takes the else branch"
+
+
+def test_eq_3_10_stage_and_epoch_schedules():
+    def lam(m, step):
+        m.progress = Progress(step=step, total=100)
+        return m.now()
+
+    stage, epoch = build("par", schedule="stage"), build("par", schedule="epoch", epochs=5)
+    assert [lam(stage, s) for s in (0, 25, 50, 75, 100)] == [0, 0, 0, 0.5, 1]
+    assert [lam(epoch, s) for s in (0, 19, 20, 40, 60, 80, 100)] == [0, 0, 0.25, 0.5, 0.75, 1, 1]
+    assert lam(build("par", schedule="epoch", epochs=1), 0) == 1
+
+
+@given(seeds, st.floats(0, 1))
+def test_eq_3_10_rand_pos_clip_drops_only_positive_tokens(seed, ratio):
+    _, tokens = make(seed)
+    tk = tokens()
+    plan = plan_update(tk, build("rand_pos_clip", ratio=ratio))
+    dropped, positive, n = tk.mask & (plan.weight == 0), tk.mask & (plan.adv > 0), int(tk.mask.sum())
+    assert (dropped & ~positive).sum() == 0
+    assert dropped.sum() == min(int(positive.sum()), max(int(ratio * n), 1) if ratio > 0 else 0)
+
+
+@given(seeds, st.floats(0, 1), st.floats(0, 1))
+def test_eq_3_11_w_reinforce_is_affine_in_lambda_and_needs_no_reward_convention(seed, a, b):
+    logits, tokens = make(seed)
+    tk = tokens()
+    grads = [gradient(logits, tk, build("w_reinforce", lam=x)) for x in (a, b, (a + b) / 2)]
+    assert close(grads[2], (grads[0] + grads[1]) / 2)
+    sign = torch.where(tk.correct, 1.0, -1.0).to(F64)[:, None].expand(24, 6)
+    assert close(
+        gradient(logits, tk, build("w_reinforce", lam=1)), gradient(logits, replace(tk, adv=sign), Method())
+    )
+    recoded = replace(tk, reward=2 * tk.reward - 1)
+    assert close(gradient(logits, recoded, build("w_reinforce", lam=a)), grads[0])
+
+
+@given(seeds)
+def test_eq_3_11_psr_and_nsr_see_one_sign_only_and_divide_by_what_they_keep(seed):
+    logits, tokens = make(seed)
+    tk = tokens()
+    assume(0 < tk.correct.sum() < 24)
+    for key, rows, sign in (("psr", tk.correct, 1), ("nsr", ~tk.correct, -1)):
+        kept = tk.mask & rows[:, None]
+        want = torch.autograd.grad(-sign * tk.logp[kept].sum() / kept.sum(), logits, retain_graph=True)[0]
+        assert close(gradient(logits, tk, build(key)), want, 1e-6)
+    zero = gradient(logits, tk, build("w_reinforce", lam=0))
+    nsr = gradient(logits, tk, build("nsr"))
+    ratio = tk.mask.sum() / (tk.mask & ~tk.correct[:, None]).sum()
+    assert close(nsr, ratio * zero, 1e-6) and ratio > 1
+
+
+@given(seeds, st.floats(0, 3), st.floats(1.01, 10))
+def test_eq_3_12_entropy_advantage_keeps_signs_and_is_capped(seed, alpha, kappa):
+    _, tokens = make(seed)
+    tk = tokens()
+    method = build("entropy_advantage", alpha=alpha, kappa=kappa)
+    plan = plan_update(tk, method)
+    a, new = plan.adv[tk.mask], (plan.adv * plan.weight)[tk.mask]
+    want = a + torch.minimum(alpha * tk.entropy[tk.mask].detach(), a.abs() / kappa) * (a != 0)
+    assert torch.allclose(new, want, atol=1e-12)
+    assert (new.sign() == a.sign()).all() and (new >= a - 1e-12).all()
+    assert ((new - a).abs() <= a.abs() / kappa + 1e-12).all() and (new[a == 0] == 0).all()
+    more = plan_update(replace(tk, entropy=tk.entropy + 0.1), method)
+    assert ((more.adv * more.weight)[tk.mask] >= new - 1e-12).all()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3.13 - 3.16: weights from covariance and entropy flow
+
+
+@given(seeds, st.sampled_from(["theorem", "exact"]), st.floats(0.05, 1), st.floats(-3, 3), st.booleans())
+def test_eq_3_13_steer_exp_map(seed, form, low, s, off):
+    _, tokens = make(seed, off=off)
+    tk = tokens()
+    assume(abs(s) > 0.1)
+    method = build("steer", form=form, lambda_min=low)
+    plan = plan_update(tk, method)
+    p, u = tk.logp.exp(), tk.logp + tk.entropy
+    r = (tk.logp - tk.old_logp).exp() if off else torch.ones_like(p)
+    clip = ((plan.adv > 0) & (r > 1.2)) | ((plan.adv < 0) & (r < 0.8))
+    score = p * (1 - p) * u if form == "theorem" else p * u - tk.p2logp - tk.entropy * tk.p2
+    omega = torch.where(clip, 0, r * plan.adv * score).abs()[tk.mask].detach()
+    w = plan.weight[tk.mask]
+    assume(omega.max() > 1e-9)
+    assert torch.allclose(w, low ** (omega / omega.max()), atol=1e-9)
+    assert w.min().item() == pytest.approx(low) and w[omega.argmax()].item() == pytest.approx(low)
+    assert (w <= 1).all() and (w[omega == 0] == 1).all()
+    if not off:
+        again = plan_update(replace(tk, adv=s * plan.adv), method).weight[tk.mask]
+        assert torch.allclose(again, w, atol=1e-9), "A -> sA, any s"
+
+
+@given(seeds)
+def test_eq_3_13_steer_linear_and_released(seed):
+    _, tokens = make(seed, off=True)
+    tk = tokens()
+    plan = plan_update(tk, build("steer", form="released", lambda_min=0.8))
+    p = tk.logp.exp()
+    m = ((plan.adv / tk.old_logp.exp()) * p * (1 - p) * (tk.logp + tk.entropy)).abs()[tk.mask].detach()
+    want = torch.exp(math.log(0.8) * m / max(m.max().item(), 0.02)).clamp(0.8, 1)
+    assert torch.allclose(plan.weight[tk.mask], want, atol=1e-9)
+    w = plan_update(tk, build("steer", map="linear", lambda_min=0.8)).weight[tk.mask]
+    assert w.min() >= 0.8 - 1e-12 and w.max() <= 1.2 + 1e-12
+    if plan.adv.abs().sum() > 0:
+        assert w.min().item() == pytest.approx(0.8) and w.max().item() == pytest.approx(1.2)
+    flat = plan_update(
+        replace(tk, adv=torch.zeros_like(p).detach()), build("steer", map="linear", lambda_min=0.8)
+    )
+    assert torch.allclose(flat.weight[tk.mask], torch.tensor(1.0, dtype=F64)), "all equal: the midpoint"
+
+
+FORMS = {"exact": "exact", "paper": "opefo", "theorem": "steer_theorem"}
+
+
+def _flow(tk, adv, form):
+    return torch.where(tk.mask, entropy_change(tk.stats, adv, FORMS[form]), 0)
+
+
+@given(seeds, st.sampled_from(list(FORMS)), st.floats(0.1, 9))
+def test_eq_3_14_opefo_balances_the_flow(seed, form, s):
+    _, tokens = make(seed)
+    tk, method = tokens(), build("opefo", form=form)
+    plan = plan_update(tk, method)
+    f, lam = _flow(tk, plan.adv, form), plan.metrics["lam"]
+    P, Q = f.clamp(min=0).sum().item(), -f.clamp(max=0).sum().item()
+    assume(min(P, Q) > 1e-6)
+    assert lam == pytest.approx((Q - P) / (Q + P)) and abs(lam) <= 1
+    w = plan.weight[tk.mask]
+    assert w.min() >= 0 and w.max() <= 2
+    assert abs((plan.weight * f).sum().item()) <= 1e-12 * (P + Q), "sum w f = 0"
+    assert torch.allclose(plan.weight[f > 0], torch.tensor(2 * Q / (P + Q), dtype=F64))
+    assert torch.allclose(plan.weight[f < 0], torch.tensor(2 * P / (P + Q), dtype=F64))
+    scaled = plan_update(replace(tk, adv=s * plan.adv), method).metrics["lam"]
+    mirrored = plan_update(replace(tk, adv=-plan.adv), method).metrics["lam"]
+    assert scaled == pytest.approx(lam) and mirrored == pytest.approx(-lam)
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_sum_norm"])
+@both_policies
+def test_eq_3_14_opefo_stops_the_first_order_entropy_change_of_the_real_step(aggregation, off):
+    """Not through the formula of f: through the gradient on the logits and the gradient of the entropy."""
+    logits, tokens = make(20, off=off)
+
+    def dH(method):
+        step = -gradient(logits, tokens(), method)
+        z = logits.detach().requires_grad_()
+        p = z.log_softmax(-1)
+        slope = torch.autograd.grad(-(p.exp() * p).sum(), z)[0]
+        return (step * slope).sum().item()
+
+    options = {"aggregation": aggregation}
+    plain, balanced = Method(**options), build("opefo", **options)
+    for m in (plain, balanced):
+        m.progress = Progress(max_length=6)
+    assert abs(dH(balanced)) < 1e-6 * abs(dH(plain))
+
+
+@given(seeds, st.floats(0.2, 4), st.floats(0, 4))
+def test_eq_3_14_set_point(seed, target, gain):
+    _, tokens = make(seed)
+    tk = tokens()
+    lam = [plan_update(tk, build("opefo")).metrics["lam"]]
+    for t, g in (
+        (target, gain),
+        (target * 1.1, gain),
+        (float(masked_mean(tk.entropy, tk.mask).detach()), gain),
+        (target, 0.0),
+    ):
+        lam.append(plan_update(tk, build("opefo", target_entropy=t, gain=g)).metrics["lam"])
+    h = float(masked_mean(tk.entropy.detach(), tk.mask))
+    assume(plan_update(tk, Method()).adv.abs().sum() > 0)
+    assert lam[1] == pytest.approx(min(1, max(-1, lam[0] + gain * (target - h) / target)))
+    assert lam[2] >= lam[1] - 1e-12, "a higher target raises lambda"
+    assert lam[3] == pytest.approx(lam[0]) and lam[4] == pytest.approx(lam[0])
+
+
+def test_eq_3_14_integral_term_adds_the_sum_of_past_errors():
+    _, tokens = make(21)
+    method = build("opefo", target_entropy=1.3, gain=0.1, integral=0.05)
+    before = plan_update(tokens(), method)
+    for _ in range(3):
+        method.after_step(before)
+    error = (1.3 - before.entropy) / 1.3
+    assert plan_update(tokens(), method).metrics["lam"] == pytest.approx(
+        before.metrics["lam"] + 0.05 * 3 * error
+    )
+
+
+@given(seeds)
+def test_eq_3_14_controls(seed):
+    logits, tokens = make(seed)
+    tk = tokens()
+    both = plan_update(tk, build("opefo"))
+    f, lam = _flow(tk, both.adv, "exact"), both.metrics["lam"]
+    for sides, on, off in (("plus", f > 0, f < 0), ("minus", f < 0, f > 0)):
+        one = plan_update(tk, build("opefo", sides=sides))
+        assert one.metrics["lam"] == lam
+        assert torch.equal(one.weight[on], both.weight[on]) and (one.weight[off] == 1).all()
+    static = plan_update(tk, build("opefo", lam=0.001))
+    assert (static.weight[f > 0] == 1.001).all() and (static.weight[f < 0] == 0.999).all()
+    shuffled = plan_update(tk, build("opefo", shuffled_sign=True))
+    assert torch.equal(shuffled.weight[tk.mask].sort().values, both.weight[tk.mask].sort().values)
+    if abs(lam) > 0.01:
+        assert not torch.equal(shuffled.weight, both.weight)
+    assert close(gradient(logits, tk, build("opefo", lam="0")), gradient(logits, tk, Method()))
+
+
+def test_eq_3_14_one_empty_side_switches_the_other_off():
+    """One token that lowers entropy (a likely one, rewarded): lambda = 1, weight 0.  No flow at all: lambda =
+    0."""
+    z = torch.tensor([[[3.0, 0.0, 0.0]]], dtype=F64)
+    s = token_stats(z, torch.tensor([[0]]))
+    tk = Tokens(torch.tensor([[0]]), torch.ones(1, 1, dtype=torch.bool), logp=s.logp, entropy=s.entropy)
+    tk = replace(tk, p2=s.p2, p2logp=s.p2logp)
+    for adv, lam, w in ((1.0, 1.0, 0.0), (-1.0, -1.0, 0.0), (0.0, 0.0, 1.0)):
+        plan = plan_update(replace(tk, adv=torch.tensor([[adv]], dtype=F64)), build("opefo"))
+        assert plan.metrics["lam"] == lam and plan.weight.item() == w
+
+
+@given(seeds, st.floats(0.01, 0.99), st.floats(0.1, 5), st.booleans())
+def test_eq_3_15_papo_swaps_its_branches_with_the_sign_and_follows_the_phase(seed, lam, e_ref, scaled):
+    _, tokens = make(seed)
+    tk, method = tokens(), build("papo", lam=lam, scaled=scaled)
+    start = plan_update(tk, method)
+    assert (start.weight[tk.mask] == 1).all(), "the first update has no reference yet"
+    method.e_ref = e_ref
+    plan = plan_update(tk, method)
+    phi = min(1, max(-1, (e_ref - plan.entropy) / e_ref))
+    f = _flow(tk, plan.adv, "exact")
+    size = f.abs() / f.abs().max().clamp(min=1e-30) if scaled else 1
+    assert torch.allclose(plan.weight[tk.mask], (1 + lam * phi * f.sign() * size)[tk.mask])
+    assert (plan.weight[tk.mask] > 0).all()
+    if phi >= 0:
+        assert (plan.weight[f > 0] >= 1).all(), "entropy below its reference never damps an expanding token"
+    mirrored = plan_update(replace(tk, adv=-plan.adv), method)
+    assert torch.allclose((mirrored.weight + plan.weight)[tk.mask], torch.tensor(2.0, dtype=F64))
+    method.renormalise = True
+    same = plan_update(tk, method)
+    assert (same.weight * plan.adv.abs()).sum().item() == pytest.approx(plan.adv.abs().sum().item())
+
+
+@given(seeds, st.floats(-3, 3), st.floats(-2, 2), st.sampled_from(["batch", "group"]))
+def test_eq_3_16_cw_grpo_kernel(seed, a, b, scope):
+    _, tokens = make(seed)
+    assume(abs(a) > 0.1)
+    tk, method = tokens(), build("cw_grpo", scope=scope)
+    plan = plan_update(tk, method)
+    parts = [tk.mask] if scope == "batch" else [tk.mask & (tk.group == g)[:, None] for g in range(6)]
+    for inside in parts:
+        w, adv, x = plan.weight[inside], plan.adv[inside], tk.logp.detach()[inside]
+        assert w.sum().item() == pytest.approx(int(inside.sum())) and (w > 0).all()
+        c = (x - x.mean()) * (adv - adv.mean())
+        if c.std(correction=0) > 1e-9:
+            k = torch.exp(-(c**2) / (2 * c.var(correction=0)))
+            assert torch.allclose(w, k * len(k) / k.sum())
+            order = c.abs().argsort()
+            assert (w[order].diff() <= 1e-12).all(), "larger |c| never weighs more"
+        else:
+            assert (w == 1).all()
+    moved = replace(tk, adv=torch.where(tk.mask, a * plan.adv + b, 0), logp=tk.logp + 0.7)
+    assert torch.allclose(plan_update(moved, method).weight, plan.weight, atol=1e-7)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3.17 - 3.19, 3.25: selection and controllers
+
+
+@pytest.mark.parametrize("s", [-1, 0, 1])
+@given(seed=seeds)
+def test_eq_3_17_entrocraft_truth_table(s, seed):
+    _, tokens = make(seed)
+    tk = tokens()
+    h = float(masked_mean(tk.entropy.detach(), tk.mask))
+    lo = {-1: h + 0.1, 0: h - 0.05, 1: h - 0.3}[s]
+    method = build("entrocraft", start=lo, schedule="fixed", width=0.1)
+    assert method.side(tk) == s
+    kept = method.select(tk)
+    sign = torch.where(tk.mask, plan_update(tk, Method()).adv, 0).sum(-1).sign()
+    if s == 0:
+        assert kept is None
+    else:
+        assert torch.equal(kept, s * sign >= 0)
+    released = build("entrocraft", start=lo, schedule="fixed", variant="released")
+    adv = plan_update(tk, released).adv
+    raw = torch.where(tk.correct, 1.0, -1.0).to(F64)
+    if s != 0:
+        want = raw.clamp(min=0) if s > 0 else raw.clamp(max=0)
+        assert torch.equal(adv, torch.where(tk.mask, want[:, None], 0))
+        assert int((plan_update(tk, released).coef > 0).sum()) == int(tk.mask.sum()), (
+            "its rows stay in the mean"
+        )
+
+
+def test_eq_3_17_edges_are_in_the_band_and_the_band_falls():
+    tk = Tokens(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool))
+    tk = replace(tk, logp=torch.zeros(1, 1, dtype=F64), entropy=torch.full((1, 1), 0.5, dtype=F64))
+    for start, width in ((0.5, 0.1), (0.25, 0.25)):  # H on the lower, on the upper edge
+        assert build("entrocraft", start=start, width=width, schedule="fixed").side(tk) == 0
+    for schedule, middle in (("linear", 0.35), ("cosine", 0.35), ("fixed", 0.6)):
+        m = build("entrocraft", schedule=schedule)
+        lows = []
+        for step in (0, 50, 100):
+            m.progress = Progress(step=step, total=100)
+            lows.append(m.band()[0])
+        assert lows[0] == 0.6 and lows[1] == pytest.approx(middle)
+        assert lows[2] == pytest.approx(0.6 if schedule == "fixed" else 0.1)
+
+
+@given(seeds, st.floats(0.01, 1), st.sampled_from(["O1", "C2"]), st.booleans())
+def test_eq_3_18_stare(seed, fraction, variant, is_open):
+    _, tokens = make(seed)
+    tk = tokens()
+    method = build("stare", fraction=fraction, variant=variant, target=9.0 if is_open else 0.01)
+    plan = plan_update(tk, method)
+    w = plan.weight
+    if not is_open:
+        assert (w[tk.mask] == 1).all()
+        return
+    for side, value in ((plan.adv > 0, 1.1), (plan.adv < 0, 0.9 if variant == "C2" else 1.0)):
+        t = tk.mask & side
+        n = int(t.sum())
+        if n == 0 or value == 1.0:
+            assert (w[t] == 1).all()
+            continue
+        chosen = t & (w == value)
+        assert chosen.sum() == max(1, math.ceil(fraction * n)) and (w[t & ~chosen] == 1).all()
+        if (t & ~chosen).any():
+            assert tk.logp[chosen].max() <= tk.logp[t & ~chosen].min(), "the most surprising ones"
+
+
+@given(st.lists(st.floats(0, 1), max_size=100))
+def test_eq_3_18_adaptive_weights_stay_in_range(trace):
+    m = build("stare", adaptive=True, rate=0.02)
+    for e in trace:
+        W, M = m.W, m.M
+        m.after_step(_plan(e))
+        assert 1 <= m.W <= 1.5 and 0.5 <= m.M <= 1 and m.W >= 1 >= m.M
+        assert (m.W - W) * (0.3 - e) >= 0 and (m.M - M) * (0.3 - e) <= 0
+    fixed = build("stare")
+    fixed.after_step(_plan(0.1))
+    assert (fixed.W, fixed.M) == (1.1, 0.9)
+
+
+@given(seeds, st.floats(-3, 3), st.floats(0, 1), st.floats(0.1, 0.9))
+def test_eq_3_19_entropic_weighs_confident_tokens_by_one_plus_minus_alpha(seed, past, ki, threshold):
+    logits, tokens = make(seed)
+    tk = tokens()
+    method = build("entropic", target=1.5, ki=ki, threshold=threshold, denominator="all")
+    method.error_sum = past
+    plan = plan_update(tk, method)
+    alpha = min(1, max(-1, (plan.entropy - 1.5) + ki * past))
+    assert plan.metrics["alpha"] == pytest.approx(alpha) and -1 <= alpha <= 1
+    hp = tk.mask & (tk.logp.exp() > threshold)
+    w = 1 + torch.where(hp, alpha * plan.adv.sign(), 0)
+    assert w.min() >= 0 and w.max() <= 2
+    weighted = replace(tk, adv=(w * plan.adv).detach())
+    assert close(gradient(logits, tk, method), gradient(logits, weighted, Method()), 1e-6)
+    own = gradient(logits, tk, build("entropic", target=1.5, kp=1, ki=0, threshold=threshold))
+    every = gradient(
+        logits, tk, build("entropic", target=1.5, kp=1, ki=0, threshold=threshold, denominator="all")
+    )
+    base = gradient(logits, tk, Method())
+    if hp.any():
+        assert close((own - base) * int(hp.sum()), (every - base) * int(tk.mask.sum()), 1e-5)
+    else:
+        assert close(own, base)
+    method.after_step(plan)
+    assert method.error_sum == pytest.approx(past + plan.entropy - 1.5)
+
+
+@given(seeds, st.floats(0, 4))
+def test_eq_3_25_aem_scales_whole_responses_with_mean_one(seed, k):
+    _, tokens = make(seed)
+    tk = tokens()
+    plan = plan_update(tk, build("aem", k=k))
+    g = plan.weight[:, 0]  # every row has at least one token
+    assert torch.equal(plan.weight, torch.where(tk.mask, g[:, None], 0)) and (g > 0).all()
+    assert g.mean().item() == pytest.approx(1)
+    h = torch.where(tk.mask, tk.entropy, 0).sum(-1) / tk.mask.sum(-1)
+    assert (g[h.argsort()].diff() <= 1e-12).all(), "a larger mean entropy never weighs more"
+    assert g.max().item() / g.min().item() == pytest.approx(math.exp(k))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3.20 - 3.24, 3.27: ratio and baselines
+
+
+def _force(tk, method, adv):
+    """-∂loss/∂logp · N per token: what the surrogate does to one token of advantage A."""
+    logp = tk.logp.detach().requires_grad_()
+    loss, _ = policy_loss(replace(tk, logp=logp, adv=adv), method)
+    return -torch.autograd.grad(loss, logp)[0] * tk.mask.sum()
+
+
+def _sweep(adv):
+    """One token per ratio r, all with advantage `adv`."""
+    r = torch.tensor([0.05, 0.3, 0.79, 0.81, 1.0, 1.19, 1.21, 2.0, 6.0, 11.0], dtype=F64)[:, None]
+    ids = torch.zeros(10, 1, dtype=torch.long)
+    tk = Tokens(
+        ids,
+        torch.ones(10, 1, dtype=torch.bool),
+        logp=r.log() - 5,
+        old_logp=torch.full((10, 1), -5.0, dtype=F64),
+    )
+    return r[:, 0], tk, torch.full((10, 1), adv, dtype=F64)
+
+
+@pytest.mark.parametrize("a", [2.0, -2.0])
+def test_eq_3_20_cispo_never_drops_a_token(a):
+    r, tk, adv = _sweep(a)
+    force = _force(tk, build("cispo"), adv)[:, 0]
+    assert torch.allclose(force, a * r.clamp(max=5)), "min(r, cap)"
+    near = (r > 0.8) & (r < 1.2)
+    assert torch.allclose(force[near], _force(tk, Method(), adv)[near, 0])
+    verl = _force(tk, build("cispo", eps_low=0.2, eps_high=0.28), adv)[:, 0]
+    assert torch.allclose(verl, a * r.clamp(0.8, 1.28))
+
+
+@given(seeds, st.integers(0, 8))
+def test_eq_3_21_dr_grpo_token_gradient_ignores_length_and_padding(seed, extra):
+    logits, tokens = make(seed)
+    tk = tokens()
+    method = build("dr_grpo", norm=50)
+    adv = tk.reward - torch.stack([tk.reward[tk.group == g].mean() for g in tk.group])
+    force = _force(tk, method, None) / tk.mask.sum()
+    assert torch.allclose(force[tk.mask], (adv[:, None].expand(24, 6) / (24 * 50))[tk.mask], atol=1e-9)
+    wider = tk._map(lambda v: v if v.dim() < 2 else torch.nn.functional.pad(v, (0, extra)))
+    assert close(gradient(logits, wider, method), gradient(logits, tk, method))
+    assert build("dr_grpo").loss_norm == 3000
+    method.norm, method.progress = None, Progress(max_length=6)
+    assert method.loss_norm == 6
+
+
+@given(seeds, st.floats(1e-4, 0.3))
+def test_eq_3_22_gspo_token_form_equals_its_sequence_form(seed, eps):
+    logits, tokens = make(seed, off=True)
+    tk, method = tokens(), build("gspo", eps_low=eps, eps_high=eps)
+    adv = plan_update(tk, method).adv[:, 0]
+    length = tk.mask.sum(-1)
+    s = (torch.where(tk.mask, tk.logp - tk.old_logp, 0).sum(-1) / length).exp()
+    loss = torch.maximum(-s * adv, -s.clamp(1 - eps, 1 + eps) * adv).mean()
+    want = torch.autograd.grad(loss, logits, retain_graph=True)[0]
+    assert close(gradient(logits, tk, method), want, 1e-6)
+    dropped = torch.where(tk.mask, _force(tk, method, None) == 0, True) & (adv != 0)[:, None]
+    assert (dropped.all(-1) == (dropped & tk.mask).any(-1))[adv != 0].all(), "clipped together"
+
+
+def test_eq_3_22_gspo_of_one_token_responses_is_token_ppo():
+    logits, tokens = make(22, T=1, off=True)
+    gspo = build("gspo", eps_low=0.2, eps_high=0.2)
+    assert close(gradient(logits, tokens(), gspo), gradient(logits, tokens(), Method()), 1e-6)
+
+
+@given(seeds, st.floats(0.01, 1), st.floats(0.01, 1), st.integers(1, 9))
+def test_eq_3_23_qae_binary_rule_and_monotone_baseline(seed, K1, K2, G):
+    _, tokens = make(seed, B=4 * G, G=G)
+    tk = tokens()
+    base1, base2 = (iv.group_quantile(tk.reward, tk.group, K) for K in (min(K1, K2), max(K1, K2)))
+    assert (base1 <= base2).all()
+    adv = plan_update(tk, build("qae", K=K1)).adv[:, 0]
+    for g in range(4):
+        rows = tk.group == g
+        wrong = int((tk.reward[rows] == 0).sum())
+        baseline = 0.0 if wrong / G >= K1 - 1e-12 and wrong > 0 else 1.0  # F(0) >= K: success rate <= 1 - K
+        assert (iv.group_quantile(tk.reward, tk.group, K1)[rows] == baseline).all()
+        signs = set(adv[rows & (adv != 0)].sign().tolist())
+        assert len(signs) <= 1
+        if wrong in (0, G):
+            assert (adv[rows] == 0).all()
+        elif G > 1:
+            want = (tk.reward[rows] - baseline) / (tk.reward[rows].std() + 1e-6)
+            assert torch.allclose(adv[rows], want)
+
+
+def test_eq_3_23_linear_interpolation_matches_torch_quantile():
+    reward = torch.tensor([0.0, 1, 1, 3, 2, 5, 4, 4], dtype=F64)
+    group = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0])
+    for K in (0.1, 0.4, 0.5, 0.9, 1.0):
+        want = torch.stack([torch.quantile(reward[:4], K)] * 4 + [torch.quantile(reward[4:], K)] * 4)
+        assert torch.allclose(iv.group_quantile(reward, group, K, "linear"), want)
+        got = iv.group_quantile(reward, group, K)
+        for rows in (slice(0, 4), slice(4, 8)):
+            r = reward[rows]
+            assert (got[rows] == min(x for x in r.tolist() if (r <= x).double().mean() >= K)).all()
+
+
+@given(seeds)
+def test_eq_3_24_htpo_drops_and_equals_ppo_elsewhere_on_policy(seed):
+    _, tokens = make(seed, B=40, G=4)
+    tk, method = tokens(), build("htpo", low_drop=0.3, high_drop=0.2)
+    plan = plan_update(tk, method)
+    hard = torch.stack([tk.correct[tk.group == g].double().mean() for g in tk.group]) < 0.6
+    high = torch.zeros_like(tk.mask)
+    for i in range(40):
+        n = int(tk.mask[i].sum())
+        h = tk.entropy[i, :n].detach()
+        high[i, :n] = h >= h.sort(descending=True).values[max(int(0.2 * n), 1) - 1]
+    low_set = tk.mask & ~high & (hard & tk.correct)[:, None]
+    high_set = high & (~hard & tk.correct)[:, None]
+    dropped = tk.mask & (plan.weight == 0)
+    assert (dropped & ~(low_set | high_set)).sum() == 0
+    assert (dropped & low_set).sum() == (max(int(0.3 * int(low_set.sum())), 1) - 1 if low_set.any() else 0)
+    assert (dropped & high_set).sum() == (max(int(0.2 * int(high_set.sum())), 1) if high_set.any() else 0)
+    ppo = _force(tk, Method(dual_clip=10), None)
+    assert torch.allclose(_force(tk, method, None)[~dropped], ppo[~dropped])
+
+
+@pytest.mark.parametrize("slip", [False, True])
+def test_eq_3_24_htpo_rules_by_group_of_token(slip):
+    """Force over A for each of the rules, at r = .5, 1 and 2; c of the dual clip is 10."""
+    r = torch.tensor([0.5, 1.0, 2.0], dtype=F64)
+    ones = torch.ones(3, 1, dtype=torch.bool)
+    method = build("htpo", released_sign=slip)
+    tk = Tokens(
+        torch.zeros(3, 1, dtype=torch.long),
+        ones,
+        logp=r.log()[:, None],
+        old_logp=torch.zeros(3, 1, dtype=F64),
+    )
+
+    def factor(hard, correct, high, a):
+        marks = {"hard": ones[:, 0] & hard, "correct": ones[:, 0] & correct, "high": ones & high}
+        return method.factor(tk, torch.full((3, 1), a, dtype=F64), marks)[:, 0].tolist()
+
+    ppo_up, ppo_down = [0.5, 1.0, 0.0], [0.0, 1.0, 2.0]
+    assert (
+        factor(True, True, False, 1.0)
+        == factor(False, True, False, 1.0)
+        == factor(False, True, True, 1.0)
+        == ppo_up
+    )
+    assert factor(True, False, False, -1.0) == factor(False, False, False, -1.0) == ppo_down
+    assert factor(True, False, True, -1.0) == factor(False, False, True, -1.0) == [-0.8, 1.0, 2.0]
+    assert factor(True, True, True, 1.0) == pytest.approx([-2.0 if slip else 2.0, 1.0, -1.2])
+
+
+@pytest.mark.parametrize("a", [1.0, -1.0])
+def test_eq_3_27_ce_gppo_gradient_outside_the_range_is_constant(a):
+    r, tk, adv = _sweep(a)
+    force = _force(tk, build("ce_gppo", b1=0.5, b2=1), adv)[:, 0] / a
+    inside = r if a > 0 else torch.where(r > 10, 0, r)
+    outside = (r > 1.2) if a > 0 else (r < 0.8)
+    assert torch.allclose(force[~outside], inside[~outside])
+    assert torch.allclose(force[outside], torch.tensor(1.2 if a > 0 else 0.4, dtype=F64))
+    zero = _force(tk, build("ce_gppo", b1=0, b2=0), adv)
+    assert torch.allclose(zero, _force(tk, Method(dual_clip=10), adv))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3.26, 3.28
+
+
+@given(seeds, st.integers(1, 9), st.floats(0, 0.5), st.sampled_from(["topk", "argmax"]), st.floats(0.5, 2))
+def test_eq_3_26_cuts_support_and_uniformity(seed, k, delta, empty, temperature):
+    g = torch.Generator().manual_seed(seed)
+    plain = 2 * torch.randn(6, 8, generator=g, dtype=F64)
+    m = build("mixed_cuts", k=k, delta=delta, empty=empty)
+    m.progress.temperature = temperature
+    p = m.behaviour(plain / temperature, m.warm, torch.arange(6))
+    exploring = m.exploring(torch.arange(6))
+    assert exploring.sum() == 3
+    assert torch.allclose(p[~exploring], (plain / temperature).softmax(-1)[~exploring])
+    for row in exploring.nonzero()[:, 0].tolist():
+        probs = plain[row].softmax(-1)  # at temperature 1
+        ranked = sorted(range(8), key=lambda v: -probs[v].item())[:k]
+        inside = [v for v in ranked if probs[v] > delta] or (ranked if empty == "topk" else ranked[:1])
+        want = torch.zeros(8, dtype=F64)
+        want[inside] = 1 / len(inside)
+        assert torch.allclose(p[row], want)
+
+
+def test_eq_3_26_cuts_samples_what_it_says_and_leaves_the_rest_alone():
+    m = build("mixed_cuts", delta=0.1)
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(4000, 4)
+    generator = torch.Generator().manual_seed(0)
+    assert m.sample(logits, 4, torch.arange(4000), generator) is None, "warm-up"
+    assert build("mixed_cuts", share=0).sample(logits, 9, torch.arange(4000), generator) is None
+    ids = m.sample(logits, 5, torch.arange(4000) % 2, generator)
+    cuts = torch.bincount(ids[1::2], minlength=4) / 2000
+    assert cuts[3] == 0 and (cuts[:3] - 1 / 3).abs().max() < 0.04
+    usual = torch.bincount(ids[::2], minlength=4) / 2000
+    assert (usual - logits[0].exp()).abs().max() < 0.04
+    one = m.sample(torch.tensor([[9.0, 0, 0, 0]]).expand(20, 4), 5, torch.ones(20), generator)
+    assert (one == 0).all(), "one token in S: no choice"
+
+
+def test_eq_3_26_correction_is_truncated_importance_sampling():
+    _, tokens = make(23)
+    tk = tokens()
+    plan = plan_update(tk, build("mixed_cuts", correct=True))
+    want = (tk.logp - tk.rollout_logp).exp().clamp(max=2).detach()
+    assert torch.allclose(plan.weight[tk.mask], want[tk.mask])
+    assert "behaviour_ratio" in plan.metrics
+    with pytest.raises(ValueError, match="rollout_logp"):
+        plan_update(replace(tk, rollout_logp=None), build("mixed_cuts", correct=True))
+
+
+@given(seeds, st.floats(0.0, 1))
+def test_eq_3_28_proxy_is_the_filtered_renormalised_policy(seed, threshold):
+    g = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(5, 9, generator=g, dtype=F64)
+    p = logits.softmax(-1)
+    kept = torch.where(p >= threshold * p.amax(-1, keepdim=True) * (1 - 1e-12), p, 0)
+    want = (kept / kept.sum(-1, keepdim=True)).log()
+    got = torch.stack([iv.proxy_log_prob(logits, torch.full((5,), v), threshold) for v in range(9)], -1)
+    assert torch.allclose(got.exp(), want.exp(), atol=1e-10)
+    assert (got == -math.inf).equal(kept == 0)
+
+
+@given(seeds, st.floats(0.05, 1))
+def test_eq_3_28_lp_reg_pushes_surviving_rare_negative_tokens_up(seed, fraction):
+    logits, tokens = make(seed, B=40)
+    tk = tokens()
+    tk = replace(tk, proxy_logp=iv.proxy_log_prob(logits, tk.ids, 0.05))
+    method = build("lp_reg", fraction=fraction)
+    plan = plan_update(tk, method)
+    negative = tk.mask & (plan.adv < 0)
+    k = int(fraction * int(negative.sum()))
+    picked = plan.marks["picked"]
+    if k <= 1:
+        assert not picked.any()
+        return
+    rare = tk.logp.detach() <= tk.logp.detach()[negative].sort().values[k - 1]
+    filtered = tk.proxy_logp == -math.inf
+    assert torch.equal(picked, negative & rare & (tk.logp.detach() < tk.proxy_logp))
+    assert not (picked & filtered).any()
+    assert torch.equal(picked, negative & rare & ~filtered) or (tk.proxy_logp == tk.logp).any()
+    push = _force(tk, method, None) - _force(tk, build("lp_reg", beta=0, fraction=fraction), None)
+    S = (tk.logp.detach() - tk.proxy_logp).exp()  # kept mass: q = p / S
+    assert torch.allclose(push[picked], (1 / S - 1)[picked], atol=1e-6) and (push[picked] >= 0).all()
+    assert (push[~picked].abs() < 1e-12).all()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Names, hyperparameters, composition
+
+
+def test_every_method_is_described():
+    assert len(METHODS) == 32
+    for key, cls in METHODS.items():
+        assert cls.key == key and cls.idea and cls.paper and cls.__doc__
+        assert cls.place in ("none", "sampling", "selection", "weight", "ratio", "penalty")
+        for name, _, _, text in iv.hyperparameters(cls):
+            assert text, f"{key}.{name} has no docstring"
+    for key in ("papo", "aem"):
+        assert "reconstruction" in METHODS[key].idea and "[reconstruction]" in METHODS[key].__doc__
+
+
+def test_words_become_values():
+    m = build("clip_cov", ratio=".02", dual_clip="none", anneal="true")
+    assert (m.ratio, m.dual_clip, m.anneal) == (0.02, None, True)
+    assert build("opefo", sides="plus").sides == "plus" and build("mixed_cuts", k="7").k == 7
+    assert build("dr_grpo", norm="100").norm == 100.0 and build("opefo", lam="0").lam == 0.0
+
+
+@pytest.mark.parametrize(
+    "name, options, words",
+    [
+        ("opefoo", {}, ["opefoo", "opefo?"]),
+        ("", {}, ["''"]),
+        ("clip_cov", {"raito": 1}, ["raito", "ratio?"]),
+        ("clip_cov", {"ratio": "many"}, ["clip_cov", "ratio", "'many'", "number"]),
+        ("clip_cov", {"ratio": "nan"}, ["ratio", "nan"]),
+        ("clip_cov", {"ratio": 2}, ["ratio=2", "from 0 to 1"]),
+        ("clip_cov", {"anneal": "perhaps"}, ["anneal", "true or false"]),
+        ("opefo", {"form": "exakt"}, ["form='exakt'", "exact, paper, theorem"]),
+        ("opefo", {"gain": True}, ["gain=True", "number"]),
+        ("grpo", {"aggregation": "mean"}, ["aggregation='mean'", "token_mean"]),
+        ("grpo", {"eps_low": -0.1}, ["eps_low=-0.1"]),
+        ("mixed_cuts", {"k": "2.5"}, ["k='2.5'", "whole number"]),
+        ("par", {"lam": "none"}, ["lam='none'", "number"]),
+        ("kl_cov", {"eps_low": 0.1}, ["kl_cov", "eps_low"]),
+        ("adaptive_entropy", {"c_min": 1, "c_max": 0}, ["c_min=1", "c_max=0"]),
+    ],
+)
+def test_bad_values_are_named_with_a_remedy(name, options, words):
+    with pytest.raises(ValueError) as error:
+        build(name, **options)
+    assert all(w in str(error.value) for w in words), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_parse_reads_a_command_line_word():
+    assert iv.parse("opefo+clip_higher:form=exact,eps_high=.28") == (
+        "opefo+clip_higher",
+        {"form": "exact", "eps_high": ".28"},
+    )
+    assert iv.parse("grpo") == ("grpo", {})
+    for bad in ("opefo:form", "opefo:=3", "opefo:a=1,a=2"):
+        with pytest.raises(ValueError):
+            iv.parse(bad)
+
+
+def test_composition_multiplies_weights_and_balances_the_real_flow():
+    _, tokens = make(24, off=True)
+    tk = tokens()
+    for name, options in (
+        ("opefo+clip_higher", {}),
+        ("opefo+par", {"par.lam": 0.5, "schedule": "constant"}),
+        ("cispo+opefo", {}),
+    ):
+        method = build(name, **options)
+        force = _force(tk, method, None)
+        flow = torch.where(tk.mask, force * -entropy_change(tk.stats, -1.0, "exact"), 0)
+        assert abs(flow.sum()) < 1e-6 * flow.abs().sum(), name
+    steered = build("steer+par", schedule="constant", lam=0.5)
+    weight = plan_update(tk, steered).weight
+    half = torch.where(plan_update(tk, Method()).adv > 0, 0.5, 1.0)
+    assert torch.allclose(weight, plan_update(tk, build("steer")).weight * torch.where(tk.mask, half, 0))
+
+
+def test_composition_selects_by_all_adds_penalties_and_shares_the_clip():
+    logits, tokens = make(25, off=True)
+    tk = tokens()
+    both = build("dapo+psr")
+    assert torch.equal(both.select(tk), build("dapo").select(tk) & tk.correct) and both.refill
+    assert both.eps_high == 0.28 and all(m.eps_high == 0.28 for m in both.members)
+    assert build("dapo+psr", eps_high=0.5).members[1].eps_high == 0.5
+    zero = replace(tk, adv=torch.zeros_like(tk.logp).detach())
+    parts = [gradient(logits, zero, build(n)) for n in ("entropy_bonus", "ref_kl", "entropy_bonus+ref_kl")]
+    assert close(parts[2], parts[0] + parts[1])
+    metrics = plan_update(tk, build("opefo+par", **{"par.lam": 0.3})).metrics
+    assert {metrics["lam"], metrics["opefo.lam"]} > {0.3} and metrics["lam"] == 0.3
+    combined = build("ref_kl+opefo")
+    assert (
+        set(combined.needs) == {"logp", "ref_logp", "entropy", "p2", "p2logp"}
+        and combined.entropy_grad is False
+    )
+    assert build("clip_higher+cw_grpo").on_policy
+    assert (
+        build("dapo+entropy_bonus").entropy_grad and build("lp_reg+ref_kl").extra_pass == "proxy, reference"
+    )
+
+
+@pytest.mark.parametrize(
+    "pair", ["opefo+grpo", "grpo+opefo", "grpo+kl_cov", "grpo+lp_reg", "grpo+htpo", "grpo+entropic"]
+)
+@both_policies
+def test_composition_with_grpo_changes_nothing(pair, off):
+    logits, tokens = make(26, off=off, B=64)
+    alone = pair.replace("grpo+", "").replace("+grpo", "")
+    options = {"ratio": 0.1} if alone == "kl_cov" else {"fraction": 0.3} if alone == "lp_reg" else {}
+    assert close(
+        gradient(logits, tokens(), build(pair, **options)),
+        gradient(logits, tokens(), build(alone, **options)),
+    )
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("kl_cov+clip_higher", "does not use"),
+        ("psr+nsr", "advantage"),
+        ("dr_grpo+qae", "advantage"),
+        ("gspo+cispo", "surrogate"),
+        ("ref_kl+prorl", "contains"),
+        ("entropy_bonus+adaptive_entropy", "same entropy term"),
+        ("nsr+par", "no positive"),
+        ("opefo+opefo", "twice"),
+        ("opefo+", "unknown"),
+        ("cispo+clip_higher", "eps_high"),
+    ],
+)
+def test_senseless_compositions_are_refused_with_the_reason(name, reason):
+    with pytest.raises(ValueError, match=reason):
+        build(name)
+
+
+def test_ambiguous_hyperparameters_are_refused_and_can_be_addressed():
+    with pytest.raises(ValueError, match="opefo.lam|par.lam"):
+        build("opefo+par", lam=0.5)
+    method = build("opefo+par", **{"par.lam": "0.5"})
+    assert {m.key: m.lam for m in method.members} == {"opefo": None, "par": 0.5}
+
+
+@pytest.mark.parametrize("key", ["opefo", "ref_kl", "lp_reg", "entropy_bonus"])
+def test_missing_fields_are_named(key):
+    _, tokens = make(27)
+    need = METHODS[key].needs[-1]
+    with pytest.raises(ValueError, match=need):
+        plan_update(replace(tokens(), **{need: None}), build(key))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The demonstration
+
+
+def test_demonstration_measures_the_real_entropy_change(tmp_path, capsys):
+    """Predicted change of every method against the measured one: a small step on the logits of the very
+    loss."""
+    logits, tokens = make(28, B=32)
+    tk = tokens()
+    logp = logits.detach().log_softmax(-1)
+    h = -(logp.exp() * logp).sum(-1)
+    slope = (logp.exp() ** 2 * (logp + h[..., None]) ** 2).sum(-1)
+    for key in METHODS:
+        method = active(key)
+        predicted = iv.effect(method, tk.detach(), slope).change.sum().item()
+        step = -1e-4 * gradient(logits, tokens(), method)
+
+        def total(z):
+            q = z.log_softmax(-1)
+            return -(q.exp() * q).sum(-1)[tk.mask].sum().item()
+
+        with torch.no_grad():
+            measured = (total(logits + step) - total(logits - step)) / 2e-4
+        assert predicted == pytest.approx(measured, rel=1e-4, abs=1e-8), key
+    score = torch.randn(tk.logp.shape, dtype=F64)
+    effects = iv.show_batch(tk.detach(), None, slope, score, str(tmp_path / "figure.png"))
+    text = capsys.readouterr().out
+    assert len(effects) == 32 and all(key in text for key in METHODS)
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_token_stats_view_is_the_chapter_1_type():
+    _, tokens = make(29)
+    assert isinstance(tokens().stats, TokenStats)
