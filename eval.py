@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rollout import Problem, Rollout, Task, answer
+from rollout import Problem, Rollout, Task, answer, chain_task
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. What a policy can do
@@ -136,8 +137,8 @@ def style(i: int) -> dict[str, Any]:
 
 
 def series(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the rows that have the key."""
-    pairs = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
+    """Steps and values of the rows that have the key, and a finite number there."""
+    pairs = [(r["step"], r[key]) for r in rows if r.get(key) is not None and math.isfinite(r[key])]
     return [p[0] for p in pairs], [p[1] for p in pairs]
 
 
@@ -201,8 +202,9 @@ def _draw_flows(axes: Any, runs: dict[str, list[dict[str, Any]]]) -> None:
     for ax in flat[len(runs) :]:
         ax.set_axis_off()
     for ax, (label, rows) in zip(flat, runs.items()):
-        steps, up = series(rows, "flow_up")
-        up, down = smooth(up), smooth(series(rows, "flow_down")[1])
+        both = [r for r in rows if series([r], "flow_up")[0] and series([r], "flow_down")[0]]
+        steps, up = series(both, "flow_up")
+        up, down = smooth(up), smooth(series(both, "flow_down")[1])
         ax.fill_between(steps, 0, up, color="#bbbbbb", label="up")
         ax.fill_between(steps, 0, [-v for v in down], color="#666666", label="down")
         ax.plot(steps, [a - b for a, b in zip(up, down)], color="black", linewidth=1.2, label="net")
@@ -238,5 +240,66 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
         keys = ("eval_entropy", "pass@1", "pass@k", "hard_pass@k", "distinct_correct")
         cells = [f"{a[key]:.3f} → {b[key]:.3f}" for key in keys]
         body.append([label, *cells, str(rows[-1]["step"]), f"{sum(r.get('seconds', 0) for r in rows):.0f}"])
+    return aligned(head, body)
+
+
+def aligned(head: list[str], body: list[list[str]]) -> str:
+    """A table in plain text, columns padded to their widest cell."""
     widths = [max(len(r[i]) for r in [head, *body]) for i in range(len(head))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in [head, *body])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. The command line
+
+
+def load_policy(folder: Path) -> tuple[nn.Module, Any]:
+    """Model and tokenizer of a run's checkpoint.  Raises ValueError where there is none or it cannot be read."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = folder / "checkpoint"
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{folder}: holds no checkpoint/; name the folder of a run, e.g. runs/opefo-s0")
+    try:
+        return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # damage shows as any of a dozen classes of three libraries
+        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0][:160]})") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate finished runs again: other problems are not needed, other samples and temperatures are."""
+    import argparse
+
+    p = argparse.ArgumentParser(
+        prog="eval.py",
+        description="Sample answers to the held-out problems from the policies of finished runs.",
+    )
+    p.add_argument("runs", nargs="+", help="folders of runs, e.g. runs/opefo-s0")
+    p.add_argument("--k", type=int, default=32, help="samples per problem (default: 32)")
+    p.add_argument("--temperature", type=float, default=1.0, help="of sampling (default: 1.0)")
+    p.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    args = p.parse_args(argv)
+    for name in ("k", "temperature"):
+        if not getattr(args, name) > 0:
+            p.error(f"--{name} {getattr(args, name)}: must be positive")
+    rows = []
+    try:
+        policies = [(run, *load_policy(Path(run))) for run in args.runs]
+    except ValueError as error:
+        p.error(str(error))
+    for run, model, tokenizer in policies:
+        result = evaluate(model, tokenizer, chain_task(), args.k, args.temperature, args.seed)
+        keys = ("eval_entropy", "pass@1", "pass@k", "hard_pass@1", "hard_pass@k", "distinct_correct")
+        rows.append([run, *(f"{result[key]:.3f}" for key in keys)])
+    k = args.k
+    print(f"{k} samples per problem, temperature {args.temperature:g}, no top-p, no top-k, seed {args.seed}")
+    print(
+        aligned(
+            ["run", "entropy", "pass@1", f"pass@{k}", "hard pass@1", f"hard pass@{k}", "distinct right"], rows
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

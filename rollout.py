@@ -1,20 +1,19 @@
 """Chapter 4. Rollouts: problems, a policy that answers them, and rewards that cannot be argued with.
 
-Claim. To see entropy collapse one needs a task in which many different answers are right, a policy that
-starts broad, and a verifier.  Seven billion parameters are not needed: a transformer of 0.14 M parameters
-shows the collapse in a minute.
+Claim. To see entropy collapse one needs a task in which many different answers are right, a policy that starts
+broad, and a verifier.  Seven billion parameters are not needed: a transformer of 0.13 M parameters shows the
+collapse in a minute.
 
-    the embedded world "chain": reach a target number in one to three arithmetic steps; 6,400 problems, many
-    solutions each tokenizer, model a real `transformers` tokenizer and a real Qwen2, built in code: the 7 B
-    path, only smaller warm start supervised learning on random right chains leaves a policy that is often
-    wrong and very diverse
-    sampling             batched, KV-cached, from the exact softmax at a temperature: no top-p, no top-k
+    the embedded world   "chain": reach a target in one to three arithmetic steps; 6,348 problems, most with
+                         dozens of right answers
+    tokenizer, model     a real `transformers` tokenizer and a real Llama, built in code: the path of a 7 B model
+    warm start           supervised learning on random right chains: a policy often wrong and very diverse
     masks                the first EOS belongs to the response and nothing after it does
-    scoring       log π, H, Σp², Σp² log p of every response token, through the chunked head of `entropy_math`
+    sampling             batched, KV-cached, from the exact softmax at a temperature: no top-p, no top-k
+    scoring              log π, H, Σp², Σp² log p of every response token, through entropy_math's chunked head
 
-Run `python rollout.py` to see problems, answers, and what the warm policy makes of them.
-
-Left out: stop strings, and tool use.  A response ends at EOS or at the length limit.
+Left out, compared with a production engine: stop strings, paged attention, and continuous batching beyond
+dropping rows that ended.  Run `python rollout.py` to see problems, answers, and where the policy is unsure.
 """
 
 from __future__ import annotations
@@ -181,7 +180,11 @@ def tiny_tokenizer() -> Any:
 
 @dataclass(frozen=True)
 class TinyModel:
-    """Shape of the embedded policy.  head_dim is 32, the least that vLLM accepts."""
+    """Shape of the embedded policy, a Llama.  head_dim is 32, the least that vLLM accepts.
+
+    Not a Qwen2: `AutoTokenizer` gives every folder of that model type a byte-level Qwen2 tokenizer, whatever
+    tokenizer was saved there, and a checkpoint must load as it is.
+    """
 
     hidden_size: int = 64
     intermediate_size: int = 128
@@ -189,10 +192,10 @@ class TinyModel:
     num_attention_heads: int = 2
 
     def build(self, tokenizer: Any, seed: int) -> nn.Module:
-        """A Qwen2 with random weights drawn from `seed`; global random state is left as it was."""
-        from transformers import Qwen2Config, Qwen2ForCausalLM
+        """A Llama with random weights drawn from `seed`; global random state is left as it was."""
+        from transformers import LlamaConfig, LlamaForCausalLM
 
-        config = Qwen2Config(
+        config = LlamaConfig(
             vocab_size=len(tokenizer),
             num_key_value_heads=self.num_attention_heads,
             max_position_embeddings=64,
@@ -204,7 +207,7 @@ class TinyModel:
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return Qwen2ForCausalLM(config)
+            return LlamaForCausalLM(config)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -315,7 +318,7 @@ def sample(
     for t in range(max_new_tokens):
         logits = head(hidden).float() / temperature  # (alive, V)
         logprob = logits.log_softmax(-1)
-        if t == 0 and bool(logprob.isnan().any()):
+        if bool(logprob.isnan().any()):  # multinomial would die of it with less to say
             raise FloatingPointError("the policy's probabilities are NaN: its weights have diverged")
         chosen = hook(logits, t, rows[alive], generator) if hook else None
         if chosen is None:
@@ -514,6 +517,7 @@ def warm_policy(
     cannot be written costs the next run half a minute and is reported, not fatal.
     """
     import transformers
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     tokenizer = tiny_tokenizer()
@@ -528,19 +532,23 @@ def warm_policy(
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
     path = (folder or cache_folder()) / f"warm-{key}.safetensors"
     try:
-        model.load_state_dict(load_file(path), strict=False)  # the tied head is stored once
-        return model, tokenizer
+        missing = model.load_state_dict(load_file(path), strict=False).missing_keys
+        if missing == ["lm_head.weight"]:  # the tied head is stored once
+            return model, tokenizer
+        raise ValueError(f"tensors are missing, {missing[0]} for one")
     except FileNotFoundError:
         pass  # the usual first run
     except Exception as error:  # a truncated file: safetensors has its own error class
-        print(f"warm start: {path} cannot be read ({error}); making it anew", file=sys.stderr)
+        reason = str(error).splitlines()[0]
+        print(f"warm start: {path} cannot be read ({reason}); making it anew", file=sys.stderr)
+        model = shape.build(tokenizer, how.seed).eval()  # a part of the file may have been loaded already
     supervised(model, how, progress)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
         save_file({k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}, part)
         part.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         print(
             f"warm start: not cached in {path.parent} ({error}); set ENTROPY_FLOW_CACHE to a writable folder",
             file=sys.stderr,

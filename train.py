@@ -37,6 +37,7 @@ import os
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -1005,30 +1006,45 @@ def compare(
 def main(argv: list[str] | None = None) -> int:
     """Entry point.  Exit codes: 0 done, 1 diverged, 2 bad input, 130 stopped by the user."""
     args = parser().parse_args(argv)
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    try:
-        for spec in getattr(args, "method", []):
-            if spec.endswith(":help"):
-                print(interventions_help(spec[: -len(":help")]))
-                return 0
-        return train(args)
-    except UserError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-    except OSError as error:
-        where = getattr(args, "out", "") or getattr(args, "resume", "") or "runs"
-        print(f"train.py: error: --out {where}: {error}; choose a writable folder with room", file=sys.stderr)
-    return 2
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        try:
+            for spec in getattr(args, "method", []):
+                if spec.endswith(":help"):
+                    print(method_help(spec[: -len(":help")]))
+                    return 0
+            return train(args)
+        except UserError as error:
+            print(f"train.py: error: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            where = getattr(args, "out", "") or getattr(args, "resume", "") or "runs"
+            print(
+                f"train.py: error: --out {where}: {error}; choose a writable folder with room",
+                file=sys.stderr,
+            )
+            return 2
+        except KeyboardInterrupt:
+            print("stopped at once; --resume goes on from the last checkpoint", file=sys.stderr)
+            return 130
 
 
-def interventions_help(name: str) -> str:
-    """The options of one method, for `--method NAME:help`."""
+def method_help(name: str) -> str:
+    """The options of one method, or of each member of a composition, for `--method NAME:help`."""
     try:
-        cls = interventions.lookup(name)
+        interventions.build(name)  # an unknown name or a senseless composition ends here
     except ValueError as error:
         raise UserError(f"--method {name}: {error}") from None
-    lines = [f"{name}: {cls.idea}  ({cls.paper})", ""]
-    lines += [f"  {n}={default}  {text}" for n, _, default, text in interventions.hyperparameters(cls)]
-    return "\n".join(lines)
+    lines = []
+    for key in name.split("+"):
+        cls = interventions.METHODS[key]
+        lines += [f"{key}: {cls.idea}  ({cls.paper})", ""]
+        for option, _, default, text in interventions.hyperparameters(cls):
+            lines += textwrap.wrap(
+                f"  {f'{option}={default}':<26} {' '.join(text.split())}", 110, subsequent_indent=" " * 29
+            )
+        lines.append("")
+    return "\n".join(lines[:-1])
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """The claims of the README's first page, measured: which method keeps entropy and pass@k, over three seeds.
 
-    python results/claims.py            run what is missing (about 90 s a run on one thread), then write the tables
+    python results/claims.py       run what is missing (about 90 s a run on one thread), then write the tables
     python results/claims.py --tables   only write the tables from what has been run
 
-A seed changes the warm start, the order of the prompts and the sampling.  Chosen before the runs: 300 steps, the
-default settings, seeds 0, 1, 2; statistic: mean and standard deviation over seeds of the values at step 300.  GRPO
-with smaller learning rates is the control, since whatever slows learning also slows the collapse.
+A seed changes the warm start, the order of the prompts and the sampling. Chosen before the runs: 300 steps,
+the default settings, seeds 0, 1, 2; statistic: mean and standard deviation over seeds of the values at step
+300. GRPO with smaller learning rates is the control, since whatever slows learning also slows the collapse.
 
-Writes results/claims.txt (the tables), results/claims.csv.gz (every metric of every step) and results/entropy.png (the
-picture of seed 0, methods of the README's first page).
+Writes results/claims.txt (the tables), results/claims.csv.gz (every metric of every step) and
+results/entropy.png (the picture of seed 0, methods of the README's first page).
 """
 
 import csv
@@ -65,25 +65,41 @@ def spread(values: list[float]) -> str:
 
 
 def tables(data: dict[tuple[str, int], list[dict]]) -> str:
-    lines = [f"{'mean ± standard deviation over seeds ' + str(SEEDS):<44}" + "".join(f"{c:<17}" for c in COLUMNS)]
+    lines = [
+        f"{'mean ± standard deviation over seeds ' + str(SEEDS):<44}" + "".join(f"{c:<17}" for c in COLUMNS)
+    ]
     for spec in SPECS:
         ends = [[r for r in data[spec, s] if "pass@1" in r] for s in SEEDS]
         if spec == SPECS[0]:
             cells = [spread([e[0][key] for e in ends]) for key in COLUMNS.values()]
             lines.append(f"{'warm start, step 0':<44}" + "".join(f"{c:<17}" for c in cells))
         cells = [spread([e[-1][key] for e in ends]) for key in COLUMNS.values()]
-        lines.append(f"{spec + ', step ' + str(ends[0][-1]['step']):<44}" + "".join(f"{c:<17}" for c in cells))
-    lines += ["", "training-batch entropy over the last 150 steps: mean, lowest and highest of a running mean of 10 steps"]
+        lines.append(
+            f"{spec + ', step ' + str(ends[0][-1]['step']):<44}" + "".join(f"{c:<17}" for c in cells)
+        )
+    lines += [
+        "",
+        "training-batch entropy over the last 150 steps: mean, lowest and highest of a running mean of 10 steps",
+    ]
     for spec in SPECS:
         for s in SEEDS:
             h = [r["entropy"] for r in data[spec, s] if r["step"] > 0][-150:]
             smooth = [statistics.mean(h[i : i + 10]) for i in range(len(h) - 9)]
-            lines.append(f"  {spec:<28} seed {s}   {statistics.mean(h):.3f}   {min(smooth):.3f} .. {max(smooth):.3f}")
-    lines += ["", "ledger: Pearson's r of predicted and measured change of entropy per logged step, over one run"]
+            lines.append(
+                f" {spec:<28} seed {s} {statistics.mean(h):.3f} {min(smooth):.3f} .. {max(smooth):.3f}"
+            )
+    lines += [
+        "",
+        "ledger: Pearson's r of predicted and measured change of entropy per logged step, over one run",
+    ]
     for spec in SPECS:
         cells = []
         for s in SEEDS:
-            pairs = [(r["dH_predicted"], r["dH_measured"]) for r in data[spec, s] if r.get("dH_measured") is not None]
+            pairs = [
+                (r["dH_predicted"], r["dH_measured"])
+                for r in data[spec, s]
+                if r.get("dH_measured") is not None
+            ]
             cells.append(f"{statistics.correlation(*zip(*pairs)):.3f}")
         lines.append(f"  {spec:<28} " + "   ".join(cells))
     return "\n".join(lines) + "\n"

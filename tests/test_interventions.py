@@ -174,6 +174,16 @@ def test_u3_padding_content_and_width_do_not_matter(key, off):
     assert (got[~tk.mask] == 0).all()
 
 
+@every_method
+def test_u3_garbage_at_masked_positions_gets_no_gradient_not_even_nan(key):
+    _, tokens = make(4, off=True)
+    tk = tokens().detach()
+    leaf = torch.where(tk.mask, tk.logp, math.nan).requires_grad_()
+    loss, _ = policy_loss(replace(tk, logp=leaf), active(key))
+    grad = torch.autograd.grad(loss, leaf)[0]
+    assert math.isfinite(loss.item()) and (grad[~tk.mask] == 0).all() and grad.isfinite().all()
+
+
 NEUTRAL = {  # hyperparameters that make the method plain GRPO, and whether that holds off-policy too
     "grpo": ({}, True),
     "entropy_bonus": ({"alpha": 0}, True),
@@ -441,7 +451,10 @@ def _plan(entropy):
     return Plan(one, one, one, one, entropy, 1)
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=40), st.sampled_from(["paper", "released"]))
+@given(
+    st.lists(st.one_of(st.floats(0, 1), st.just(0.4)), min_size=1, max_size=40),
+    st.sampled_from(["paper", "released"]),
+)
 def test_eq_3_3_adaptive_coefficient_stays_in_range_moves_by_delta_and_is_gated(trace, variant):
     m = build("adaptive_entropy", target=0.4, delta=0.01, c_max=0.03, variant=variant)
     last = math.nan
@@ -536,6 +549,9 @@ def test_eq_3_6_accuracy_not_reward_decides_and_no_usable_group_gives_zero():
     assert not method.select(tk).any(), "length penalties do not rescue a solved group"
     assert (gradient(logits, tk, method) == 0).all()
     assert build("dapo").refill
+    without = replace(tk, correct=None, reward=tk.reward.clone())  # then reward > 0 before the shaping counts
+    long = build("dapo", overlong_max=1, overlong_cache=1)  # takes 1 from every reward
+    assert int((plan_update(without, long).coef > 0).any(-1).sum()) == int(long.select(without).sum()) > 0
 
 
 def _cov(tk, adv):
@@ -796,6 +812,11 @@ def test_eq_3_13_steer_linear_and_released(seed):
     m = ((plan.adv / tk.old_logp.exp()) * p * (1 - p) * (tk.logp + tk.entropy)).abs()[tk.mask].detach()
     want = torch.exp(math.log(0.8) * m / max(m.max().item(), 0.02)).clamp(0.8, 1)
     assert torch.allclose(plan.weight[tk.mask], want, atol=1e-9)
+    small = replace(tk, adv=1e-3 * plan.adv)
+    w = plan_update(small, build("steer", form="released", lambda_min=0.8)).weight[tk.mask]
+    assert torch.allclose(
+        w, torch.exp(math.log(0.8) * 1e-3 * m / max(1e-3 * m.max().item(), 0.02)), atol=1e-9
+    )
     w = plan_update(tk, build("steer", map="linear", lambda_min=0.8)).weight[tk.mask]
     assert w.min() >= 0.8 - 1e-12 and w.max() <= 1.2 + 1e-12
     if plan.adv.abs().sum() > 0:
@@ -834,12 +855,15 @@ def test_eq_3_14_opefo_balances_the_flow(seed, form, s):
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_sum_norm"])
 @both_policies
-def test_eq_3_14_opefo_stops_the_first_order_entropy_change_of_the_real_step(aggregation, off):
+@pytest.mark.parametrize("corrected", [False, True])
+def test_eq_3_14_opefo_stops_the_first_order_entropy_change_of_the_real_step(aggregation, off, corrected):
     """Not through the formula of f: through the gradient on the logits and the gradient of the entropy."""
     logits, tokens = make(20, off=off)
+    mismatch = torch.rand(24, 6, generator=torch.Generator().manual_seed(1), dtype=F64)
 
     def dH(method):
-        step = -gradient(logits, tokens(), method)
+        tk = replace(tokens(), mismatch=mismatch) if corrected else tokens()
+        step = -gradient(logits, tk, method)
         z = logits.detach().requires_grad_()
         p = z.log_softmax(-1)
         slope = torch.autograd.grad(-(p.exp() * p).sum(), z)[0]
@@ -1057,6 +1081,10 @@ def test_eq_3_19_entropic_weighs_confident_tokens_by_one_plus_minus_alpha(seed, 
         logits, tk, build("entropic", target=1.5, kp=1, ki=0, threshold=threshold, denominator="all")
     )
     base = gradient(logits, tk, Method())
+    halved = gradient(logits, replace(tk, mismatch=torch.full_like(tk.logp, 0.5).detach()), method)
+    assert close(2 * halved, gradient(logits, tk, method)), (
+        "the mismatch weight multiplies the extra term too"
+    )
     if hp.any():
         assert close((own - base) * int(hp.sum()), (every - base) * int(tk.mask.sum()), 1e-5)
     else:
@@ -1328,6 +1356,15 @@ def test_eq_3_28_lp_reg_pushes_surviving_rare_negative_tokens_up(seed, fraction)
     assert (push[~picked].abs() < 1e-12).all()
 
 
+def test_eq_3_28_one_token_is_too_few():
+    _, tokens = make(30, B=40)
+    tk = tokens()
+    n = int((tk.mask & (plan_update(tk, Method()).adv < 0)).sum())
+    every = replace(tk, proxy_logp=tk.logp.detach() + 0.1)
+    assert plan_update(every, build("lp_reg", fraction=1.5 / n)).metrics["selected"] == 0
+    assert plan_update(every, build("lp_reg", fraction=2.5 / n)).metrics["selected"] == 2
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Names, hyperparameters, composition
 
@@ -1395,6 +1432,9 @@ def test_composition_multiplies_weights_and_balances_the_real_flow():
         ("opefo+clip_higher", {}),
         ("opefo+par", {"par.lam": 0.5, "schedule": "constant"}),
         ("cispo+opefo", {}),
+        ("opefo+gspo", {"eps_low": 0.1, "eps_high": 0.1}),
+        ("opefo+kl_cov", {"beta": 0}),
+        ("opefo+high_entropy_tokens", {"rho": 0.5}),
     ):
         method = build(name, **options)
         force = _force(tk, method, None)
