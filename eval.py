@@ -254,7 +254,8 @@ def aligned(head: list[str], body: list[list[str]]) -> str:
 
 
 def load_policy(folder: Path) -> tuple[nn.Module, Any]:
-    """Model and tokenizer of a run's checkpoint.  Raises ValueError where there is none or it cannot be read."""
+    """Model and tokenizer of a run's checkpoint. Raises ValueError where there is none or it cannot be
+    read."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = folder / "checkpoint"

@@ -469,10 +469,10 @@ class Method:
 
     def sample(
         self, logits: Tensor, position: int, rows: Tensor, generator: torch.Generator | None
-    ) -> Tensor | None:
-        """Place 1.  Next-token ids (B,) from temperature-scaled logits (B, V) at response position
-        `position`, or None to leave sampling alone.  `rows` (B,) is each row's number among its prompt's
-        responses, 0 <= rows < group size."""
+    ) -> tuple[Tensor, Tensor] | None:
+        """Place 1.  Next-token ids (B,), and their log-probabilities under the distribution that they were
+        drawn from, for temperature-scaled logits (B, V) at response position `position`; None leaves sampling
+        alone.  `rows` (B,) is each row's number among its prompt's responses, 0 <= rows < group size."""
         return None
 
     def select(self, tk: Tokens) -> Tensor | None:

@@ -38,7 +38,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from entropy_math import entropy_change, set_point_lambda, token_stats
+from entropy_math import entropy_change, set_point_lambda
 from grpo import (
     Method,
     Plan,
@@ -221,10 +221,12 @@ class MixedCUTS(Method):
 
     def sample(
         self, logits: Tensor, position: int, rows: Tensor, generator: torch.Generator | None
-    ) -> Tensor | None:
+    ) -> tuple[Tensor, Tensor] | None:
         if position < self.warm or self.share == 0:
             return None
-        return torch.multinomial(self.behaviour(logits, position, rows), 1, generator=generator)[:, 0]
+        q = self.behaviour(logits, position, rows)
+        ids = torch.multinomial(q, 1, generator=generator)
+        return ids[:, 0], q.gather(-1, ids)[:, 0].log()
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor | None:
         if tk.rollout_logp is None:
@@ -1617,9 +1619,8 @@ def _shared_values(members: list[Method], surrogate: Method) -> dict[str, Any]:
                 f"{'+'.join(m.key for m in members)}: conflicting {name}: {text}; set {name} explicitly"
             )
         if set_by and name in surrogate.without:
-            raise ValueError(
-                f"{next(iter(set_by))} sets {name}, but the surrogate of {surrogate.key} does not use it"
-            )
+            who = f"{next(iter(set_by))} sets {name}, which the surrogate of {surrogate.key} does not use"
+            raise ValueError(f"{who}: leave it out, or give {name}={default}")
         values[name] = next(iter(set_by.values()), default)
     return values
 
@@ -1664,7 +1665,7 @@ class Composite(Method):
 
     def sample(
         self, logits: Tensor, position: int, rows: Tensor, generator: torch.Generator | None
-    ) -> Tensor | None:
+    ) -> tuple[Tensor, Tensor] | None:
         return self.owner["sample"].sample(logits, position, rows, generator)
 
     def select(self, tk: Tokens) -> Tensor | None:
@@ -2031,43 +2032,63 @@ def draw(tokens: Tokens, adv: Tensor, base: Effect, effects: list[Effect], path:
     plt.close(fig)
 
 
-def synthetic_batch(
-    prompts: int = 16, group: int = 16, length: int = 10, vocab: int = 100, drift: float = 0.0, seed: int = 0
-) -> tuple[Tokens, Tensor]:
-    """Random softmax policies, from hesitant to certain: Tokens with every field, and |∇_z H|² (B, T).
+def embedded_batches(steps: int = 20, network: bool = False) -> list[tuple[Tokens, Tensor, Tensor | None]]:
+    """Two real batches of the embedded world: strictly on-policy after some steps of GRPO, and the same
+    responses four updates later, when the ratio has left 1.
 
-    drift: how far the logits have moved since the rollout (standard deviation); 0: strictly on-policy.
+    Each with |∇_z H|² (B, T), and with `network` the change of entropy per unit force on each token in the
+    network, its preconditioner included.
     """
-    g = torch.Generator().manual_seed(seed)
-    rows = prompts * group
-    sharpness = torch.rand(rows, length, 1, generator=g) * 5 + 0.5
-    logits = torch.randn(rows, length, vocab, generator=g) * sharpness  # (B, T, V)
-    ids = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=g).view(rows, length)
+    # Only here does this chapter look ahead to the loop: a demonstration needs something to demonstrate on.
+    from pathlib import Path
 
-    def moved(distance: float) -> Tensor:
-        return token_stats(logits + distance * torch.randn(logits.shape, generator=g), ids).logp
+    from rollout import WarmStart, chain_task, warm_policy
+    from train import Ledger, Run, Settings, response_logits, scored_in_slices
 
-    rate = torch.rand(prompts, generator=g).repeat_interleave(group)
-    mask = torch.arange(length) < torch.randint(length // 2, length + 1, (rows, 1), generator=g)
-    reward = (torch.rand(rows, generator=g) < rate).float()
-    s, logp = token_stats(logits, ids), logits.log_softmax(-1)
-    tokens = Tokens(ids, mask, reward=reward, group=torch.arange(prompts).repeat_interleave(group))
-    tokens = replace(tokens, logp=s.logp, entropy=s.entropy, p2=s.p2, p2logp=s.p2logp, truncated=mask.all(-1))
-    tokens = replace(tokens, ref_logp=moved(0.3), proxy_logp=proxy_log_prob(logits, ids))
-    if drift:
-        tokens = replace(tokens, old_logp=moved(drift))
-    return tokens, (logp.exp() * (logp + s.entropy[..., None])).square().sum(-1)
+    model, tokenizer = warm_policy(WarmStart())
+    run = Run(
+        Settings(method="grpo", ledger="off"),
+        build("ref_kl", beta=0),
+        Path("."),
+        chain_task(),
+        model,
+        tokenizer,
+    )
+    for _ in range(steps):
+        run.train_step()
+    batch, out = run.rollout(), []
+    reference = scored_in_slices(run.reference, batch, 1.0, 0).logp
+    for later in (False, True):
+        old = scored_in_slices(model, batch, 1.0, 0)
+        logits, before = response_logits(model, batch, 1.0), Ledger.open(model, batch, run.settings)
+        if later:
+            for _ in range(4):
+                run._updates(batch, None)
+            logits, before = response_logits(model, batch, 1.0), Ledger.open(model, batch, run.settings)
+        now = scored_in_slices(model, batch, 1.0, 0)
+        logp = logits.log_softmax(-1)
+        slope = (logp.exp() * (logp + now.entropy[..., None])).square().sum(-1)
+        proxy = proxy_log_prob(logits, now.ids)
+        score = before.network_flow(model, run.optimizer, torch.ones_like(slope)) if network else None
+        tokens = replace(now, ref_logp=reference, proxy_logp=proxy, old_logp=old.logp if later else None)
+        out.append((tokens, slope, score))
+    return out
 
 
 def main() -> None:
-    """All methods on one strictly on-policy batch; then those that need several updates per rollout on a
-    later one."""
-    tokens, slope = synthetic_batch()
-    show_batch(tokens, entropy_slope=slope)
-    print("\nThe same after the policy has moved away from the rollout:\n")
-    tokens, slope = synthetic_batch(drift=0.15)
-    methods = demonstration_methods(float(masked_mean(tokens.entropy, tokens.mask)), tokens.mask.shape[1])
-    show_batch(tokens, [m for m in methods if not m[0].on_policy or m[0].place == "ratio"], slope, path=None)
+    """All methods on one strictly on-policy batch; then those that act on the ratio on a later one."""
+    import argparse
+
+    p = argparse.ArgumentParser(description="What each method does to one real batch of the embedded world.")
+    p.add_argument("--ledger", choices=("step", "full"), default="step", help="full: also the network flow")
+    p.add_argument("--out", default="runs/interventions.png", help="where the figure goes")
+    args = p.parse_args()
+    (now, slope, score), (later, later_slope, later_score) = embedded_batches(network=args.ledger == "full")
+    show_batch(now, None, slope, score, args.out)
+    print("\nThe same responses four updates later, for the methods that act on the ratio:\n")
+    methods = demonstration_methods(float(masked_mean(later.entropy, later.mask)), later.mask.shape[1])
+    methods = [m for m in methods if not m[0].on_policy or m[0].place in ("none", "ratio")]
+    show_batch(later, methods, later_slope, later_score, None)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Chapter 4. Rollouts: problems, a policy that answers them, and rewards that cannot be argued with.
 
-Claim. To see entropy collapse one needs a task in which many different answers are right, a policy that starts
-broad, and a verifier.  Seven billion parameters are not needed: a transformer of 0.13 M parameters shows the
-collapse in a minute.
+Claim. To see entropy collapse one needs a task in which many different answers are right, a policy that
+starts broad, and a verifier.  Seven billion parameters are not needed: a transformer of 0.13 M parameters
+shows the collapse in a minute.
 
     the embedded world   "chain": reach a target in one to three arithmetic steps; 6,348 problems, most with
                          dozens of right answers
-    tokenizer, model     a real `transformers` tokenizer and a real Llama, built in code: the path of a 7 B model
+    tokenizer, model     a real `transformers` tokenizer and a real Llama, made in code: the 7 B path, smaller
     warm start           supervised learning on random right chains: a policy often wrong and very diverse
     masks                the first EOS belongs to the response and nothing after it does
     sampling             batched, KV-cached, from the exact softmax at a temperature: no top-p, no top-k
@@ -264,7 +264,9 @@ class Rollout:
         return out, length.to(out.device) - 1
 
 
-SampleHook = Callable[[Tensor, int, Tensor, torch.Generator | None], "Tensor | None"]
+SampleHook = Callable[
+    [Tensor, int, Tensor, "torch.Generator | None"], "tuple[Tensor, Tensor] | Tensor | None"
+]
 
 
 @torch.no_grad()
@@ -285,8 +287,9 @@ def sample(
 
     `entropy` also keeps the exact full-vocabulary entropy at every token.  Our own loop beats `generate`
     because it stops paying for rows that ended: whenever a quarter of the living rows has ended, their cache
-    is dropped.  `hook` may choose the tokens instead (CUTS); then too `rollout_logp` is the log-probability
-    under the policy, since that is what the surrogate needs.
+    is dropped.  `hook` may choose the tokens instead: it returns ids, and `rollout_logp` is the policy's
+    log-probability, or (ids, log-probabilities of its own distribution) as CUTS does, or None to leave the
+    token alone.
     """
     from transformers import DynamicCache
 
@@ -320,11 +323,14 @@ def sample(
         logprob = logits.log_softmax(-1)
         if bool(logprob.isnan().any()):  # multinomial would die of it with less to say
             raise FloatingPointError("the policy's probabilities are NaN: its weights have diverged")
-        chosen = hook(logits, t, rows[alive], generator) if hook else None
-        if chosen is None:
-            chosen = torch.multinomial(logprob.exp(), 1, generator=generator)[:, 0]
+        drawn = hook(logits, t, rows[alive], generator) if hook else None
+        if drawn is None:
+            drawn = torch.multinomial(logprob.exp(), 1, generator=generator)[:, 0]
+        chosen, behaviour = (
+            drawn if isinstance(drawn, tuple) else (drawn, logprob.gather(-1, drawn[:, None])[:, 0])
+        )
         ids[alive[running], t] = chosen[running]
-        logp[alive[running], t] = logprob.gather(-1, chosen[:, None])[running, 0]
+        logp[alive[running], t] = behaviour[running]
         if nats is not None:
             nats[alive, t] = -torch.where(logprob > -torch.inf, logprob.exp() * logprob, 0).sum(-1)
         running = running & ~torch.isin(chosen, stops)

@@ -30,6 +30,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
+import difflib
 import hashlib
 import json
 import math
@@ -46,6 +48,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -113,9 +116,13 @@ class Settings:
         for name in ("micro_batch", "threads", "grad_clip", "seed"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{flag(name)} {getattr(self, name)}: must not be negative")
-        for name in ("lr", "temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{flag(name)} {getattr(self, name)}: must be a positive number")
+        if not 0 < self.lr < math.inf:
+            raise UserError(f"--lr {self.lr}: must be a positive number")
+        if not 1e-3 <= self.temperature <= 1e3:  # beyond, float32 logits overflow
+            raise UserError(f"--temperature {self.temperature}: must lie between 0.001 and 1000")
+        for name, most in (("seed", 2**63 - 1), ("threads", 1024)):
+            if getattr(self, name) > most:
+                raise UserError(f"{flag(name)} {getattr(self, name)}: must be at most {most}")
         if self.group_size < 2:
             raise UserError(
                 f"--group-size {self.group_size}: advantages compare responses to one prompt; use at least 2"
@@ -253,6 +260,17 @@ def scored_in_slices(model: nn.Module, batch: Batch, temperature: float, micro: 
     return replace(batch.tokens, **{k: torch.cat([getattr(p, k) for p in parts]) for k in names})
 
 
+@torch.no_grad()
+def response_logits(model: nn.Module, batch: Batch, temperature: float) -> Tensor:
+    """(B, T, V) logits / temperature at the response positions: for the one method that needs the logits
+    themselves (Lp-Reg's proxy) and for pictures.  Fine at a small vocabulary; at a large one use small
+    micro-batches."""
+    hidden = model.get_decoder()(batch.full_ids, use_cache=False).last_hidden_state  # (B, L, D)
+    columns = batch.start[:, None] + torch.arange(batch.tokens.ids.shape[1], device=hidden.device)  # (B, T)
+    columns = columns.clamp(max=hidden.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[-1])
+    return model.get_output_embeddings()(hidden.gather(1, columns)).float() / temperature
+
+
 @dataclass
 class Gradient:
     """What `accumulate_gradient` found out on its way, besides the gradient in the parameters."""
@@ -387,12 +405,13 @@ def flow_summary(tabular: Tensor, network: Tensor, mask: Tensor) -> dict[str, fl
 def read_rows(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
     """The JSON lines of a file up to a step; a last line that a crash cut short is dropped."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+            late = last_step is not None and row["step"] > last_step
+        except (ValueError, TypeError, KeyError):
             break
-        if last_step is not None and row["step"] > last_step:
+        if late:
             break
         rows.append(row)
     return rows
@@ -402,6 +421,24 @@ def write_atomically(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(text)
     part.replace(path)
+
+
+CHECKSUMS = "sha256.json"  # of every other file of a checkpoint: flipped bits in weights raise no error
+
+
+def checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_sums(folder: Path) -> None:
+    """Raises ValueError or OSError at the first file that is not as it was written."""
+    for name, digest in json.loads((folder / CHECKSUMS).read_text()).items():
+        if checksum(folder / name) != digest:
+            raise ValueError(f"{name} is not as it was written")
 
 
 MAX_DRAWS = 10  # rollouts that dynamic sampling may draw for one update; the recipe's max_num_gen_batches
@@ -429,16 +466,12 @@ class Run:
         )
         self.reference: nn.Module | None = None
         if "ref_logp" in method.needs:
-            self.reference = self._frozen_copy()
+            self.reference = copy.deepcopy(model).eval().requires_grad_(False)
         self.step = 0  # rollouts done
         self.position = 0  # prompts used
         self.skipped_in_row = 0
         self.rows: list[dict[str, Any]] = []
-
-    def _frozen_copy(self) -> nn.Module:
-        copy = type(self.model)(self.model.config).to(self.device)
-        copy.load_state_dict(self.model.state_dict())
-        return copy.eval().requires_grad_(False)
+        self.why = ""  # the run broke off
 
     # -- one step --------------------------------------------------------------------------------------------
 
@@ -476,6 +509,8 @@ class Run:
     def train_step(self) -> dict[str, Any]:
         """One rollout and its updates.  Returns the row for metrics.jsonl."""
         s, begin = self.settings, time.perf_counter()
+        limit = self.task.max_new_tokens
+        self.method.progress = Progress(self.step, s.steps, s.seed, limit, s.temperature)
         batch = self.rollout()
         row: dict[str, Any] = {"step": self.step + 1}
         tk = batch.tokens
@@ -500,7 +535,6 @@ class Run:
         out: dict[str, Any] = {"skipped": 0}
         history: dict[str, list[float]] = {}
         for part in self._parts(batch):
-            method.progress = Progress(self.step, s.steps, s.seed, self.task.max_new_tokens)
             self.optimizer.zero_grad(set_to_none=True)
             gradient = accumulate_gradient(self.model, part, method, s)
             norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf))
@@ -563,22 +597,14 @@ class Run:
             return [batch]
         return [batch.rows(torch.isin(tk.group, g)) for g in groups if len(g)]
 
-    @torch.no_grad()
     def _proxy(self, batch: Batch) -> Tensor:
-        """log q of Lp-Reg's filtered proxy, (B, T): the one method that needs the logits themselves."""
-        members = getattr(self.method, "members", [self.method])
+        """log q of Lp-Reg's filtered proxy, (B, T)."""
+        s, members = self.settings, getattr(self.method, "members", [self.method])
         threshold = next(m.threshold for m in members if "proxy_logp" in m.needs)
-        out = []
-        for sl in batch.slices(self.settings.micro_batch):
-            part = batch.rows(sl)
-            hidden = self.model.get_decoder()(part.full_ids, use_cache=False).last_hidden_state
-            columns = part.start[:, None] + torch.arange(part.tokens.ids.shape[1], device=self.device)
-            picked = hidden.gather(
-                1, columns.clamp(max=hidden.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[-1])
-            )
-            logits = self.model.get_output_embeddings()(picked).float() / self.settings.temperature
-            out.append(interventions.proxy_log_prob(logits, part.tokens.ids, threshold))
-        return torch.cat(out)
+        parts = [batch.rows(rows) for rows in batch.slices(s.micro_batch)]
+        logits = (response_logits(self.model, part, s.temperature) for part in parts)
+        q = [interventions.proxy_log_prob(z, part.tokens.ids, threshold) for z, part in zip(logits, parts)]
+        return torch.cat(q)
 
     def maybe_reset(self, score: float | None) -> None:
         """ProRL's reset, where the method asks for it: the policy becomes the reference, the optimizer
@@ -591,8 +617,18 @@ class Run:
     # -- the loop --------------------------------------------------------------------------------------------
 
     def run(self, stop: Callable[[], bool], show: Callable[[dict[str, Any]], None]) -> str:
-        """Until the last step or until `stop()`; "done", "stopped" or "broken" (ten non-finite updates in a
-        row)."""
+        """Until the last step or until `stop()`; "done", "stopped" or "broken".
+
+        Broken is a run with ten non-finite updates in a row, or whose policy gives NaN, from which no update
+        comes back; then the checkpoint stays that of the last evaluation.
+        """
+        try:
+            return self._loop(stop, show)
+        except FloatingPointError as error:
+            self.why = str(error)
+            return "broken"
+
+    def _loop(self, stop: Callable[[], bool], show: Callable[[dict[str, Any]], None]) -> str:
         if self.step == 0 and not self.rows:
             self._record({"step": 0}, True)
             show(self.rows[-1])
@@ -606,6 +642,7 @@ class Run:
             show(self.rows[-1])
             if self.skipped_in_row >= 10:
                 self.save()
+                self.why = "ten updates in a row had a non-finite loss or gradient, and none was taken"
                 return "broken"
         return "done"
 
@@ -642,8 +679,27 @@ class Run:
         write_atomically(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     def save(self) -> None:
-        """Write a checkpoint beside the last one, then rename: at no moment is there none."""
+        """Write a checkpoint beside the last one, then rename: at no moment is there none.
+
+        Raises UserError if it cannot be written; the last one is then still there.
+        """
         part = self.folder / ".checkpoint.part"
+        try:
+            self._write(part)
+        except (OSError, RuntimeError, SafetensorError) as error:  # three names for a full disk
+            shutil.rmtree(part, ignore_errors=True)
+            reason = str(error).splitlines()[0][:160]
+            raise UserError(
+                f"--out {self.folder}: no checkpoint could be written at step {self.step} ({reason});\n"
+                f"make room, then go on with --resume {self.folder}"
+            ) from None
+        final, previous = self.folder / "checkpoint", self.folder / "checkpoint-previous"
+        if final.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            final.rename(previous)
+        part.rename(final)
+
+    def _write(self, part: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         self.model.save_pretrained(part)
@@ -657,11 +713,8 @@ class Run:
             "reference": None if self.reference is None else self.reference.state_dict(),
         }
         torch.save(state, part / "state.pt")
-        final, previous = self.folder / "checkpoint", self.folder / "checkpoint-previous"
-        if final.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-            final.rename(previous)
-        part.rename(final)
+        sums = {f.name: checksum(f) for f in sorted(part.iterdir())}
+        (part / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
 
     def load(self) -> None:
         """Continue from the last checkpoint; without any, from the beginning.  Raises UserError on an
@@ -671,6 +724,7 @@ class Run:
             path = self.folder / "checkpoint-previous"  # the process died between two renames
         if path.exists():
             try:
+                check_sums(path)
                 weights = type(self.model).from_pretrained(path).state_dict()
                 state = torch.load(path / "state.pt", map_location=self.device, weights_only=True)
                 self.model.load_state_dict(weights)
@@ -687,6 +741,8 @@ class Run:
                     f"remove {path} to go on from checkpoint-previous if there is one, else from the start"
                 ) from None
         for name in ("metrics.jsonl", "samples.jsonl", "flows.jsonl"):
+            if not (self.folder / name).exists():
+                continue
             rows = read_rows(self.folder / name, self.step) if path.exists() else []
             write_atomically(self.folder / name, "".join(json.dumps(r) + "\n" for r in rows))
             if name == "metrics.jsonl":
@@ -713,17 +769,31 @@ GROUPS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Complains in one line that names the flag and the nearest, instead of a page of usage."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, 1, 0)
+            self.error(f"{unknown[0]}: unknown; did you mean {near[0]}?")
+        return found
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}  (--help shows all flags)\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line.  Flags that were not given are absent, so that --resume can tell them from
     defaults."""
     helps = {name: text for name, _, _, text in interventions.hyperparameters(Settings)}
     defaults = {f.name: f.default for f in fields(Settings)}
     ideas = "\n".join(f"  {name:<20} {cls.idea}" for name, cls in interventions.METHODS.items())
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="train.py",
-        description="Train a language model with verifiable rewards and watch its entropy. Without --model it\n"
-        "trains a small transformer on an embedded arithmetic task: nothing is downloaded, two minutes on\n"
-        "two cores.",
+        description="Train a language model with verifiable rewards and watch its entropy. Without --model\n"
+        "it trains a small transformer on an embedded arithmetic task: nothing is downloaded, two minutes\n"
+        "on two cores.",
         epilog="examples:\n"
         "  python train.py --method opefo\n"
         "  python train.py --method grpo opefo steer --out runs/three\n"
@@ -793,21 +863,40 @@ def check_not_yet(args: argparse.Namespace) -> None:
         )
 
 
+RUN_FILES = (
+    "config.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "flows.jsonl",
+    "checkpoint",
+    "checkpoint-previous",
+    "entropy.png",
+    "summary.txt",
+)
+
+
+def run_file(folder: Path, specs: list[str]) -> Path | None:
+    """A file of an earlier run that a new one would overwrite, in the folder or in those of its methods."""
+    places = [folder, *(folder / label_of(x) for x in specs if len(specs) > 1)]
+    return next((p / name for p in places for name in RUN_FILES if (p / name).exists()), None)
+
+
 def new_folder(args: argparse.Namespace, specs: list[str], seed: int) -> Path:
     """--out, which must not hold a run; without it a fresh name under runs/."""
     if hasattr(args, "out"):
         folder = Path(args.out)
         if folder.is_file():
             raise UserError(f"--out {folder}: is a file; give a folder")
-        if (folder / "config.json").exists():
+        taken = run_file(folder, specs)
+        if taken:
             raise UserError(
-                f"--out {folder}: holds a run already, and nothing is overwritten;\n"
-                f"choose another folder, or go on with it: --resume {folder}"
+                f"--out {folder}: {taken} is there already, and nothing is overwritten;\n"
+                f"choose another folder, or go on with a run: --resume {taken.parent}"
             )
         return folder
     name = "-vs-".join(label_of(x) for x in specs)[:80] + f"-s{seed}"
     folder, n = Path("runs") / name, 2
-    while (folder / "config.json").exists():
+    while run_file(folder, specs):
         folder, n = Path("runs") / f"{name}-{n}", n + 1
     return folder
 
@@ -815,6 +904,8 @@ def new_folder(args: argparse.Namespace, specs: list[str], seed: int) -> Path:
 def old_folder(args: argparse.Namespace) -> Path:
     """The folder to resume: --resume FOLDER, --out FOLDER, or the newest under runs/."""
     named = args.resume or getattr(args, "out", "")
+    if getattr(args, "out", named) != named:
+        raise UserError(f"--out {args.out}: the run to go on with is {named}; leave --out out")
     if named:
         if not (Path(named) / "config.json").is_file():
             raise UserError(f"--resume {named}: holds no run (no config.json); start one with --out {named}")
@@ -830,7 +921,10 @@ def resumed_plan(args: argparse.Namespace, folder: Path) -> tuple[list[str], Set
     raised."""
     try:
         stored = json.loads((folder / "config.json").read_text())
-        specs, base = stored["specs"], Settings(**stored["settings"])
+        specs, base = list(map(str, stored["specs"])), Settings(**stored["settings"])
+        for f in fields(Settings):
+            if type(getattr(base, f.name)) is not type(f.default):
+                raise ValueError(f"{f.name} is {getattr(base, f.name)!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"--resume {folder}: config.json is damaged ({error}); start a new run") from None
     if hasattr(args, "method") and args.method != specs:
@@ -885,28 +979,35 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
             signal.signal(n, h)
 
 
+# The progress line: reward, entropy, flow up and down, λ, measured (predicted) change, evaluations.
+BAR = {
+    "reward": "r {:.2f}",
+    "entropy": "H {:.3f}",
+    "flow_up": "↑{:.3f}",
+    "flow_down": "↓{:.3f}",
+    "lam": "λ {:+.2f}",
+    "dH_measured": "dH {:+.4f}",
+    "dH_predicted": "(pred {:+.4f})",
+    "pass@1": "pass@1 {:.2f}",
+    "pass@k": "pass@k {:.2f}",
+}
+
+
 class Bar:
-    """One progress line for a run: what matters now."""
+    """One progress line for a run: the ledger and the last evaluation."""
 
     def __init__(self, label: str, run: Run, quiet: bool):
         from tqdm import tqdm
 
         self.numbers: dict[str, str] = {}
-        self.bar = tqdm(
-            total=run.settings.steps, initial=run.step, desc=label, unit="step", disable=quiet, leave=True
-        )
+        steps, shape = run.settings.steps, "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+        self.bar = tqdm(total=steps, initial=run.step, desc=label, disable=quiet, bar_format=shape)
 
     def show(self, row: dict[str, Any]) -> None:
-        names = {
-            "reward": "reward",
-            "entropy": "H",
-            "lam": "λ",
-            "dH_measured": "dH",
-            "pass@1": "pass@1",
-            "pass@k": "pass@k",
-        }
-        self.numbers |= {short: f"{row[key]:.3g}" for key, short in names.items() if row.get(key) is not None}
-        self.bar.set_postfix(self.numbers, refresh=False)
+        self.numbers |= {key: form.format(row[key]) for key, form in BAR.items() if row.get(key) is not None}
+        self.bar.set_postfix_str(
+            " ".join(self.numbers[key] for key in BAR if key in self.numbers), refresh=False
+        )
         self.bar.update(row["step"] - self.bar.n)
 
 
@@ -944,6 +1045,8 @@ def train(args: argparse.Namespace) -> int:
 def check_room(folder: Path) -> None:
     """Fail before the work, not after it."""
     parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    if not parent.is_dir():
+        raise UserError(f"--out {folder}: {parent} is not a folder; choose another")
     if not os.access(parent, os.W_OK):
         raise UserError(f"--out {folder}: {parent} is not writable; choose another folder")
     free = shutil.disk_usage(parent).free
@@ -971,14 +1074,17 @@ def compare(
             )
             place = folder if len(plans) == 1 else folder / label_of(spec)
             run = Run(settings, method, place, task, model.to(device), tokenizer)
-            run.create()
             if resume:
                 run.load()
+            run.create()
             bar = Bar(spec, run, quiet)
             state = run.run(stop, bar.show)
             bar.bar.close()
             done[spec] = run.rows
             draw({spec: run.rows}, place / "entropy.png")
+            skipped = sum(row.get("skipped", 0) for row in run.rows)
+            if skipped:
+                print(f"{spec}: {skipped} updates skipped: non-finite loss or gradient", file=sys.stderr)
             if state != "done":
                 break
     if len(done) > 1:
@@ -994,9 +1100,8 @@ def compare(
         return 130
     if state == "broken":
         print(
-            f"train.py: error: {spec}: ten updates in a row had a non-finite loss or gradient, up to step "
-            f"{run.step}; none was taken.\n"
-            f"The last good policy is in {place / 'checkpoint'}; try a smaller --lr.",
+            f"train.py: error: {spec}: {run.why} (after step {run.step});\n"
+            f"the last checkpoint is in {place / 'checkpoint'}; try a smaller --lr",
             file=sys.stderr,
         )
         return 1

@@ -56,7 +56,7 @@ def parts(folder: Path) -> None:
             booked = [w for i, w in enumerate(whole) if i % 10 == 0 and i]
             ms = [1e3 * statistics.median(x) for x in (rollout, plain, booked)]
             print(
-                f" {spec:<18} step {ms[1]:4.0f} of it rollout {ms[0]:4.0f} step with a ledger entry {ms[2]:4.0f}"
+                f"  {spec:<18} step {ms[1]:4.0f}   rollout {ms[0]:4.0f}   step with ledger entry {ms[2]:4.0f}"
             )
 
 
@@ -92,9 +92,7 @@ def methods(folder: Path, repeats: int = 15) -> None:
 
 def command() -> None:
     """The README's command with two methods, three times, each from an empty cache."""
-    print(
-        "\npython train.py --method grpo opefo, empty cache: wall seconds, peak MB, seconds of the second method"
-    )
+    print("\npython train.py --method grpo opefo, empty cache: wall seconds, peak MB, seconds of opefo alone")
     for _ in range(3):
         with tempfile.TemporaryDirectory() as folder:
             env = {**os.environ, "ENTROPY_FLOW_CACHE": folder}

@@ -79,7 +79,7 @@ def tables(data: dict[tuple[str, int], list[dict]]) -> str:
         )
     lines += [
         "",
-        "training-batch entropy over the last 150 steps: mean, lowest and highest of a running mean of 10 steps",
+        "training-batch entropy of the last 150 steps: mean; lowest and highest running mean of 10 steps",
     ]
     for spec in SPECS:
         for s in SEEDS:

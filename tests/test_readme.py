@@ -5,15 +5,12 @@
 
 import re
 import shlex
-import sys
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import interventions
 import train
 
+ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 
 
