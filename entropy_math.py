@@ -17,7 +17,7 @@ measures that in half a minute.
 
 Left out: which states are visited. A state's own distribution is followed, not the drift of the trajectories.
 Sources, by arXiv id: 2505.22617 (covariance, law), 2510.10150 (STEER), 2605.11491 (OPEFO), 2602.03392 (S*),
-2605.11775 (the two parts of 2.4). "Measured" means measured by us.
+2605.11775 (the two parts of 2.4). "Measured" means measured by us, in results/honesty.txt.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ def second_order_change(logits: Tensor, dz: Tensor) -> Tensor:
 
     Differentiate (1.3) along d = dz, with dp_v = p_v (d_v - E[d]) and du_v = d_v - E[d] - E[u d]:
         dᵀ (∇²H) d = -E[(1 + u) d²] + 2 E[u d] E[d] + E[d]²             (expectations under p)           (1.4)
-    For d = η A (e_y - p), averaged over y ~ p, it is negative for most policies (79 % of random softmaxes,
-    measured): steps whose first order cancels still cost entropy. It matters for large steps: at a logit step
-    of size 1 the first order alone still correlates .97 with the truth, but with a relative RMS error of .24
-    to .37 (measured).
+    For d = η A (e_y - p), averaged over y ~ p, it is negative for most policies (all flat ones, 85 % of
+    Gaussian ones with V = 1000, 38 % of very peaked ones, measured): steps whose first order cancels mostly
+    still cost entropy. It matters for large steps: at a logit step of size 1 the first order alone
+    correlates .82 to .97 with the truth, with a relative RMS error of .33 to .73 (measured).
     """
     logq = _finite(torch.log_softmax(logits, dim=-1))
     p, u = logq.exp(), logq + entropy(logits).unsqueeze(-1)  # (..., V) each
@@ -415,9 +415,9 @@ def entropy_directional_change(grads: Tensors, deltas: Tensors) -> float:
     """The ledger's prediction <∇H, Δθ> in nats, accumulated in float64.
 
     In a network all tokens share parameters θ and the optimizer bends the step, so (2.2) is only a score:
-    measured on a small transformer, it correlates .13 to .18 with the change of H at the token's own state.
-    The exact first-order statement, for the mean entropy H(θ) of fixed states and the step Δθ really taken,
-    with momentum and decay, is
+    measured on a small transformer, it correlates about .4 with the change of H at the token's own state and
+    .6 with the token's effect on the batch's mean H. The exact first-order statement, for the mean entropy
+    H(θ) of fixed states and the step Δθ really taken, with momentum and decay, is
         dH_predicted = <∇H(θ), Δθ>                                                                       (5.1)
     `grads`, `deltas`: mappings by name, or sequences in one order; None (no dependence) counts as 0. Raises
     ValueError if names, lengths or shapes differ.
@@ -482,9 +482,9 @@ def network_flow(
     All N inner products are derivatives of log-probs along one direction d = P ∇H: one backward pass for ∇H
     and one Jacobian-vector product, not N backward passes. Where a fused kernel has no forward mode,
         <∇logp_t, d> ≈ [logp_t(θ + hd) - logp_t(θ - hd)] / 2h,         h = 1e-4 |θ|/|d|                  (5.4)
-    with a relative error of 8e-4 in float32 (2e-2 one-sided; at 1e-3 |θ|/|d| 7e-2; in bf16 noise; measured).
+    with a relative error of 5e-4 in float32 (at 1e-3 |θ|/|d| already 5e-2; measured); in bf16 it is noise.
     With momentum (5.1) stays exact and the sum of (5.3) does not: at β₁ = .9 a tenth of a batch's flow acts
-    in its own step (measured r = .40 per step). A diagnostic, not a control: it is exact only on the batch's
+    in its own step (measured r = .43 per step). A diagnostic, not a control: it is exact only on the batch's
     own states.
 
     `logp_fn` maps parameters to per-token log-probs, e.g. by `torch.func.functional_call`, unchunked and
@@ -540,13 +540,13 @@ def set_point_lambda(
     which λ = (Q - P)/(Q + P) switches off (2605.11491, eq. 8-9). Off, that is, to first order, by this score,
     for this batch, in this step, and each of these leaks:
       - momentum applies mostly older gradients, balanced against older ∇H;
-      - the balance is of sampled tokens, H of all states (the batch's ∇H has cosine .68 with a fresh batch's,
-        measured), and weights chosen by the sign of noisy flows overstate their effect about twofold;
+      - the balance is of one batch's tokens, H of all states: the ∇H of two fresh batches have a cosine of
+        .58 (measured);
       - the second order (1.4) is negative on average, a loss of order η² at every step;
       - in a network the score (2.2) is not the flow (5.3).
     Together they are a bias e per step, and nothing in (6.1) knows where H should be: H_{n+1} = H_n + e
-    drifts without end (measured: at half the pace of plain GRPO). A restoring force needs a measurement. So
-    ask F not for 0 but for
+    drifts without end (results/claims.txt: at less than half the pace of plain GRPO). A restoring force needs
+    a measurement. So ask F not for 0 but for
         g = k (H* - H)/H* (P + Q):         λ = (Q - P + g)/(Q + P), clamped to [-1, 1]                   (6.2)
     If one unit of flow really moves H by c > 0 per step then, as long as λ is not clamped,
         H_{n+1} - H* = (1 - ρ)(H_n - H*) + e,         ρ = c k (P + Q)/H*                                 (6.3)

@@ -29,9 +29,9 @@ import os
 import types
 import typing
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -45,6 +45,7 @@ from grpo import (
     Progress,
     Tokens,
     aggregation_coefficients,
+    batch_loss,
     clip_factor,
     clipped_surrogate,
     group_index,
@@ -53,6 +54,7 @@ from grpo import (
     log_ratio,
     masked_mean,
     mismatch_weight,
+    plan_update,
     policy_loss,
     token_flow,
     weighted_sum,
@@ -125,10 +127,7 @@ def fraction_count(method: Method, fraction: float, n: int, exact: float | None 
         return 0
     count = max(int(fraction * n if exact is None else exact), 1)
     if fraction * n < 1:
-        _tell(
-            method,
-            f"fraction {fraction:g} of {n} tokens is less than one: 1 is selected, {1 / n:.2%}",
-        )
+        _tell(method, f"fraction {fraction:g} of {n} tokens is less than one: 1 is selected, {1 / n:.2%}")
     return count
 
 
@@ -1552,10 +1551,7 @@ class LpReg(Method):
         n = int(negative.sum())
         k = int(self.fraction * n)
         if self.fraction > 0 and k <= 1:
-            _tell(
-                self,
-                f"fraction {self.fraction:g} of {n} tokens with A < 0 is at most one: 0 are selected",
-            )
+            _tell(self, f"fraction {self.fraction:g} of {n} tokens with A < 0 is at most one: 0 are selected")
         picked = top(-tk.logp, negative, k if k > 1 else 0) & (tk.logp < tk.proxy_logp)
         metrics["selected"] = int(picked.sum())
         metrics["tokens_touched"] = metrics["selected"] / max(int(tk.mask.sum()), 1)
@@ -1881,7 +1877,93 @@ def build(name: str, **hyperparameter: Any) -> Method:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 8. Demonstration
+# 8. Inside another trainer: verl
+
+VERL = ("grpo", "clip_higher", "clip_cov", "kl_cov", "rand_pos_clip", "cispo", "gspo", "ce_gppo")
+VERL_CLIP = {  # our name: verl's, and its default
+    "eps_low": ("clip_ratio_low", 0.2),
+    "eps_high": ("clip_ratio_high", 0.2),
+    "dual_clip": ("clip_ratio_c", 3.0),
+}
+
+
+def register_with_verl(*specs: str, prefix: str = "") -> list[str]:
+    """Register methods as verl policy losses (`actor.policy_loss.loss_mode`); returns their names.
+
+    specs: as on the command line, "clip_cov:ratio=.002", compositions too; none: the eight keys of `VERL`.  A
+    loss is named prefix + key; where verl has the name (gspo, cispo, clip_cov, kl_cov) ours replaces its.
+    Every worker has to register: put the call into a module and name it in VERL_USE_EXTERNAL_MODULES.
+
+    verl hands a policy loss advantages and old and new log-probabilities, and nothing else.  A method that
+    needs more (entropy, Σp², rewards, a reference, the step) raises ValueError: opefo and steer among them.
+    Denominators are verl's, of the whole mini-batch, so a method that treats every token alone has the
+    gradient of `grpo.policy_loss`.  **But verl calls once per micro-batch and rank: clip_cov, kl_cov and
+    rand_pos_clip then select among those tokens only**, as verl's own do; the scope rule of this repository
+    holds where one micro-batch on one rank is the mini-batch.  And verl's old log-probabilities are of
+    another forward pass: with one update per rollout kl_cov's penalty is rounding noise.
+
+    Against verl's own: `vanilla` is `grpo:dual_clip=3`; clip_cov draws by a hash of the tokens' log-probs
+    instead of the global generator; kl_cov's penalty is not multiplied by rollout_is_weights; gspo and cispo
+    agree. Hyperparameters come from the spec, only the aggregation from `loss_agg_mode`; another clip range
+    in verl's config is refused.
+    Made for verl 0.9 (extra `verl`), imported by this call only.
+    """
+    from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
+
+    methods = []
+    for name, options in map(parse, specs or VERL):
+        methods.append(build(name, **options))
+        check_verl(methods[-1])
+    for method in methods:
+        register_policy_loss(prefix + method.key)(partial(verl_loss, method, agg_loss))
+    return [prefix + method.key for method in methods]
+
+
+def check_verl(method: Method) -> None:
+    """Raise ValueError, with the reason, where verl's policy-loss interface cannot feed a method."""
+    for m in getattr(method, "members", [method]):
+        more = [need for need in m.needs if need != "logp"] + ["entropy"] * m.entropy_grad
+        hooks = [h for h in ("sample", "select", "shape", "keep", "after_step") if _overrides(m, h)]
+        for bad, text in (
+            (more, f"it needs {', '.join(dict.fromkeys(more))}, which a verl policy loss does not get"),
+            (hooks, f"a verl policy loss has no place for its {' and '.join(hooks)}"),
+            (_overrides(m, "advantage"), "verl makes the advantages (algorithm.adv_estimator)"),
+            (getattr(m, "anneal", False), "a verl policy loss does not know the step, so anneal=false"),
+            (m.aggregation != type(m).aggregation, "actor.loss_agg_mode decides on the aggregation"),
+        ):
+            if bad:
+                raise ValueError(f"method {m.key} inside verl: {text}")
+
+
+def verl_loss(
+    method: Method,
+    agg_loss: Callable[..., Tensor],
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """A method's loss on one micro-batch, as verl's registry wants it: tensors (B, T) -> scalar, metrics."""
+    for ours, (name, default) in VERL_CLIP.items():
+        if (value := config.get(name, default)) not in (default, None, getattr(method, ours)):
+            raise ValueError(f"actor.{name}={value} is overruled: write {method.key}:{ours}={value}")
+    ids = old_log_prob.float().contiguous().view(torch.int32)  # draws hash ids, which verl keeps to itself
+    tokens = Tokens(ids, response_mask.bool(), logp=log_prob, old_logp=old_log_prob, adv=advantages)
+    tokens.mismatch = rollout_is_weights
+    plan = plan_update(tokens, method)
+    one = torch.ones_like(log_prob, dtype=plan.coef.dtype, requires_grad=True)
+    total = agg_loss(one, response_mask, loss_agg_mode, **config.global_batch_info)
+    (coef,) = torch.autograd.grad(total, one)  # an aggregation is linear: its gradient is its coefficients
+    loss, metrics = batch_loss(tokens, replace(plan, coef=coef, coef_all=coef), method)
+    metrics = {**plan.metrics, **metrics}
+    return loss, {f"actor/{k}": v for k, v in metrics.items() if math.isfinite(v)}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 9. Demonstration
 
 
 @dataclass

@@ -66,16 +66,16 @@ def spread(values: list[float]) -> str:
 
 def tables(data: dict[tuple[str, int], list[dict]]) -> str:
     lines = [
-        f"{'mean ± standard deviation over seeds ' + str(SEEDS):<44}" + "".join(f"{c:<17}" for c in COLUMNS)
+        f"{'mean ± standard deviation over seeds ' + str(SEEDS):<50}" + "".join(f"{c:<17}" for c in COLUMNS)
     ]
     for spec in SPECS:
         ends = [[r for r in data[spec, s] if "pass@1" in r] for s in SEEDS]
         if spec == SPECS[0]:
             cells = [spread([e[0][key] for e in ends]) for key in COLUMNS.values()]
-            lines.append(f"{'warm start, step 0':<44}" + "".join(f"{c:<17}" for c in cells))
+            lines.append(f"{'warm start, step 0':<50}" + "".join(f"{c:<17}" for c in cells))
         cells = [spread([e[-1][key] for e in ends]) for key in COLUMNS.values()]
         lines.append(
-            f"{spec + ', step ' + str(ends[0][-1]['step']):<44}" + "".join(f"{c:<17}" for c in cells)
+            f"{spec + ', step ' + str(ends[0][-1]['step']):<50}" + "".join(f"{c:<17}" for c in cells)
         )
     lines += [
         "",
@@ -85,9 +85,8 @@ def tables(data: dict[tuple[str, int], list[dict]]) -> str:
         for s in SEEDS:
             h = [r["entropy"] for r in data[spec, s] if r["step"] > 0][-150:]
             smooth = [statistics.mean(h[i : i + 10]) for i in range(len(h) - 9)]
-            lines.append(
-                f" {spec:<28} seed {s} {statistics.mean(h):.3f} {min(smooth):.3f} .. {max(smooth):.3f}"
-            )
+            low, high = min(smooth), max(smooth)
+            lines.append(f"  {spec:<28} seed {s}   {statistics.mean(h):.3f}   {low:.3f} .. {high:.3f}")
     lines += [
         "",
         "ledger: Pearson's r of predicted and measured change of entropy per logged step, over one run",

@@ -1,7 +1,7 @@
 """How far each theory of entropy carries: the honesty table, tabular policy and embedded transformer, SGD and
 AdamW.
 
-    python results/honesty.py            about five minutes on one thread; writes results/honesty.txt
+    python results/honesty.py > results/honesty.txt            about five minutes on one thread
 
 Predicted against measured change of the mean entropy of a batch (512 responses of plain GRPO, strictly
 on-policy).
@@ -12,9 +12,11 @@ on-policy).
     half        the updates of a random half of the tokens
     step        the step really taken, momentum and gradient clipping included
 
-The first three are steps without momentum, with the optimizer's own preconditioner P, in float64. Predictors:
-the tabular exact score and the published proxies (entropy_math, 3.2), the network flow (5.3), and for real
-steps the directional derivative <grad H, step> (5.1).
+The first three are the batch's own share of the step: lr (1 - β₁) P times its gradient, without the
+momentum's carry-over and without gradient clipping, P the optimizer's own preconditioner, in float64.  SGD
+has no momentum, and a rate at which a step is still mostly first-order: it moves along the directions of high
+curvature. Predictors: the tabular exact score and the published proxies (entropy_math, 3.2), the network flow
+(5.3), and for real steps the directional derivative <grad H, step> (5.1).
 """
 
 import copy
@@ -32,8 +34,12 @@ from entropy_math import (  # noqa: E402
     FORMS,
     adam_preconditioner,
     agreement,
+    entropy,
     entropy_change,
+    first_order_change,
     print_honesty,
+    random_policies,
+    second_order_change,
     tabular_honesty,
 )
 from grpo import masked_mean  # noqa: E402
@@ -42,7 +48,8 @@ from train import Ledger, Run, Settings, accumulate_gradient, scored  # noqa: E4
 
 STEPS, PROBES = 60, (5, 25, 45)  # real steps; those at which single tokens and halves are probed
 TOKENS, HALVES = 60, 20  # of each probe
-RATE = {"sgd": 0.03, "adamw": 3e-4}
+RATE = {"sgd": 0.01, "adamw": 3e-4}
+SHARE = {"sgd": 1.0, "adamw": 1 - 0.9}  # of a batch's gradient that acts in its own step, 1 - β₁
 
 
 def transformer_honesty(optimizer: str) -> dict:
@@ -68,13 +75,14 @@ def transformer_honesty(optimizer: str) -> dict:
         network = ledger.network_flow(model, run.optimizer, gradient.force)
         flows = {form: entropy_change(tk.stats, gradient.force, form) for form in FORMS}
         flows["network flow"] = network
-        flows = {k: torch.where(tk.mask, v, 0) * settings.lr for k, v in flows.items()}
+        rate = settings.lr * SHARE[optimizer]
+        flows = {k: torch.where(tk.mask, v, 0) * rate for k, v in flows.items()}
         closed = ledger.close(model)
         row = {k: float(v.sum()) for k, v in flows.items()}
         row["<grad H, step>"] = closed["dH_predicted"]
         add(levels["step"], row | {"measured": closed["dH_measured"]})
         if run.step in PROBES:
-            probe(before, run, batch, gradient.force, flows, levels, generator)
+            probe(before, run, batch, rate, gradient.force, flows, levels, generator)
     print(
         f"transformer, {optimizer}: lr {settings.lr:g}, median gradient norm {statistics.median(norms):.2f}"
     )
@@ -84,8 +92,8 @@ def transformer_honesty(optimizer: str) -> dict:
     }
 
 
-def probe(before, run: Run, batch, force, flows, levels, generator) -> None:
-    """Single tokens and random halves: steps lr P Σ F_t ∇log π(y_t) from `before`, in float64."""
+def probe(before, run: Run, batch, rate, force, flows, levels, generator) -> None:
+    """Single tokens and random halves: steps rate · P Σ F_t ∇log π(y_t) from `before`, in float64."""
     names = dict(run.model.named_parameters())
     P = adam_preconditioner(run.optimizer)
     double = copy.deepcopy(before).double()
@@ -101,7 +109,7 @@ def probe(before, run: Run, batch, force, flows, levels, generator) -> None:
         grads = torch.autograd.grad(loss, list(double.parameters()))
         with torch.no_grad():
             for (n, p), g in zip(double.named_parameters(), grads):
-                p += run.settings.lr * P[names[n]].double() * g
+                p += rate * P[names[n]].double() * g
             after = scored(double, batch, 1.0).entropy
             for n, p in double.named_parameters():
                 p.copy_(start[n])
@@ -123,6 +131,52 @@ def probe(before, run: Run, batch, force, flows, levels, generator) -> None:
         add(levels["half"], row | {"measured": float(masked_mean(after, mask) - masked_mean(h0, mask))})
 
 
+def second_order_facts() -> None:
+    """On random softmaxes: the sign of the mean second-order term, and the first order at a logit step of
+    size 1."""
+    print("\nrandom softmaxes, d = A (e_y - p), A = +-1: share with a negative mean second-order term (1.4);")
+    print("first order against the true change at a step of size 1: correlation, RMS error over RMS truth")
+    generator = torch.Generator().manual_seed(0)
+    for family in ("flat, V=50", "Gauss, V=50", "Gauss, V=1000", "peaked, V=1000", "very peaked, V=1000"):
+        first, true, negative = [], [], []
+        for z in random_policies(family, generator):
+            p = z.softmax(-1)
+            y = torch.multinomial(p, 1, generator=generator)
+            adv = torch.randint(2, (len(z), 1), generator=generator).double() * 2 - 1
+            d = adv * (-p).scatter_add(1, y, torch.ones_like(y, dtype=p.dtype))
+            first.append(first_order_change(z, d))
+            true.append(entropy(z + d) - entropy(z))
+            for row, q in zip(z[:40], p[:40]):
+                moves = torch.eye(len(q), dtype=q.dtype) - q  # (V, V): every token's direction
+                negative.append(float((q * second_order_change(row.expand(len(q), -1), moves)).sum() < 0))
+        first, true = torch.cat(first), torch.cat(true)
+        error = float((first - true).square().mean().sqrt() / true.square().mean().sqrt())
+        r = agreement(first, true).pearson
+        print(f"  {family:22s} {statistics.mean(negative):5.0%}   r {r:.3f}   error {error:.2f}")
+
+
+def network_facts() -> None:
+    """On the embedded transformer after 25 steps: how alike two batches' ∇H are, and the finite difference
+    (5.4)."""
+    model, tokenizer = warm_policy(WarmStart(seed=0))
+    run = Run(Settings(), interventions.build("grpo"), Path("."), chain_task(), model, tokenizer)
+    for _ in range(25):
+        run.train_step()
+    batches = [run.rollout(), run.rollout()]
+    ledgers = [Ledger.open(model, b, run.settings) for b in batches]
+    a, b = (torch.cat([g.flatten() for g in x.grads]).double() for x in ledgers)
+    print(
+        f"\ncosine of the entropy gradients of two fresh batches: {float(a @ b / (a.norm() * b.norm())):.2f}"
+    )
+    force = torch.ones_like(batches[0].tokens.mask, dtype=torch.float32)
+    exact = ledgers[0].network_flow(model, run.optimizer, force)
+    m = batches[0].tokens.mask
+    for step in (1e-5, 1e-4, 1e-3, 1e-2):
+        near = ledgers[0].network_flow(model, run.optimizer, force, mode="difference", rel_step=step)
+        error = float((near - exact)[m].norm() / exact[m].norm())
+        print(f"central difference, float32, relative step {step:g}: relative error of the flow {error:.1e}")
+
+
 def add(columns: dict[str, list[float]], row: dict[str, float]) -> None:
     for name, value in row.items():
         columns.setdefault(name, []).append(value)
@@ -133,6 +187,8 @@ def main() -> None:
     table = {f"table, {name}": tabular_honesty(name) for name in ("sgd", "adamw")}
     table |= {f"transformer, {name}": transformer_honesty(name) for name in ("sgd", "adamw")}
     print_honesty(table)
+    second_order_facts()
+    network_facts()
 
 
 if __name__ == "__main__":

@@ -2,16 +2,13 @@
 
 import itertools
 import math
-import sys
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval as chapter
 from eval import STYLES, distinct_correct, draw, evaluate, pass_at_k, series, smooth, table
 from rollout import Problem, Rollout, Task, TinyModel, chain_task, tiny_tokenizer

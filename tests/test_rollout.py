@@ -3,9 +3,7 @@
 import itertools
 import math
 import shutil
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rollout
 from rollout import (
     EOS,
@@ -39,8 +36,8 @@ EOS_ID, PAD_ID = VOCABULARY.index(EOS), VOCABULARY.index(PAD)
 
 
 def sharpen(model, factor=8.0):
-    """Larger random weights: at the usual initialisation every distribution is nearly uniform, and a position or
-    mask mistake would hardly show."""
+    """Larger random weights: at the usual initialisation every distribution is nearly uniform, and a position
+    or mask mistake would hardly show."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "norm" not in name:
@@ -53,9 +50,9 @@ def small_model(vocabulary, seed=0, factor=8.0):
 
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=1,
-        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
-        bos_token_id=None,
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=1, num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True,
+        pad_token_id=0, eos_token_id=1, bos_token_id=None,
     )  # fmt: skip
     return sharpen(Qwen2ForCausalLM(config), factor)
 
@@ -150,9 +147,8 @@ def test_eos_as_first_token_and_no_eos_side_by_side(model, pad):
     assert out.mask.sum(-1).tolist() == [1, 5, 3] * 2
     assert out.truncated.tolist() == [False, True, False] * 2
     assert out.group.tolist() == [0, 0, 0, 1, 1, 1]
-    for row, start in zip(*out.full_ids(pad)):  # what is trained is what was drawn, EOS included, and no more
-        assert start in (0, 1)
-    full, start = out.full_ids(pad)
+    full, start = out.full_ids(pad)  # what is trained is what was drawn, EOS included, and no more
+    assert start.tolist() == [1, 1, 1, 0, 0, 0]
     assert full[0].tolist() == [5, 4, 1] + [pad] * 4
     assert full[3].tolist() == [7, 1] + [pad] * 5
 
@@ -241,7 +237,7 @@ def chi_square_p(count, probability):
 
 
 def enumerate_sequences(model, prompt, length, eos, temperature):
-    """{response: exact probability} of every response of at most `length` tokens over a 5-token vocabulary."""
+    """{response: exact probability} of every response of at most `length` tokens, vocabulary of 5."""
     found = {}
     for tokens in itertools.product(range(5), repeat=length):
         ends = [i for i, token in enumerate(tokens) if token == eos]
@@ -305,6 +301,15 @@ def test_a_hook_that_returns_none_leaves_sampling_alone(model):
     )
     assert torch.equal(a.ids, b.ids) and torch.equal(a.rollout_logp, b.rollout_logp)
     assert seen[0] == (0, [0, 1, 2] * 4)
+
+
+def test_a_hook_may_report_the_log_probs_of_its_own_distribution(model):
+    def hook(logits, t, rows, generator):
+        return 2 + rows % 3, -1.0 - t - rows.float()
+
+    out = sample(model, PROMPTS, 3, 4, 1, 0, hook=hook)
+    assert out.ids.tolist() == [[2] * 4, [3] * 4, [4] * 4] * 4
+    assert out.rollout_logp.tolist() == [[-1.0 - t - r for t in range(4)] for r in range(3)] * 4
 
 
 @pytest.mark.parametrize("when", ["at the first token", "later"])
@@ -381,14 +386,12 @@ def test_score_ignores_padding_content_padding_width_and_row_order(seed, extra, 
 
 
 def test_full_ids_put_the_prompt_first_and_pads_last():
-    ids, mask = (
-        torch.tensor([[7, 8, 1], [9, 1, 0], [3, 3, 3], [1, 0, 0]]),
-        torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 0, 0]]).bool(),
-    )
-    zeros = torch.zeros(4, 3)
+    """Whatever an engine leaves behind the mask (9 here) is replaced by pads."""
+    ids = torch.tensor([[7, 8, 1], [5, 1, 9], [3, 3, 3], [1, 9, 9]])
+    mask, zeros = response_mask(ids, 1), torch.zeros(4, 3)
     r = Rollout([[5], [6, 6]], ids, mask, zeros, torch.tensor([0, 0, 1, 1]), torch.zeros(4).bool())
     full, start = r.full_ids(0)
-    assert full.tolist() == [[5, 7, 8, 1, 0], [5, 9, 1, 0, 0], [6, 6, 3, 3, 3], [6, 6, 1, 0, 0]]
+    assert full.tolist() == [[5, 7, 8, 1, 0], [5, 5, 1, 0, 0], [6, 6, 3, 3, 3], [6, 6, 1, 0, 0]]
     assert start.tolist() == [0, 0, 1, 1]
 
 
@@ -747,7 +750,7 @@ def test_supervised_learning_lowers_the_loss_and_leaves_global_randomness_alone(
 
 @pytest.mark.slow
 def test_the_warm_policy_is_broad(tmp_path):
-    """The acceptance numbers of the warm start: often wrong, almost everything solved by some of 32 samples."""
+    """The acceptance numbers: often wrong, almost everything solved by some of 32 samples."""
     from eval import evaluate
 
     for seed in (0, 1):

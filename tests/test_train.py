@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import random
 import resource
 import shutil
@@ -12,18 +11,15 @@ import subprocess
 import sys
 import time
 import zlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
 import interventions
 import rollout
 import train
-from eval import pass_at_k
 from grpo import Progress, Tokens
 from interventions import METHODS, build
 from rollout import TinyModel, WarmStart, chain_task, tiny_tokenizer
@@ -39,6 +35,7 @@ from train import (
     seeded,
 )
 
+REPO = Path(__file__).resolve().parent.parent
 PNG = b"\x89PNG\r\n\x1a\n"
 
 # A run of a few seconds: 128 responses a step, one thread so that numbers repeat exactly.
@@ -49,21 +46,40 @@ TINY = ["--prompts", "8", "--group-size", "8", "--eval-samples", "2", "--threads
 # Tools
 
 
+@dataclass(frozen=True)
+class Memorise(WarmStart):
+    """Few problems, three solutions each, learnt by heart: a policy in four seconds instead of thirty, that
+    solves about half of what a run of seed 0 asks first, and nothing else."""
+
+    steps: int = 320
+    batch: int = 64
+    lr: float = 6e-3
+    decay_steps: int = 340
+
+    def draw(self, generator):
+        _, rows, start = rollout.chain_solutions()
+        prompts, few = self.few()
+        pick = few[torch.randint(len(few), (self.batch,), generator=generator)]
+        first, last = torch.from_numpy(start)[pick][:, [0, -1]].T
+        third = torch.randint(3, (self.batch,), generator=generator)
+        return torch.cat([prompts[pick], torch.from_numpy(rows)[first + third * (last - first) // 3]], 1)
+
+    @staticmethod
+    def few():
+        number = {p: i for i, p in enumerate(rollout.chain_solutions()[0])}
+        prompts, _ = rollout._train_prompts()
+        return prompts, torch.tensor([number[p] for p in prompts_at(chain_task().train, 0, 0, 80)])
+
+
 @pytest.fixture(scope="session")
 def warm_cache(tmp_path_factory):
-    """One cache for all runs of this file, with a weak but cheap policy in the place of the warm start: what is
-    tested here is the machinery, not the score.  `test_rollout` tests the real warm start."""
-    folder = tmp_path_factory.mktemp("warm")
-    real = rollout.supervised
+    """One cache for all runs of this file, with `Memorise` in the place of the warm start: the machinery is
+    tested here, not the score.  `test_rollout` tests the real warm start."""
+    folder, real = tmp_path_factory.mktemp("warm"), rollout.supervised
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            rollout, "supervised", lambda m, how, progress=iter: real(m, replace(how, **CHEAP), progress)
-        )
+        patch.setattr(rollout, "supervised", lambda m, how, progress=iter: real(m, Memorise(), progress))
         rollout.warm_policy(WarmStart(seed=0), folder=folder)
     return folder
-
-
-CHEAP = {"steps": 500, "batch": 64, "decay_steps": 520, "lr": 6e-3}
 
 
 @pytest.fixture()
@@ -77,9 +93,11 @@ def home(warm_cache, monkeypatch, tmp_path):
 
 
 @pytest.fixture()
-def cli(home, capsys):
-    """The command line in this process: (exit code, stdout, stderr).  An exception that leaves `main` would be
-    a traceback, and fails the test."""
+def cli(home, capsys, monkeypatch):
+    """The command line in this process: (exit code, stdout, stderr).  An exception that leaves `main` would
+    be a traceback, and fails the test.  The picture is empty: drawing would take half of the time, and the
+    tests with a process of their own draw it."""
+    monkeypatch.setattr(train, "draw", lambda runs, path: path.write_bytes(PNG))
 
     def call(*argv):
         capsys.readouterr()
@@ -137,6 +155,9 @@ def small_world(double=True, seed=0):
     task = replace(chain_task(), verify=luck)
     shape = TinyModel(32, 32, 1, 1)
     model = shape.build(tokenizer, seed).eval()
+    # `nn.Embedding` gives its padding row no gradient.  A random policy says <pad> now and then, so that its
+    # gradient would not be the derivative.
+    model.get_input_embeddings().padding_idx = None
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "norm" not in name:
@@ -267,7 +288,7 @@ def test_a_strict_step_has_ratio_one_and_the_gradient_of_reinforce(world, batch)
     adv = ((reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-6)).view(-1, 1)
     model.zero_grad(set_to_none=True)
     (-(torch.where(tk.mask, tk.logp, 0) * adv).sum() / count).backward()
-    torch.testing.assert_close(got, gradient(model), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(got, gradient(model), rtol=1e-5, atol=1e-7)
     value = float(-(adv * tk.mask).sum() / count)
     assert done.metrics["loss"] == pytest.approx(value, abs=1e-6) and abs(value) < 0.2
     assert "clip_fraction" not in done.metrics
@@ -357,8 +378,8 @@ def test_seeded_generators_depend_on_their_arguments_only():
 
 
 def test_dynamic_sampling_refills_and_gives_up_in_the_end(tmp_path):
-    """Prompts that all or none solve are replaced; with a verifier that knows only wrong, ten rollouts are drawn,
-    nothing is learned, and the run goes on."""
+    """Prompts that all or none solve are replaced; with a verifier that knows only wrong, ten rollouts are
+    drawn, nothing is learned, and the run goes on."""
     model, tokenizer, task = small_world()
     hard = replace(task, verify=lambda text, p: luck(text, p) and int(p.prompt[0]) % 2 == 0)
     run = make_run((model, tokenizer, hard), build("dapo"), tmp_path)
@@ -381,7 +402,7 @@ def gradient_free(model):
 
 
 def test_sampling_knows_the_progress_of_its_own_step(tmp_path, monkeypatch):
-    """A resumed run hands the sampling hook the same progress as one never stopped, from the first step on."""
+    """A resumed run hands the sampling hook the same progress as one never stopped, from its first step."""
     seen = []
 
     def sample(self, logits, position, rows, generator):
@@ -540,9 +561,8 @@ def check_folder(folder, steps):
 
 def test_the_first_command_writes_what_it_promises(home):
     """The command line as a user types it, in a process of its own; two methods from one warm start."""
-    run = process(
-        "--method", "grpo", "opefo:form=exact", "--steps", 3, "--eval-every", 2, "--out", "out", *TINY, cwd=home
-    )  # fmt: skip
+    methods = ["grpo", "opefo:form=exact"]
+    run = process("--method", *methods, "--steps", 3, "--eval-every", 2, "--out", "out", *TINY, cwd=home)
     out, err = run.communicate()
     assert run.returncode == 0, err
     assert err.strip() == "", "the quiet mode is quiet"
@@ -589,7 +609,7 @@ def test_a_setting_behind_a_name_overrides_the_flag(cli, home):
     assert code == 0, err
     config = json.loads((home / "a" / "config.json").read_text())
     assert (config["settings"]["lr"], config["settings"]["updates_per_rollout"]) == (1e-4, 2)
-    assert config["method"]["eps_high"] == 0.28 and "clip_fraction" in rows_of("a")[1]
+    assert config["method"]["grpo"]["eps_high"] == 0.28 and "clip_fraction" in rows_of("a")[1]
 
 
 def test_a_method_that_does_nothing_on_policy_says_so(cli):
@@ -605,11 +625,12 @@ def test_without_out_every_run_gets_a_new_folder(cli, home):
     assert sorted(p.name for p in (home / "runs").iterdir()) == ["grpo-s0", "grpo-s0-2"]
 
 
-def test_the_checkpoint_is_the_policy_that_was_evaluated(cli, home):
-    """Load it as a stranger would, and evaluate again with the seed of the last evaluation."""
+def test_the_checkpoint_is_the_policy_that_was_evaluated(cli, home, capsys):
+    """Load it as a stranger would, and evaluate again with the seed of the last evaluation; and `eval.py`."""
     from transformers import AutoModelForCausalLM
 
     from eval import evaluate
+    from eval import main as eval_main
 
     assert cli("--method", "grpo", "--steps", 2, "--out", "a", *TINY)[0] == 0
     model = AutoModelForCausalLM.from_pretrained(home / "a" / "checkpoint").eval()
@@ -617,7 +638,9 @@ def test_the_checkpoint_is_the_policy_that_was_evaluated(cli, home):
     again = evaluate(model, tiny_tokenizer(), chain_task(), 2, seed=seed)
     last = rows_of("a")[-1]
     assert all(again[k] == last[k] for k in AT_EVALUATIONS)
-    assert pass_at_k(2, 1, 1) == 0.5
+    assert eval_main(["a", "--k", "2", "--seed", str(seed)]) == 0
+    shown = capsys.readouterr().out.splitlines()[-1].split()
+    assert shown[:4] == ["a", *(f"{last[k]:.3f}" for k in ("eval_entropy", "pass@1", "pass@k"))]
 
 
 ALL = [f"{name}:updates_per_rollout=2" if not cls.on_policy else name for name, cls in METHODS.items()]
@@ -652,7 +675,7 @@ def test_methods_of_each_place_run_through_the_command_line(cli, home, spec):
 
 SIX = ["--steps", "6", "--eval-every", "2", "--ledger-every", "2"]
 # State that lives across steps: a controller, a reference, the optimizer, the position in the data (dapo).
-STATEFUL = ["par:schedule=entropy", "prorl:every=3", "dapo", "opefo:target_entropy=.9"]
+STATEFUL = ["par:schedule=entropy", "prorl:every=2", "dapo", "opefo:target_entropy=.9"]
 
 
 class Killed(BaseException):
@@ -688,7 +711,8 @@ def kill_at(patch, moment, count):
 
         def half(state, path):
             real(state, path)
-            Path(path).write_bytes(Path(path).read_bytes()[:1000])
+            if len(reached) == count - 1:
+                Path(path).write_bytes(Path(path).read_bytes()[:1000])
             now()
 
         patch.setattr(torch, "save", half)
@@ -712,23 +736,27 @@ def kill_at(patch, moment, count):
 
 
 MOMENTS = [
-    ("before the optimizer's step", 1),
     ("before the optimizer's step", 4),
-    ("in the middle of an evaluation", 1),
     ("in the middle of an evaluation", 3),
-    ("with half of the weights written", 1),
     ("with half of the weights written", 3),
     ("in the middle of state.pt", 2),
-    ("between metrics and checkpoint", 1),
     ("between metrics and checkpoint", 3),
-    ("in the middle of a line", 7),
     ("in the middle of a line", 20),
-    ("before a rename", 1),
-    ("before a rename", 2),
-    ("before a rename", 3),  # between the two renames: only checkpoint-previous is there
+    ("before a rename", 3),  # between the two renames of a checkpoint: only the previous one is there
     ("before a rename", 4),
     ("before a rename", 5),
     ("while the old checkpoint is removed", 4),
+]
+EARLY = [  # and the same at the start of a run
+    ("before the optimizer's step", 1),
+    ("in the middle of an evaluation", 1),
+    ("with half of the weights written", 1),
+    ("in the middle of state.pt", 1),
+    ("between metrics and checkpoint", 1),
+    ("in the middle of a line", 7),
+    ("before a rename", 1),
+    ("before a rename", 2),
+    ("while the old checkpoint is removed", 1),
 ]
 
 
@@ -745,12 +773,16 @@ def uninterrupted(warm_cache, tmp_path_factory):
                     out = folder / train.label_of(spec)
                     assert train.main(["--method", spec, "--out", str(out), *SIX, *TINY]) == 0
                 known[spec] = rows_of(out), rows_of(out, "samples.jsonl")
+                learned = [r["grad_norm"] > 0 and 0.05 < r["reward"] < 0.95 for r in known[spec][0][1:]]
+                assert all(learned), "a policy that stands still says nothing about resuming"
         return [known[s] for s in specs]
 
     return rows
 
 
-@pytest.mark.parametrize("moment, count", MOMENTS)
+@pytest.mark.parametrize(
+    "moment, count", MOMENTS + [pytest.param(*early, marks=pytest.mark.slow) for early in EARLY]
+)
 def test_a_run_killed_at_any_moment_goes_on_with_the_same_numbers(cli, home, uninterrupted, moment, count):
     spec = "par:schedule=entropy"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
@@ -766,7 +798,7 @@ def test_a_run_killed_at_any_moment_goes_on_with_the_same_numbers(cli, home, uni
 @pytest.mark.parametrize("spec", STATEFUL)
 def test_the_state_of_a_method_lives_through_a_kill(cli, home, uninterrupted, spec):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, "before the optimizer's step", 6)
+        kill_at(patch, "in the middle of an evaluation", 3)  # two steps after the last checkpoint
         cli("--method", spec, "--out", "a", *SIX, *TINY)
     assert cli("--resume", "a", "--quiet")[0] == 0
     ((metrics, _),) = uninterrupted(spec)
@@ -841,12 +873,12 @@ def test_kill_9_of_the_process_itself(home, cli, uninterrupted):
 @pytest.mark.parametrize("seed", range(3))
 def test_kill_9_at_random_moments_until_it_is_done(home, uninterrupted, seed):
     """Several deaths in a row, at moments nobody chose, evaluations and checkpoints at every second step."""
-    draw, specs, kills = random.Random(seed), ["par:schedule=entropy", "prorl:every=3"], 0
+    draw, specs, kills = random.Random(seed), ["par:schedule=entropy", "prorl:every=2"], 0
     command = ["--method", *specs, "--out", "a", *SIX, *TINY]
-    for _ in range(60):
+    for attempt in range(40):
         run = process(*command, cwd=home)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            run.communicate(timeout=draw.uniform(1.5, 7))
+            run.communicate(timeout=draw.uniform(1, 4) * 1.15**attempt)
         if run.returncode is None:
             run.kill()
             run.communicate()
@@ -862,7 +894,7 @@ def test_kill_9_at_random_moments_until_it_is_done(home, uninterrupted, seed):
         assert rows_of(home / "a" / train.label_of(spec), "samples.jsonl") == samples
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(home, cli, uninterrupted, number):
     spec = "par:schedule=entropy"
     run = process("--method", spec, "--out", "a", *SIX, *TINY, cwd=home)
@@ -879,14 +911,24 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(home, cli, uninterrupt
     assert rows_of("a") == uninterrupted(spec)[0][0]
 
 
-def test_ctrl_c_twice_stops_at_once_without_a_traceback(home):
-    run = process("--method", "grpo", "--out", "a", "--steps", 2000, *TINY, cwd=home)
-    wait_for(home / "a" / "metrics.jsonl", 3, run)
-    run.send_signal(signal.SIGINT)
-    with contextlib.suppress(ProcessLookupError):
-        run.send_signal(signal.SIGINT)
-    _, err = run.communicate(timeout=60)
-    assert run.returncode == 130 and "Traceback" not in err
+def test_the_first_ctrl_c_asks_and_the_second_stops_at_once(capsys):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with train.stop_on_signal() as stop:
+        assert not stop()
+        signal.raise_signal(signal.SIGINT)
+        assert stop() and "checkpoint" in capsys.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+def test_stopping_at_once_is_no_traceback(cli, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "warm_policy", interrupted)
+    code, _, err = cli("--method", "grpo", "--out", "a", *TINY)
+    assert code == 130 and "--resume" in err
 
 
 @pytest.mark.parametrize(
@@ -947,6 +989,7 @@ def test_a_flag_that_contradicts_the_run_is_refused(cli, home, argv, words):
         (["--lr", "nan"], ["--lr", "nan"]),
         (["--lr", "0"], ["--lr", "0"]),
         (["--lr", "inf"], ["--lr", "inf"]),
+        (["--lr", "1e38"], ["--lr", "1e+38"]),
         (["--temperature", "0"], ["--temperature", "0"]),
         (["--temperature", "1e-40"], ["--temperature", "1e-40"]),
         (["--grad-clip", "nan"], ["--grad-clip", "nan"]),
@@ -973,11 +1016,10 @@ def test_bad_input_is_named_with_its_remedy_before_any_work(cli, home, monkeypat
     assert list(home.iterdir()) == [], "nothing is left behind"
 
 
-@pytest.mark.parametrize("argv", [["--method", "opfeo"], ["--group-size", "1"], ["--stepz", "4"]])
-def test_bad_input_in_a_process_of_its_own(home, argv):
-    run = process(*argv, cwd=home)
+def test_bad_input_in_a_process_of_its_own(home):
+    run = process("--group-size", "1", cwd=home)
     out, err = run.communicate()
-    complains((run.returncode, out, err), argv[0])
+    complains((run.returncode, out, err), "--group-size 1")
 
 
 @pytest.mark.parametrize(
@@ -1152,8 +1194,9 @@ def test_a_non_finite_update_is_skipped_counted_and_reported(cli, home, monkeypa
 
 
 def test_a_skipped_update_leaves_weights_optimizer_and_controller(monkeypatch, tmp_path):
-    run = make_run(small_world(), build("par", schedule="entropy"), tmp_path)
-    run.train_step()
+    run = make_run(small_world(), build("entropic"), tmp_path)
+    row = run.train_step()
+    assert run.method.error_sum == pytest.approx(row["entropy"] - 0.1), "the controller saw the good update"
     weights, state = gradient_free(run.model), json.dumps(run.method.state_dict(), default=str)
     moments = [v.clone() for s in run.optimizer.state.values() for v in s.values()]
     poison(monkeypatch, {0})
@@ -1178,15 +1221,14 @@ def test_ten_non_finite_updates_in_a_row_stop_the_run_with_a_checkpoint(cli, hom
     assert state["step"] == 12 and state["skipped_in_row"] == 10
 
 
-def test_an_infinite_coefficient_stops_the_run_in_a_process_of_its_own(home):
+def test_an_infinite_coefficient_stops_the_run(cli):
     """beta x KL = inf x 0 = NaN from the first update on."""
-    run = process("--method", "ref_kl:beta=1e39", "--steps", 20, "--out", "a", *TINY, cwd=home)
-    out, err = run.communicate()
-    assert run.returncode == 1 and "Traceback" not in err and "ten" in err
-    assert len(rows_of(home / "a")) == 11
+    code, _, err = cli("--method", "ref_kl:beta=1e39", "--steps", 20, "--out", "a", *TINY)
+    assert code == 1 and "Traceback" not in err and "ten" in err
+    assert len(rows_of("a")) == 11
 
 
-@pytest.mark.parametrize("lr", ["1e30", "1e38"])
+@pytest.mark.parametrize("lr", ["1e30", "9e35"])
 def test_an_absurd_learning_rate_is_no_traceback(cli, home, lr):
     code, _, err = cli("--method", "grpo", "--lr", lr, "--grad-clip", 0, "--steps", 12, "--out", "a", *TINY)
     assert code in (0, 1) and "Traceback" not in err
@@ -1226,8 +1268,9 @@ def test_help_teaches_every_flag_and_every_method(cli):
     for name in METHODS:
         assert f"  {name} " in out and METHODS[name].idea in out, name
     for flag in (
-        "--steps --seed --out --resume --lr --prompts --group-size --updates-per-rollout --micro-batch --temperature "
-        "--eval-every --device --threads --model --data --engine --quiet --ledger --ledger-every --method"
+        "--steps --seed --out --resume --lr --prompts --group-size --updates-per-rollout --micro-batch "
+        "--temperature --eval-every --device --threads --model --data --engine --quiet --ledger "
+        "--ledger-every --method"
     ).split():
         assert f"  {flag}" in out, flag
     assert "examples:" in out and "default: 0.0003" in out
@@ -1255,7 +1298,7 @@ def test_tokens_of_a_batch_are_what_the_design_says():
     assert tk.mask.dtype == torch.bool and tk.old_logp is None and tk.ref_logp is None
 
 
-def test_user_errors_are_for_users():
+def test_impossible_settings_raise_an_error_for_users():
     with pytest.raises(UserError, match="--group-size 1"):
         Settings(group_size=1).check()
-    assert os.environ.get("ENTROPY_FLOW_CACHE", "") != "/nonexistent"
+    Settings().check()
