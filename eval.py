@@ -36,8 +36,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
         pass@k = 1 - C(n - c, k) / C(n, k) = 1 - prod_{i = n-c+1}^{n} (1 - k / i)       2107.03374 eq. 1 (6.1)
 
-    Unbiased for any k <= n; 1 - (1 - c/n)^k is not.  pass@1 = c / n.  Raises ValueError unless 0 <= c <= n, 1
-    <= k <= n.
+    Unbiased for any k <= n; 1 - (1 - c/n)^k is not.  pass@1 = c / n.
+    Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
     """
     if not 1 <= k <= n:
         raise ValueError(f"k={k} needs 1 <= k <= n={n}: draw at least k samples a problem")
@@ -154,9 +154,9 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """entropy.png: entropy, pass@1 and pass@k, the plane of both, and one panel of flows a method."""
     from matplotlib.figure import Figure
 
-    columns = max(3, min(4, len(runs)))
+    columns = min(4, len(runs))
     lines = math.ceil(len(runs) / columns)
-    fig = Figure(figsize=(4.6 * columns, 4.2 + 2.9 * lines), layout="constrained")
+    fig = Figure(figsize=(4.6 * max(3, columns), 4.2 + 2.9 * lines), layout="constrained")
     top, bottom = fig.subfigures(2, 1, height_ratios=[4.2, 2.9 * lines])
     entropy, progress, plane = top.subplots(1, 3)
     for i, (label, rows) in enumerate(runs.items()):
@@ -170,7 +170,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
         plane.plot(x, y, marker="o", markersize=3, **look)
         plane.plot(x[-1:], y[-1:], marker="s", markersize=8, color=look["color"])
     k = next((r["k"] for rows in runs.values() for r in rows if "k" in r), "k")
-    entropy.set(title="Entropy of the policy", xlabel="step", ylabel="nats per token")
+    entropy.set(title="Entropy on the training batch", xlabel="step", ylabel="nats per token")
     entropy.set_ylim(bottom=0)
     entropy.legend(fontsize=8)
     progress.set(
@@ -209,7 +209,10 @@ def _draw_flows(axes: Any, runs: dict[str, list[dict[str, Any]]]) -> None:
         ax.fill_between(steps, 0, [-v for v in down], color="#666666", label="down")
         ax.plot(steps, [a - b for a, b in zip(up, down)], color="black", linewidth=1.2, label="net")
         ax.set(
-            title=f"{label}: entropy flow", xlabel="step", ylabel="flow, nats per unit step", ylim=(-top, top)
+            title=f"{label}: entropy flow",
+            xlabel="step",
+            ylabel="flow, nats per unit learning rate",
+            ylim=(-top, top),
         )
         ax.legend(fontsize=7, loc="upper right", ncols=3)
         right = ax.twinx()
@@ -239,7 +242,9 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
         a, b = marks[0], marks[-1]
         keys = ("eval_entropy", "pass@1", "pass@k", "hard_pass@k", "distinct_correct")
         cells = [f"{a[key]:.3f} → {b[key]:.3f}" for key in keys]
-        body.append([label, *cells, str(rows[-1]["step"]), f"{sum(r.get('seconds', 0) for r in rows):.0f}"])
+        last = rows[-1]["step"]
+        steps = str(last) if b["step"] == last else f"{last} (evaluated at {b['step']})"
+        body.append([label, *cells, steps, f"{sum(r.get('seconds', 0) for r in rows):.0f}"])
     return aligned(head, body)
 
 
@@ -254,11 +259,15 @@ def aligned(head: list[str], body: list[list[str]]) -> str:
 
 
 def load_policy(folder: Path) -> tuple[nn.Module, Any]:
-    """Model and tokenizer of a run's checkpoint. Raises ValueError where there is none or it cannot be
-    read."""
+    """Model and tokenizer of a run's checkpoint; ValueError where there is none or it cannot be read."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     path = folder / "checkpoint"
+    several = sorted(folder.glob("*/checkpoint"))
+    if several and not path.exists():
+        raise ValueError(f"{folder}: compares several methods; name one, e.g. {several[0].parent}")
     if not (path / "config.json").is_file():
         raise ValueError(f"{folder}: holds no checkpoint/; name the folder of a run, e.g. runs/opefo-s0")
     try:

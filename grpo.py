@@ -243,8 +243,7 @@ def clip_factor(
 ) -> Tensor:
     """I_clip · r: by how much the gradient of (2.6), (2.7) differs from that of -A log π.  Detached, (B, T).
 
-    The entropy flow of an off-policy token is I_clip · r · A · T at the current policy (entropy_math,
-    off-policy section).
+    The entropy flow of an off-policy token is I_clip · r · A · T at the current policy, entropy_math (2.8).
     """
     r = log_ratio(logp, old_logp).exp().detach()
     clipped = ((adv > 0) & (r > 1 + eps_high)) | ((adv < 0) & (r < 1 - eps_low))
@@ -267,7 +266,7 @@ def aggregation_coefficients(
     Each aggregation is a linear functional of the per-token losses l, so it *is* a coefficient per token:
 
         token_mean            1 / N,  N = tokens of the batch         every token counts the same (DAPO) (2.8)
-        seq_mean_token_mean   1 / (S · len_i),  S = non-empty rows every response counts the same (GRPO) (2.9)
+        seq_mean_token_mean   1 / (S · len_i),  S = rows with tokens  every response counts alike (GRPO) (2.9)
         seq_mean_token_sum    1 / S                                                                     (2.10)
         seq_sum_norm          1 / (B · K),  K = `norm`, a constant      no length bias (Dr.GRPO)        (2.11)
         token_sum             1                                                                         (2.12)
@@ -411,10 +410,11 @@ class Method:
     | ratio     | `surrogate`                | the shape of the loss in r = π/π_old                 |
     | penalty   | `penalty`                  | a term added to the loss                             |
 
-    `select`, `advantage`, `weight` and `mark` are called once per update with the whole batch, detached.
-    `surrogate` and `penalty` are called once per micro-batch, with the graph, and with that micro-batch's
-    rows of the plan. `after_step` moves controllers; nothing else changes the object, so that computing a
-    loss twice gives it twice.
+    `shape` (rewards), `keep` and `mark` (tokens), `factor` (the surrogate's force) and `reset_reference` are
+    what those five need besides.  `select`, `shape`, `advantage`, `keep`, `weight` and `mark` are called once
+    per update with the whole batch, detached; `factor` also per micro-batch. `surrogate` and `penalty` are
+    called once per micro-batch, with the graph, and with that micro-batch's rows of the plan. `after_step`
+    moves controllers; nothing else changes the object, so that computing a loss twice gives it twice.
     """
 
     eps_low: float = 0.2
@@ -432,7 +432,7 @@ class Method:
     paper: ClassVar[str] = "2402.03300"
     idea: ClassVar[str] = "group-relative policy gradient with the clipped ratio: the baseline that collapses"
     needs: ClassVar[tuple[str, ...]] = ("logp",)  # fields of Tokens beyond ids, mask, reward, group
-    on_policy: ClassVar[bool] = True  # False: does nothing with one update per rollout
+    on_policy: ClassVar[bool] = True  # False: its clip or penalty does nothing with one update per rollout
     extra_pass: ClassVar[str] = ""  # another pass over a model that the method costs: "reference", "proxy"
     refill: ClassVar[bool] = False  # True: the loop samples until `select` has kept enough whole groups
     normalize: ClassVar[str] = "std"  # group_advantages' normalisation
@@ -654,8 +654,8 @@ def token_flow(tokens: Tokens, force: Tensor) -> Tensor:
 
     `force` = -∂loss/∂logp, the gradient that arrived at `tokens.logp` in the backward pass with its sign
     turned: ratio, clip, weights, penalties on logp and the aggregation are all inside.  A logit step η ·
-    force · (e_y - p) changes the entropy of its own state by η · force · T (entropy_math, exact first-order
-    change).  Zero where masked.
+    force · (e_y - p) changes the entropy of its own state by η · force · T, entropy_math (2.2).
+    Zero where masked.
     """
     return torch.where(tokens.mask, force * exact_score(tokens.stats), 0).detach()
 

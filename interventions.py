@@ -2054,7 +2054,10 @@ def show_batch(
     n = int(tokens.mask.sum())
     print(f"{n} tokens of {len(adv)} responses, {policy}-policy, entropy {entropy:.3f} nats")
     print("touched: tokens treated unlike GRPO;  A > 0, A < 0: sum of |force| there, GRPO = 1")
-    print("dH: predicted change of entropy, as a share of all flow (up and down) that GRPO causes\n")
+    print("dH: predicted change of entropy, as a share of all flow (up and down) that GRPO causes")
+    if network_score is not None:
+        print("dH net: the same from the network flow, which knows the shared parameters and the optimizer")
+    print()
     print(f"{'method':<20}{'place':<11}{'touched':>8}{'A > 0':>8}{'A < 0':>8}{'dH':>9}", end="")
     print("  options" if network_score is None else f"{'dH net':>9}  options")
     effects = []
@@ -2067,7 +2070,7 @@ def show_batch(
         plus, minus, *change = columns(e)
         share = float(masked_mean(e.touched.double(), tokens.mask))
         if not method.on_policy and policy == "on":
-            note = "acts with several updates per rollout only"
+            note = "its clip or penalty acts with several updates per rollout only"
         row = f"{method.key:<20}{method.place:<11}{share:>8.1%}{plus:>8.2f}{minus:>8.2f}"
         print(row + "".join(f"{x:>+9.3f}" for x in change) + "  " + note)
         effects.append(e)

@@ -67,9 +67,9 @@ class Task:
 # ------------------------------------------------------------------------------------------------------------
 # 2. The embedded world: chain
 #
-#   prompt      3 5 7 9 -> 41          four allowed numbers and a target
-# response 5 * 7 35 + 9 44 - 3 41 start with an allowed number; up to three times: operator, allowed number,
-# result
+#   prompt     3 5 7 9 -> 41               four allowed numbers and a target
+#   response   5 * 7 35 + 9 44 - 3 41      an allowed number, then one to three times:
+#                                          operator, allowed number, result
 #
 # Numbers may be used again; every result must be right and lie in 0..99; the last one must be the target.  A
 # response has 4, 7 or 10 tokens and an EOS.  The median problem has dozens of solutions, so diversity means
@@ -583,8 +583,8 @@ def main() -> None:
             print(f"\n{task.test[i // 6].prompt}")
         nats = " ".join(f"{h:.1f}" for h in out.entropy[i][out.mask[i]].tolist())
         print(f"  {'right' if out.correct[i] else 'wrong'}  {text:<28} {nats}")
-    print("\nThe policy is unsure where there is a choice (start, operator, operand, whether to stop)")
-    print("and certain where there is none (the result of an operation).")
+    print("\nMost entropy is where there is a choice: start, operand, operator, whether to stop.  A result")
+    print("leaves none: what entropy it has says that the warm policy is not yet sure of its arithmetic.")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Chapter 5. Training: the loop, the entropy ledger, and the picture at the end.
 
-    python train.py --method opefo                       the first command: a warm start, 300 steps, a picture
-    python train.py --method grpo opefo steer              several methods from one warm start, drawn together
+    python train.py --method opefo              the first command: a warm start, 300 steps, a picture
+    python train.py --method grpo opefo steer   several methods from one warm start, drawn together
     python train.py --method grpo grpo:lr=1e-4 opefo:form=exact clip_cov:ratio=.02 --seed 1
-    python train.py --resume runs/opefo-s0                go on after Ctrl-C or a crash, with the same numbers
+    python train.py --resume runs/opefo-s0      go on after Ctrl-C or a crash, with the same numbers
 
 Claim. One GRPO step is: draw n responses to each of P prompts, verify them, push the tokens of the better
 ones up and of the worse ones down.  Repeated, it makes the policy better and more certain, and it is the
@@ -174,7 +174,10 @@ def parse_spec(spec: str, base: Settings) -> tuple[Settings, Method]:
     except ValueError as error:
         raise UserError(f"--method {spec}: {error}") from None
     settings = replace(base, method=spec, **own)
-    settings.check()
+    try:
+        settings.check()
+    except UserError as error:
+        raise UserError(f"--method {spec}: {error}" if own else str(error)) from None
     return settings, method
 
 
@@ -359,7 +362,7 @@ class Ledger:
         after = scored_in_slices(model, self.batch, self.settings.temperature, self.settings.micro_batch)
         return {
             "dH_measured": float(masked_mean(after.entropy, after.mask)) - self.before,  # (5.1)
-            "dH_predicted": entropy_directional_change(self.grads, moved),  # (5.2)
+            "dH_predicted": entropy_directional_change(self.grads, moved),  # (5.2), entropy_math (5.1)
         }
 
     def network_flow(
@@ -454,8 +457,8 @@ class Run:
     folder/metrics.jsonl     one JSON object a step; step 0 is the evaluation of the warm policy
     folder/samples.jsonl     some responses of every evaluation
     folder/flows.jsonl       with --ledger full: the responses that moved entropy most, token by token
-    folder/checkpoint/     a folder that `transformers` loads, and state.pt: optimizer, method, step, position
-    folder/checkpoint-previous/   the one before, in case of a crash between two renames
+    folder/checkpoint/       `transformers` loads it; with state.pt: optimizer, method, step, position
+    folder/checkpoint-previous/    the one before, in case of a crash between two renames
     """
 
     def __init__(
@@ -1031,10 +1034,12 @@ def train(args: argparse.Namespace) -> int:
         raise UserError(f"--method {' '.join(specs)}: the same run twice; change an option or leave one out")
     plans = [(spec, *parse_spec(spec, base)) for spec in specs]
     for spec, settings, method in plans:
-        if not method.on_policy and settings.updates_per_rollout == 1:
+        members = getattr(method, "members", [method])
+        inert = [m.key for m in members if not m.on_policy and settings.updates_per_rollout == 1]
+        if inert:
             warnings.warn(
-                f"{spec}: does nothing with one update per rollout, where the ratio is exactly 1; "
-                "add e.g. --updates-per-rollout 4",
+                f"{spec}: with one update per rollout the ratio is exactly 1, and the clip or penalty of "
+                f"{' and '.join(inert)} does nothing; add e.g. --updates-per-rollout 4",
                 stacklevel=2,
             )
     set_threads(base.threads)

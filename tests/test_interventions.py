@@ -1,5 +1,5 @@
-"""Chapter 3: what methods.md promises of each intervention.  U1 - U8 hold for every method; then each
-method's own claims.
+"""Chapter 3: what the docstrings of interventions.py promise of each method.  U1 - U8 hold for every method;
+then each method's own claims.
 
 The oracles are independent of the code under test: hand-written formulas on plain lists, finite differences,
 autograd of another expression, or enumeration.

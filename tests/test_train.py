@@ -536,7 +536,7 @@ AT_EVALUATIONS = {"pass@1", "pass@k", "distinct_correct", "k", "hard_pass@k", "e
 
 
 def check_folder(folder, steps):
-    """All that design.md promises about a finished run's folder."""
+    """All that the docstring of `Run` promises about a finished run's folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config = json.loads((folder / "config.json").read_text())
