@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rollout import Problem, Rollout, Task, answer, chain_task
+from rollout import Engine, Problem, Rollout, Task, TorchEngine, answer, chain_task
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. What a policy can do
@@ -55,11 +55,11 @@ def distinct_correct(task: Task, texts: Sequence[str], correct: Sequence[bool]) 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    tokenizer: Any,
+    engine: Engine,
     task: Task,
     k: int = 32,
     temperature: float = 1.0,
+    top_p: float = 1.0,
     seed: int = 0,
     rows: int = 1024,
 ) -> dict[str, Any]:
@@ -69,17 +69,14 @@ def evaluate(
     Returns pass@1 and pass@k, distinct_correct (right answers that differ, per problem), eval_entropy (token
     mean, nats), eval_length (tokens), the same for the hard problems as hard_*, the k, and a few samples.
     """
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(engine.device).manual_seed(seed)
     result: dict[str, Any] = {"k": k}
     for prefix, problems in (("", task.test), ("hard_", task.hard)):
         parts = []
         step = max(1, rows // k)
         for i in range(0, len(problems), step):
             part = problems[i : i + step]
-            parts.append(
-                (part, answer(model, tokenizer, task, part, k, temperature, generator, entropy=True))
-            )
+            parts.append((part, answer(engine, task, part, k, temperature, top_p, generator, entropy=True)))
         result |= {prefix + name: value for name, value in _summary(task, parts, k).items()}
         if not prefix:
             result["samples"] = _samples(*parts[0], k)
@@ -298,7 +295,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         p.error(str(error))
     for run, model, tokenizer in policies:
-        result = evaluate(model, tokenizer, chain_task(), args.k, args.temperature, args.seed)
+        engine = TorchEngine(model, tokenizer)
+        result = evaluate(engine, chain_task(), args.k, args.temperature, seed=args.seed)
         keys = ("eval_entropy", "pass@1", "pass@k", "hard_pass@1", "hard_pass@k", "distinct_correct")
         rows.append([run, *(f"{result[key]:.3f}" for key in keys)])
     k = args.k

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -51,15 +51,16 @@ class Problem:
 class Task:
     """Problems with a verifier.
 
-    `verify(response, problem)` never raises; `signature(response)` maps responses that are the same answer
-    written differently to one string, so that distinct right answers can be counted.
+    `verify(responses, problems)` says of each response, in order, whether it solves its problem, and never
+    raises; `signature(response)` maps responses that are the same answer written differently to one string,
+    so that distinct right answers can be counted.
     """
 
     name: str
     train: tuple[Problem, ...]
     test: tuple[Problem, ...]  # held out
     hard: tuple[Problem, ...]  # held out, fewest solutions
-    verify: Callable[[str, Problem], bool]
+    verify: Callable[[Sequence[str], Sequence[Problem]], list[bool]]
     signature: Callable[[str], str]
     max_new_tokens: int
 
@@ -158,7 +159,7 @@ def chain_task(size: int = 96) -> Task:
         train=tuple(p for p in problems if not _held_out(p)),
         test=tuple(held[:size]),
         hard=tuple(sorted(held, key=lambda p: (count[p], p.prompt))[:size]),
-        verify=chain_verify,
+        verify=lambda responses, problems: list(map(chain_verify, responses, problems)),
         signature=lambda response: " ".join(response.split()),
         max_new_tokens=3 * MAX_OPS + 2,
     )
@@ -269,6 +270,104 @@ SampleHook = Callable[
 ]
 
 
+class Engine(Protocol):
+    """What turns prompts into responses.  Two exist: `TorchEngine`, our own loop on the model that is
+    trained, and `VllmEngine`, which has a copy of it."""
+
+    tokenizer: Any
+    device: torch.device  # of its generators and of what it returns
+
+    def sample(
+        self,
+        prompt_ids: list[list[int]],
+        n: int,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+        hook: SampleHook | None = None,
+        entropy: bool = False,
+    ) -> Rollout:
+        """n responses to each prompt.  All randomness comes from `generator`, which lives on `device`.
+
+        `hook` and `entropy` as in the function `sample`.  An engine that cannot run a hook raises ValueError;
+        one that does not see the whole distribution gives -log π of the drawn token where `entropy` asks for
+        H: in expectation over the draw the two are equal.
+        """
+
+    def push(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """New weights, all of them, under their `transformers` names."""
+
+    def sleep(self) -> None:
+        """Make room for an update on the same device: the next call is `wake`, or `push` and `wake`."""
+
+    def wake(self) -> None:
+        """Ready to sample again."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+def stop_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Every token that ends a response: the tokenizer's EOS and those of the model's generation config (chat
+    models have several)."""
+    config = getattr(model, "generation_config", None)
+    more = getattr(config, "eos_token_id", None)
+    more = [more] if isinstance(more, int) else list(more or [])
+    found = dict.fromkeys([tokenizer.eos_token_id, *more])
+    return [i for i in found if i is not None]
+
+
+@dataclass
+class TorchEngine:
+    """`sample` on the model that is trained: nothing to push, nothing to put to sleep.  Works everywhere, and
+    is the faster one for tiny models."""
+
+    model: nn.Module
+    tokenizer: Any
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def sample(
+        self,
+        prompt_ids: list[list[int]],
+        n: int,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+        hook: SampleHook | None = None,
+        entropy: bool = False,
+    ) -> Rollout:
+        eos, pad = stop_tokens(self.model, self.tokenizer), self.tokenizer.pad_token_id
+        how = (temperature, top_p, generator, hook, entropy)
+        return sample(self.model, prompt_ids, n, max_new_tokens, eos, pad, *how)
+
+    def push(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        pass  # the model itself was trained
+
+    def sleep(self) -> None:
+        pass
+
+    def wake(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """Logits with all but the smallest set of tokens that holds `top_p` of the probability at -inf.  (B, V).
+
+    Evaluation only: the gradient of a policy that was sampled from a nucleus but scored without is biased.
+    """
+    ordered, index = logits.sort(-1, descending=True)
+    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all likelier tokens
+    return logits.masked_fill((before >= top_p).scatter(-1, index, before >= top_p), -torch.inf)
+
+
 @torch.no_grad()
 def sample(
     model: nn.Module,
@@ -278,12 +377,13 @@ def sample(
     eos: int | Sequence[int],
     pad: int,
     temperature: float = 1.0,
+    top_p: float = 1.0,
     generator: torch.Generator | None = None,
     hook: SampleHook | None = None,
     entropy: bool = False,
 ) -> Rollout:
-    """n responses to each prompt, from softmax(z/τ) exactly.  Every prompt is read once, its KV cache shared
-    by n rows.
+    """n responses to each prompt, from softmax(z/τ) exactly (its nucleus where top_p < 1).  Every prompt is
+    read once, its KV cache shared by n rows.
 
     `entropy` also keeps the exact full-vocabulary entropy at every token.  Our own loop beats `generate`
     because it stops paying for rows that ended: whenever a quarter of the living rows has ended, their cache
@@ -320,6 +420,8 @@ def sample(
     stops = torch.tensor([eos] if isinstance(eos, int) else list(eos), device=device)
     for t in range(max_new_tokens):
         logits = head(hidden).float() / temperature  # (alive, V)
+        if top_p < 1:
+            logits = nucleus(logits, top_p)
         logprob = logits.log_softmax(-1)
         if bool(logprob.isnan().any()):  # multinomial would die of it with less to say
             raise FloatingPointError("the policy's probabilities are NaN: its weights have diverged")
@@ -376,22 +478,21 @@ def _left_pad(prompts: list[list[int]], pad: int, device: torch.device) -> tuple
 
 
 def answer(
-    model: nn.Module,
-    tokenizer: Any,
+    engine: Engine,
     task: Task,
     problems: Sequence[Problem],
     n: int,
     temperature: float = 1.0,
+    top_p: float = 1.0,
     generator: torch.Generator | None = None,
     hook: SampleHook | None = None,
     entropy: bool = False,
 ) -> Rollout:
     """Text in, text out: n responses to each problem, decoded and verified."""
-    prompts = tokenizer([p.prompt for p in problems], add_special_tokens=False)["input_ids"]
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    out = sample(model, prompts, n, task.max_new_tokens, eos, pad, temperature, generator, hook, entropy)
-    out.texts = tokenizer.batch_decode(out.ids, skip_special_tokens=True)
-    right = [task.verify(text, problems[i // n]) for i, text in enumerate(out.texts)]
+    prompts = engine.tokenizer([p.prompt for p in problems], add_special_tokens=False)["input_ids"]
+    out = engine.sample(prompts, n, task.max_new_tokens, temperature, top_p, generator, hook, entropy)
+    out.texts = engine.tokenizer.batch_decode(out.ids, skip_special_tokens=True)
+    right = task.verify(out.texts, [p for p in problems for _ in range(n)])
     out.correct = torch.tensor(right, device=out.ids.device)
     return out
 
@@ -576,7 +677,8 @@ def main() -> None:
     print(f"{len(count)} problems, {len(task.train)} for training; median solutions: {np.median(count):.0f}")
     model, tokenizer = warm_policy(progress=lambda it: tqdm(it, desc="warm start", unit="step"))
     generator = torch.Generator().manual_seed(0)
-    out = answer(model, tokenizer, task, task.test[:3], 6, generator=generator, entropy=True)
+    engine = TorchEngine(model, tokenizer)
+    out = answer(engine, task, task.test[:3], 6, generator=generator, entropy=True)
     print("\nresponses, and the entropy at each of their tokens, nats")
     for i, text in enumerate(out.texts):
         if i % 6 == 0:

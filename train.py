@@ -57,7 +57,7 @@ import interventions
 from entropy_math import adam_preconditioner, entropy_directional_change, network_flow, token_stats
 from eval import draw, evaluate, table
 from grpo import Method, Plan, Progress, Tokens, batch_loss, masked_mean, plan_update, token_flow
-from rollout import Problem, Rollout, Task, WarmStart, answer, chain_task, score, warm_policy
+from rollout import Problem, Rollout, Task, TorchEngine, WarmStart, answer, chain_task, score, warm_policy
 
 
 class UserError(Exception):
@@ -466,7 +466,8 @@ class Run:
     ):
         self.settings, self.method, self.folder, self.task = settings, method, folder, task
         self.model, self.tokenizer = model, tokenizer
-        self.device = next(model.parameters()).device
+        self.engine = TorchEngine(model, tokenizer)
+        self.device = self.engine.device
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0
         )
@@ -491,18 +492,8 @@ class Run:
         for attempt in range(MAX_DRAWS):
             problems = prompts_at(self.task.train, s.seed, self.position, s.prompts)
             self.position += len(problems)
-            drawn.append(
-                answer(
-                    self.model,
-                    self.tokenizer,
-                    self.task,
-                    problems,
-                    s.group_size,
-                    s.temperature,
-                    generator,
-                    hook,
-                )
-            )
+            how = {"generator": generator, "hook": hook}
+            drawn.append(answer(self.engine, self.task, problems, s.group_size, s.temperature, **how))
             batch = make_batch(drawn, self.tokenizer.pad_token_id)
             if not self.method.refill:
                 return batch
@@ -656,7 +647,7 @@ class Run:
         s = self.settings
         if due:
             seed = seeded(s.seed, self.step, "evaluate").initial_seed()
-            result = evaluate(self.model, self.tokenizer, self.task, s.eval_samples, s.temperature, seed)
+            result = evaluate(self.engine, self.task, s.eval_samples, s.temperature, seed=seed)
             for sample in result.pop("samples"):
                 self._append("samples.jsonl", {"step": self.step, **sample})
             row |= result

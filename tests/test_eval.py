@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import eval as chapter
 from eval import STYLES, distinct_correct, draw, evaluate, pass_at_k, series, smooth, table
-from rollout import Problem, Rollout, Task, TinyModel, chain_task, tiny_tokenizer
+from rollout import Problem, Rollout, Task, TinyModel, TorchEngine, chain_task, tiny_tokenizer
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -81,7 +81,7 @@ def scripted(monkeypatch, correct, lengths):
     """`answer` replaced by known results: correct[problem][sample]; NaN wherever the mask is False."""
     asked = []
 
-    def fake(model, tokenizer, task, problems, n, temperature, generator, entropy=False):
+    def fake(engine, task, problems, n, temperature, top_p, generator, entropy=False):
         assert entropy and isinstance(generator, torch.Generator)
         asked.append((len(problems), n, temperature))
         which = [int(p.prompt) for p in problems]
@@ -99,8 +99,8 @@ def scripted(monkeypatch, correct, lengths):
 
     monkeypatch.setattr(chapter, "answer", fake)
     problems = tuple(Problem(str(i), "a") for i in range(3))
-    task = Task("scripted", problems, problems[:2], problems[2:], lambda t, p: True, lambda t: t, 9)
-    return task, asked
+    verify = lambda texts, problems: [True] * len(texts)  # noqa: E731
+    return Task("scripted", problems, problems[:2], problems[2:], verify, lambda t: t, 9), asked
 
 
 @pytest.mark.parametrize("rows", [1, 4, 1000])
@@ -108,7 +108,7 @@ def test_evaluate_is_right_on_known_results_however_it_is_batched(monkeypatch, r
     correct = [[True, False, False, True], [False] * 4, [True, True, True, True]]
     lengths = [[2, 9, 4, 1], [9, 9, 9, 9], [3, 3, 3, 3]]
     task, asked = scripted(monkeypatch, correct, lengths)
-    got = evaluate(torch.nn.Linear(1, 1), None, task, 4, 0.5, 0, rows)
+    got = evaluate(TorchEngine(torch.nn.Linear(1, 1), None), task, 4, 0.5, 1.0, 0, rows)
     assert got["pass@1"] == pytest.approx((2 / 4 + 0) / 2) and got["pass@k"] == pytest.approx(0.5)
     assert got["distinct_correct"] == pytest.approx((2 + 0) / 2)  # samples 0, 3 differ; 0, 1 would not
     assert got["eval_entropy"] == pytest.approx(
@@ -125,8 +125,9 @@ def test_evaluate_is_right_on_known_results_however_it_is_batched(monkeypatch, r
 def test_evaluate_repeats_with_its_seed_and_changes_nothing_else():
     tokenizer = tiny_tokenizer()
     model = TinyModel().build(tokenizer, 0).eval()
+    engine = TorchEngine(model, tokenizer)
     before = torch.random.get_rng_state()
-    a, b, c = (evaluate(model, tokenizer, chain_task(8), 3, seed=s) for s in (1, 1, 2))
+    a, b, c = (evaluate(engine, chain_task(8), 3, seed=s) for s in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert a == b and a["samples"] != c["samples"]
     assert a["eval_entropy"] == pytest.approx(math.log(106), abs=0.2)  # random weights: nearly uniform
@@ -138,9 +139,9 @@ def test_evaluate_draws_from_held_out_problems_only():
     seen = []
     tokenizer, task = tiny_tokenizer(), chain_task(16)
     real = task.verify
-    object.__setattr__(task, "verify", lambda text, p: seen.append(p) or real(text, p))
+    object.__setattr__(task, "verify", lambda texts, p: seen.extend(p) or real(texts, p))
     try:
-        evaluate(TinyModel().build(tokenizer, 0).eval(), tokenizer, task, 2)
+        evaluate(TorchEngine(TinyModel().build(tokenizer, 0).eval(), tokenizer), task, 2)
     finally:
         object.__setattr__(task, "verify", real)
     assert len(seen) == 2 * 16 * 2 and not set(seen) & set(task.train)

@@ -20,6 +20,7 @@ from rollout import (
     Problem,
     Rollout,
     TinyModel,
+    TorchEngine,
     WarmStart,
     answer,
     chain_solutions,
@@ -171,7 +172,7 @@ def test_empty_prompts_are_refused_by_name(model):
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
 def test_rollout_logp_and_entropy_are_those_of_the_unpadded_model(model, temperature):
     generator = torch.Generator().manual_seed(0)
-    out = sample(model, PROMPTS, 6, 7, 1, 0, temperature, generator, entropy=True)
+    out = sample(model, PROMPTS, 6, 7, 1, 0, temperature, generator=generator, entropy=True)
     assert 0 < int((~out.truncated).sum()) < len(out.ids)
     for i, (ids, mask) in enumerate(zip(out.ids, out.mask)):
         logp = plain_logp(model, PROMPTS[i // 6], ids[mask].tolist(), temperature)
@@ -601,7 +602,7 @@ def test_warm_start_draws_only_right_chains_of_training_problems():
         assert prompt in train
         length = int(response_mask(response[None], EOS_ID).sum())
         assert response[length - 1] == EOS_ID and (response[length:] == PAD_ID).all()
-        assert task.verify(tokenizer.decode(response[: length - 1]), train[prompt])
+        assert task.verify([tokenizer.decode(response[: length - 1])], [train[prompt]]) == [True]
         kinds.add(length)
         prompts.add(prompt)
     assert kinds == {5, 8, 11} and len(prompts) > 1000
@@ -619,7 +620,7 @@ def test_answer_grades_the_text_that_the_policy_wrote():
     def hook(logits, t, rows, generator):
         return torch.tensor([(script[r] + [PAD_ID] * 11)[t] for r in rows.tolist()])
 
-    out = answer(model, tokenizer, task, [PROBLEM], 4, hook=hook)
+    out = answer(TorchEngine(model, tokenizer), task, [PROBLEM], 4, hook=hook)
     assert out.correct.tolist() == [True, False, False, False]
     assert out.truncated.tolist() == [False, True, False, False]
     assert out.mask.sum(-1).tolist() == [11, 11, 8, 1]
@@ -755,7 +756,7 @@ def test_the_warm_policy_is_broad(tmp_path):
 
     for seed in (0, 1):
         model, tokenizer = warm_policy(WarmStart(seed=seed), folder=tmp_path)
-        got = evaluate(model, tokenizer, chain_task(), 32)
+        got = evaluate(TorchEngine(model, tokenizer), chain_task(), 32)
         assert 0.15 <= got["pass@1"] <= 0.35, got["pass@1"]
         assert got["pass@k"] >= 0.85, got["pass@k"]
     shutil.rmtree(tmp_path)

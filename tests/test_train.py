@@ -144,9 +144,13 @@ def contents(folder):
     return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in Path(folder).rglob("*") if p.is_file()}
 
 
-def luck(text, problem):
-    """A verifier for policies with random weights: a third of all responses is right."""
+def lucky(text, problem):
     return zlib.crc32(f"{problem.prompt}/{text}".encode()) % 3 == 0
+
+
+def luck(texts, problems):
+    """A verifier for policies with random weights: a third of all responses is right."""
+    return list(map(lucky, texts, problems))
 
 
 def small_world(double=True, seed=0):
@@ -175,14 +179,12 @@ def short_answers(logits, position, rows, generator):
 def draw_batch(world, prompts=32, group=16):
     model, tokenizer, task = world
     drawn = rollout.answer(
-        model,
-        tokenizer,
+        rollout.TorchEngine(model, tokenizer),
         task,
         task.train[:prompts],
         group,
-        1.0,
-        torch.Generator().manual_seed(0),
-        short_answers,
+        generator=torch.Generator().manual_seed(0),
+        hook=short_answers,
     )
     return make_batch([drawn], tokenizer.pad_token_id)
 
@@ -341,11 +343,11 @@ def test_the_rollout_is_drawn_before_the_step_and_numbers_are_logged(tmp_path):
 def test_a_batch_of_several_rollouts_scores_like_its_parts():
     """Rollouts of different widths and prompt lengths, put together: same statistics, groups kept apart."""
     model, tokenizer, task = world = small_world()
-    drawn = []
+    engine, drawn = rollout.TorchEngine(model, tokenizer), []
     for i, (hook, limit) in enumerate([(None, 4), (short_answers, 11), (None, 11)]):
         t = replace(task, max_new_tokens=limit)
         g = torch.Generator().manual_seed(i)
-        drawn.append(rollout.answer(model, tokenizer, t, task.train[3 * i : 3 * i + 3], 2, 1.0, g, hook))
+        drawn.append(rollout.answer(engine, t, task.train[3 * i : 3 * i + 3], 2, generator=g, hook=hook))
     batch = make_batch(drawn, tokenizer.pad_token_id)
     assert batch.tokens.group.tolist() == [i // 2 for i in range(18)]
     whole = train.scored_in_slices(world[0], batch, 1.0, 0)
@@ -381,12 +383,13 @@ def test_dynamic_sampling_refills_and_gives_up_in_the_end(tmp_path):
     """Prompts that all or none solve are replaced; with a verifier that knows only wrong, ten rollouts are
     drawn, nothing is learned, and the run goes on."""
     model, tokenizer, task = small_world()
-    hard = replace(task, verify=lambda text, p: luck(text, p) and int(p.prompt[0]) % 2 == 0)
+    odd = lambda t, p: [a and int(q.prompt[0]) % 2 == 0 for a, q in zip(luck(t, p), p)]  # noqa: E731
+    hard = replace(task, verify=odd)
     run = make_run((model, tokenizer, hard), build("dapo"), tmp_path)
     got = run.rollout()
     rate = got.tokens.reward.view(8, 8).mean(1)
     assert ((rate > 0) & (rate < 1)).all() and run.position > 8 and run.position % 8 == 0
-    never = replace(task, verify=lambda text, p: False)
+    never = replace(task, verify=lambda texts, p: [False] * len(texts))
     run = make_run((model, tokenizer, never), build("dapo"), tmp_path, ledger="step")
     before = gradient_free(model)
     row = run.train_step()
