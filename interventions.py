@@ -2142,15 +2142,15 @@ def embedded_batches(steps: int = 20, network: bool = False) -> list[tuple[Token
     for _ in range(steps):
         run.train_step()
     batch, out = run.rollout(), []
-    reference = scored_in_slices(run.reference, batch, 1.0, 0).logp
+    reference = scored_in_slices(run.reference, batch, run.settings).logp
     for later in (False, True):
-        old = scored_in_slices(model, batch, 1.0, 0)
+        old = scored_in_slices(model, batch, run.settings)
         logits, before = response_logits(model, batch, 1.0), Ledger.open(model, batch, run.settings)
         if later:
             for _ in range(4):
                 run._updates(batch, None)
             logits, before = response_logits(model, batch, 1.0), Ledger.open(model, batch, run.settings)
-        now = scored_in_slices(model, batch, 1.0, 0)
+        now = scored_in_slices(model, batch, run.settings)
         logp = logits.log_softmax(-1)
         slope = (logp.exp() * (logp + now.entropy[..., None])).square().sum(-1)
         proxy = proxy_log_prob(logits, now.ids)

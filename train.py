@@ -39,25 +39,54 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import interventions
 from entropy_math import adam_preconditioner, entropy_directional_change, network_flow, token_stats
 from eval import draw, evaluate, table
-from grpo import Method, Plan, Progress, Tokens, batch_loss, masked_mean, plan_update, token_flow
-from rollout import Problem, Rollout, Task, TorchEngine, WarmStart, answer, chain_task, score, warm_policy
+from grpo import Method, Plan, Progress, Tokens, batch_loss, mismatch_weight, plan_update, token_flow
+from rollout import (
+    PROMPT_TEMPLATE,
+    REWARDS,
+    SPURIOUS,
+    Engine,
+    Problem,
+    Rollout,
+    Task,
+    TorchEngine,
+    VllmEngine,
+    WarmStart,
+    answer,
+    chain_task,
+    check_push,
+    hold_out,
+    load_model,
+    math_task,
+    read_problems,
+    render,
+    score,
+    through,
+    warm_policy,
+)
 
 
 class UserError(Exception):
@@ -89,6 +118,22 @@ class Settings:
     more"""
     micro_batch: int = 0
     """responses per forward pass, to bound memory; the gradient does not depend on it; 0: all at once"""
+    tokens_per_micro_batch: int = 0
+    """the same as a budget of tokens, prompt and padding included: responses of like length share a pass; 0:
+    no budget (with --model 16384)"""
+    gradient_checkpointing: bool = False
+    """keep only each layer's input for the backward pass and compute the rest again: a third slower, far less
+    memory"""
+    reward: str = "correct"
+    """what is optimised: correct, length_penalty (the same less DAPO's overlong penalty), or for study the
+    spurious random and wrong"""
+    mismatch: str = "auto"
+    """weights against an engine whose probabilities differ from the trainer's: tis, icepop or off; auto: tis
+    with vLLM, else off"""
+    mismatch_low: float = 0.5
+    """icepop drops tokens whose ratio lies below"""
+    mismatch_high: float = 2.0
+    """tis cuts the ratio here; icepop drops tokens whose ratio lies above"""
     temperature: float = 1.0
     """of sampling, and of all probabilities in the loss: what is drawn is what is trained"""
     eval_every: int = 30
@@ -102,6 +147,39 @@ class Settings:
     """steps between ledger entries; each costs about one more training pass"""
     grad_clip: float = 1.0
     """largest gradient norm; 0: no clipping"""
+    model: str = ""
+    """hub id or folder of a causal LM (safetensors); empty: the embedded transformer, built in code"""
+    data: str = ""
+    """JSONL of problems and answers, or a hub data set owner/name@config:split; empty: the embedded task"""
+    eval_data: str = ""
+    """the same for evaluation; empty: --eval-problems of the data are held out"""
+    eval_problems: int = 96
+    """held-out problems"""
+    prompt_template: str = PROMPT_TEMPLATE
+    """how a problem is put; {problem} is where it goes"""
+    chat: str = "auto"
+    """auto: the template is a user's turn where the tokenizer has a chat template; off: it is plain text"""
+    max_prompt_tokens: int = 1024
+    """problems with longer prompts are left out, and counted"""
+    max_new_tokens: int = 1024
+    """longest response; the embedded task has its own limit"""
+    engine: str = "torch"
+    """what samples: torch (our loop) or vllm"""
+    tensor_parallel: int = 1
+    """GPUs that share one vLLM engine"""
+    vllm_memory: float = 0.4
+    """share of the GPU's memory that vLLM may take while it is awake"""
+    dtype: str = "auto"
+    """of the computation: float32 or bfloat16 (weights and AdamW's states stay float32); auto: bfloat16 for
+    --model on a GPU"""
+    attention: str = "sdpa"
+    """sdpa, flash_attention_2 or eager"""
+    lora: int = 0
+    """rank of LoRA adapters on all linear layers (package peft); 0: all weights are trained"""
+    trust_remote_code: bool = False
+    """run code that comes with the model"""
+    report_to: str = "none"
+    """also log to tensorboard or wandb"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
     threads: int = 0
@@ -111,10 +189,13 @@ class Settings:
 
     def check(self) -> None:
         """Raise UserError on the first impossible value or combination, naming flag, value and remedy."""
-        for name in ("steps", "prompts", "eval_every", "eval_samples", "ledger_every", "updates_per_rollout"):
+        for name in (
+            *("steps", "prompts", "eval_every", "eval_samples", "ledger_every", "updates_per_rollout"),
+            *("eval_problems", "max_prompt_tokens", "max_new_tokens", "tensor_parallel"),
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"{flag(name)} {getattr(self, name)}: must be at least 1")
-        for name in ("micro_batch", "threads", "grad_clip", "seed"):
+        for name in ("micro_batch", "tokens_per_micro_batch", "threads", "grad_clip", "seed", "lora"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{flag(name)} {getattr(self, name)}: must not be negative")
         if not 0 < self.lr < 1e36:  # beyond, AdamW's step overflows float32
@@ -139,10 +220,47 @@ class Settings:
                 f"--micro-batch {self.micro_batch}: must divide the {rows} responses of one update "
                 "(prompts x group size / updates per rollout)"
             )
-        if self.ledger not in ("off", "step", "full"):
-            raise UserError(f"--ledger {self.ledger}: choose off, step or full")
+        if self.micro_batch and self.tokens_per_micro_batch:
+            raise UserError("--micro-batch and --tokens-per-micro-batch bound the same thing; give one")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                words = f"{', '.join(choices[:-1])} or {choices[-1]}"
+                raise UserError(f"{flag(name)} {getattr(self, name)}: choose {words}")
+        if not 0 < self.mismatch_low < 1 < self.mismatch_high:
+            raise UserError(
+                f"--mismatch-low {self.mismatch_low} --mismatch-high {self.mismatch_high}: the ratio is near "
+                "1, so the first must lie between 0 and 1 and the second above"
+            )
+        if not 0 < self.vllm_memory < 1:
+            raise UserError(f"--vllm-memory {self.vllm_memory}: must be a share between 0 and 1")
+        if bool(self.model) != bool(self.data):
+            has, lacks = ("model", "data") if self.model else ("data", "model")
+            raise UserError(
+                f"--{has} {getattr(self, has)}: needs --{lacks} too; the embedded model reads its own few "
+                "words only, and the embedded task is written in them"
+            )
+        if self.lora and not self.model:
+            raise UserError(
+                f"--lora {self.lora}: the embedded model is small enough; give --model and --data"
+            )
         if self.ledger == "full" and self.updates_per_rollout > 1:
             raise UserError("--ledger full: books the tokens of one update; use --updates-per-rollout 1")
+
+
+# Settings that are one of a few words.
+CHOICES = {
+    "ledger": ("off", "step", "full"),
+    "reward": tuple(REWARDS),
+    "mismatch": ("auto", "tis", "icepop", "off"),
+    "chat": ("auto", "off"),
+    "engine": ("torch", "vllm"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "attention": ("sdpa", "flash_attention_2", "eager"),
+    "report_to": ("none", "tensorboard", "wandb"),
+}
+
+# What a language model wants otherwise than the embedded one, where the command line does not say.
+MODEL_DEFAULTS = {"lr": 1e-6, "tokens_per_micro_batch": 16384, "eval_samples": 8}
 
 
 def flag(name: str) -> str:
@@ -151,16 +269,27 @@ def flag(name: str) -> str:
 
 def convert(name: str, text: str) -> Any:
     """The value of a setting from its text.  Raises UserError naming flag, value and type."""
-    kind = {"int": int, "float": float, "str": str}[Settings.__annotations__[name]]
+    kind = {"int": int, "float": float, "str": str, "bool": truth}[Settings.__annotations__[name]]
     try:
         return kind(text)
     except ValueError:
-        kinds = {int: "a whole number", float: "a number"}
+        kinds = {int: "a whole number", float: "a number", truth: "true or false"}
         raise UserError(f"{flag(name)} {text}: must be {kinds[kind]}") from None
 
 
-# Settings that may ride behind a method's name.  The others belong to the whole comparison.
-PER_METHOD = tuple(f.name for f in fields(Settings) if f.name not in ("method", "seed", "device", "threads"))
+def truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
+
+
+# Settings that belong to the whole comparison.  The others may ride behind a method's name.
+SHARED = (
+    *("method", "seed", "device", "threads", "model", "data", "eval_data", "eval_problems", "chat", "dtype"),
+    *("prompt_template", "max_prompt_tokens", "max_new_tokens", "engine", "tensor_parallel", "vllm_memory"),
+    *("attention", "lora", "trust_remote_code", "report_to"),
+)
+PER_METHOD = tuple(f.name for f in fields(Settings) if f.name not in SHARED)
 
 
 def parse_spec(spec: str, base: Settings) -> tuple[Settings, Method]:
@@ -203,7 +332,129 @@ def prompts_at(problems: tuple[Problem, ...], seed: int, position: int, count: i
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. One update
+# 2. Several processes
+#
+# `torchrun --nproc-per-node N train.py ...` runs N of these programs.  Each samples and scores its share of
+# the prompts; weights, gradients and AdamW's states are sharded by PyTorch's FSDP2.  What a method must know
+# about the batch is gathered from all ranks first, so that N ranks take the step that one would have taken.
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all.  Alone, every method is the identity."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def join(cls, device: torch.device) -> Ranks:
+        """Meet the others that torchrun started, if it did."""
+        if "WORLD_SIZE" not in os.environ:
+            return ALONE
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def all(self, value: Any) -> list[Any]:
+        """Everybody's value, in the order of ranks."""
+        if self.world == 1:
+            return [value]
+        out: list[Any] = [None] * self.world
+        dist.all_gather_object(out, value)
+        return out
+
+    def sum(self, value: float) -> float:
+        return value if self.world == 1 else math.fsum(self.all(value))
+
+    def most(self, value: int) -> int:
+        return max(self.all(value))
+
+    def gather(self, tokens: Tokens) -> tuple[Tokens, int]:
+        """The rows of all ranks, and where this rank's begin."""
+        if self.world == 1:
+            return tokens, 0
+        device = tokens.ids.device
+        parts = [t._map(lambda v: v.to(device)) for t in self.all(tokens.detach()._map(lambda v: v.cpu()))]
+        return join(parts), sum(len(t.ids) for t in parts[: self.rank])
+
+
+ALONE = Ranks()
+
+
+def join(parts: list[Tokens], pad: int = 0) -> Tokens:
+    """The rows of several batches in one, padded to the widest."""
+    width = max(t.ids.shape[1] for t in parts)
+
+    def wide(x: Tensor, name: str) -> Tensor:
+        fill = pad if name == "ids" else 0
+        return x if x.dim() == 1 else nn.functional.pad(x, (0, width - x.shape[1]), value=fill)
+
+    names = [f.name for f in fields(Tokens) if getattr(parts[0], f.name) is not None]
+    return Tokens(**{k: torch.cat([wide(getattr(t, k), k) for t in parts]) for k in names})
+
+
+def shard(model: nn.Module, dtype: torch.dtype, device: torch.device, offload: bool = False) -> nn.Module:
+    """Weights in float32, split over all ranks and computed with in `dtype`: FSDP2, layer by layer, in place.
+
+    With one rank nothing is split, and what remains is the mixed precision: float32 master weights, gradients
+    and AdamW states, one layer at a time in bfloat16. `offload` keeps the shards in CPU memory (a reference
+    model). The gradient that arrives is the *mean* over ranks.
+    """
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    how = {
+        "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+    }
+    for module in list(model.modules()):
+        if type(module).__name__ in (model._no_split_modules or ()):
+            fully_shard(module, **how)
+    fully_shard(model, **how)
+    model.through = MethodType(lambda self, f, *args: f(self, *args), model)
+    register_fsdp_forward_method(model, "through")
+    return model
+
+
+def whole(x: Tensor) -> Tensor:
+    """A weight of all ranks together."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's share of a weight."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name in `transformers`, weight) of the whole model, one after another, LoRA merged in.  All ranks must
+    read it to the end together."""
+    adapters = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")}
+    for name, p in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        weight, owner = whole(p.detach()), adapters.get(name.removesuffix(".base_layer.weight"))
+        if owner is not None and name.endswith(".base_layer.weight"):
+            a, b = (whole(m["default"].weight.detach()).float() for m in (owner.lora_A, owner.lora_B))
+            weight = (weight.float() + owner.scaling["default"] * (b @ a)).to(weight.dtype)
+        yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), weight
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. One update
 
 
 @dataclass
@@ -213,40 +464,60 @@ class Batch:
     tokens: Tokens
     full_ids: Tensor  # (B, L) prompt and response, padded on the right
     start: Tensor  # (B,) position that predicts the first response token
+    right: Tensor | None = None  # (B,) what the verifier said, also where the reward is another
 
     def rows(self, index: Any) -> Batch:
-        return Batch(self.tokens.rows(index), self.full_ids[index], self.start[index])
-
-    def slices(self, micro: int) -> list[slice]:
-        micro = micro or len(self.start)
-        return [slice(i, i + micro) for i in range(0, len(self.start), micro)]
+        right = None if self.right is None else self.right[index]
+        return Batch(self.tokens.rows(index), self.full_ids[index], self.start[index], right)
 
 
-def make_batch(rollouts: list[Rollout], pad: int) -> Batch:
+def micro_batches(batch: Batch, settings: Settings) -> list[Any]:
+    """The rows of each forward pass: slices of `micro_batch` rows, or index tensors of responses of like
+    length, padded together within `tokens_per_micro_batch` tokens (a longer response goes alone)."""
+    rows = len(batch.start)
+    if not settings.tokens_per_micro_batch:
+        size = settings.micro_batch or rows
+        return [slice(i, i + size) for i in range(0, rows, size)]
+    length = (batch.start + 1 + batch.tokens.mask.sum(-1)).cpu()
+    order = length.argsort(descending=True, stable=True)  # the longest first: what does not fit fails at once
+    out, begin = [], 0
+    while begin < rows:
+        size = max(1, settings.tokens_per_micro_batch // int(length[order[begin]]))
+        out.append(order[begin : begin + size].to(batch.start.device))
+        begin += size
+    return out if len(out) > 1 else [slice(0, rows)]
+
+
+def in_step(slices: list[Any], ranks: Ranks) -> Iterator[tuple[Any, bool]]:
+    """This rank's micro-batches, then its first row again, marked False, until all ranks have had as many
+    passes: sharded weights are gathered by all ranks together."""
+    for i in range(ranks.most(len(slices))):
+        yield (slices[i], True) if i < len(slices) else (slice(0, 1), False)
+
+
+def reassembled(parts: list[Tensor], slices: list[Any]) -> Tensor:
+    """The rows of `micro_batches`, back in the batch's order."""
+    if len(parts) == 1:
+        return parts[0]
+    out = parts[0].new_empty((sum(map(len, parts)), *parts[0].shape[1:]))
+    for s, part in zip(slices, parts):
+        out[s] = part
+    return out
+
+
+def make_batch(rollouts: list[Rollout], pad: int, first: int = 0) -> Batch:
     """One batch from several rollouts (more than one where a method samples until it has enough usable
-    prompts)."""
-    width = max(r.ids.shape[1] for r in rollouts)
+    prompts); their prompts are numbered from `first`."""
     text = [r.full_ids(pad) for r in rollouts]
     length = max(ids.shape[1] for ids, _ in text)
-
-    def wide(xs: list[Tensor], size: int, fill: float) -> Tensor:
-        return torch.cat([nn.functional.pad(x, (0, size - x.shape[1]), value=fill) for x in xs])
-
-    groups, seen = [], 0
+    wide = lambda x: nn.functional.pad(x, (0, length - x.shape[1]), value=pad)  # noqa: E731
+    parts = []
     for r in rollouts:
-        groups.append(r.group + seen)
-        seen += len(r.prompt_ids)
-    correct = torch.cat([r.correct for r in rollouts])
-    tokens = Tokens(
-        ids=wide([r.ids for r in rollouts], width, pad),
-        mask=wide([r.mask for r in rollouts], width, False),
-        rollout_logp=wide([r.rollout_logp for r in rollouts], width, 0.0),
-        reward=correct.float(),
-        correct=correct,
-        group=torch.cat(groups),
-        truncated=torch.cat([r.truncated for r in rollouts]),
-    )
-    return Batch(tokens, wide([ids for ids, _ in text], length, pad), torch.cat([start for _, start in text]))
+        reward = r.correct.float() if r.reward is None else r.reward.to(r.ids.device)
+        parts.append(Tokens(r.ids, r.mask, r.rollout_logp, reward, r.correct, r.group + first, r.truncated))
+        first += len(r.prompt_ids)
+    tokens, start = join(parts, pad), torch.cat([start for _, start in text])
+    return Batch(tokens, torch.cat([wide(ids) for ids, _ in text]), start, tokens.correct)
 
 
 def scored(model: nn.Module, batch: Batch, temperature: float, entropy_grad: bool = False) -> Tokens:
@@ -257,11 +528,13 @@ def scored(model: nn.Module, batch: Batch, temperature: float, entropy_grad: boo
 
 
 @torch.no_grad()
-def scored_in_slices(model: nn.Module, batch: Batch, temperature: float, micro: int) -> Tokens:
-    """The same without gradient, `micro` rows at a time."""
-    parts = [scored(model, batch.rows(s), temperature) for s in batch.slices(micro)]
+def scored_in_slices(model: nn.Module, batch: Batch, settings: Settings, ranks: Ranks = ALONE) -> Tokens:
+    """The same without gradient, a micro-batch at a time."""
+    slices = micro_batches(batch, settings)
+    parts = [(scored(model, batch.rows(s), settings.temperature), own) for s, own in in_step(slices, ranks)]
+    parts = [part for part, own in parts if own]
     names = ("logp", "entropy", "p2", "p2logp")
-    return replace(batch.tokens, **{k: torch.cat([getattr(p, k) for p in parts]) for k in names})
+    return replace(batch.tokens, **{k: reassembled([getattr(p, k) for p in parts], slices) for k in names})
 
 
 @torch.no_grad()
@@ -269,54 +542,97 @@ def response_logits(model: nn.Module, batch: Batch, temperature: float) -> Tenso
     """(B, T, V) logits / temperature at the response positions: for the one method that needs the logits
     themselves (Lp-Reg's proxy) and for pictures.  Fine at a small vocabulary; at a large one use small
     micro-batches."""
-    hidden = model.get_decoder()(batch.full_ids, use_cache=False).last_hidden_state  # (B, L, D)
-    columns = batch.start[:, None] + torch.arange(batch.tokens.ids.shape[1], device=hidden.device)  # (B, T)
-    columns = columns.clamp(max=hidden.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[-1])
-    return model.get_output_embeddings()(hidden.gather(1, columns)).float() / temperature
+
+    def logits(model: nn.Module) -> Tensor:
+        hidden = model.get_decoder()(batch.full_ids, use_cache=False).last_hidden_state  # (B, L, D)
+        columns = batch.start[:, None] + torch.arange(batch.tokens.ids.shape[1], device=hidden.device)
+        columns = columns.clamp(max=hidden.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[-1])
+        return model.get_output_embeddings()(hidden.gather(1, columns)).float() / temperature
+
+    return through(model, logits)
 
 
 @dataclass
 class Gradient:
     """What `accumulate_gradient` found out on its way, besides the gradient in the parameters."""
 
-    plan: Plan
+    plan: Plan  # of the batch of all ranks
     metrics: dict[str, float]
     force: Tensor  # (B, T) F_t = -∂loss/∂log π(y_t)
     flow: Tensor  # (B, T) F_t T_t, the tabular flow (5.3)
 
 
-def accumulate_gradient(model: nn.Module, batch: Batch, method: Method, settings: Settings) -> Gradient:
-    """Add the gradient of the method's loss on the whole batch to the parameters.
+def accumulate_gradient(
+    model: nn.Module, batch: Batch, method: Method, settings: Settings, ranks: Ranks = ALONE
+) -> Gradient:
+    """Add the gradient of the method's loss on the whole batch, of all ranks, to the parameters.
 
     All at once, the plan is made from the very forward pass that is differentiated. In micro-batches it is
     made from a pass without gradient over the whole batch first, so that every statistic is of the whole
     batch: one more forward pass buys that the gradient does not depend on how the batch was sliced.
     """
-    slices = batch.slices(settings.micro_batch)
-    plan = None
-    if len(slices) > 1:
-        stats = scored_in_slices(model, batch, settings.temperature, settings.micro_batch)
+    slices = micro_batches(batch, settings)
+    plan, first = None, 0
+    if len(slices) > 1 or ranks.world > 1:
+        stats = scored_in_slices(model, batch, settings, ranks)
+        stats, first = ranks.gather(stats)
         plan = plan_update(stats, method)
+        plan.metrics |= mismatch_metrics(stats, settings)
+    model.train(settings.gradient_checkpointing)  # transformers recomputes in train mode only; dropout is 0
     totals: dict[str, float] = {"loss": 0.0}
     forces, flows = [], []
-    for s in slices:
+    for s, own in in_step(slices, ranks):
         tk = scored(model, batch.rows(s), settings.temperature, method.entropy_grad)
+        if not own:
+            (tk.logp.sum() * 0.0).backward()
+            continue
         if plan is None:
             plan = plan_update(tk, method)
+            plan.metrics |= mismatch_metrics(tk, settings)
+        tk.mismatch = mismatch_of(tk, settings)
         tk.logp.retain_grad()
-        loss, metrics = batch_loss(tk, plan.rows(s), method)
-        loss.backward()
-        forces.append(torch.zeros_like(tk.logp) if tk.logp.grad is None else -tk.logp.grad)
+        mine = slice(first + s.start, first + s.stop) if isinstance(s, slice) else s + first
+        loss, metrics = batch_loss(tk, plan.rows(mine), method)
+        (loss * ranks.world).backward()  # FSDP averages over ranks; the shares of a loss add up
+        forces.append(torch.zeros_like(tk.logp) if tk.logp.grad is None else -tk.logp.grad / ranks.world)
         flows.append(token_flow(tk, forces[-1]))  # (5.3)
         for key, value in {**metrics, "loss": float(loss.detach())}.items():
             totals[key] = totals.get(key, 0.0) + value
-    force, flow = torch.cat(forces).detach(), torch.cat(flows)
+    model.eval()
+    force, flow = reassembled(forces, slices).detach(), reassembled(flows, slices)
     totals |= {"flow_up": float(flow.clamp(min=0).sum()), "flow_down": float(-flow.clamp(max=0).sum())}
+    totals = {key: ranks.sum(value) for key, value in totals.items()}
     return Gradient(plan, totals, force, flow)
 
 
+def mismatch_of(tk: Tokens, settings: Settings) -> Tensor | None:
+    """(B, T) weights (2.18) or (2.19) against the engine's own probabilities; None: not corrected."""
+    if settings.mismatch in ("off", "auto"):
+        return None
+    old = tk.logp.detach() if tk.old_logp is None else tk.old_logp
+    low, high = settings.mismatch_low, settings.mismatch_high
+    return torch.where(tk.mask, mismatch_weight(old, tk.rollout_logp, settings.mismatch, low, high), 0)
+
+
+def mismatch_metrics(tk: Tokens, settings: Settings) -> dict[str, float]:
+    """How far the engine's probabilities are from the trainer's, over the tokens of the whole batch, with
+    ρ = π_old / π_engine (2.17): mean and largest |log ρ|, the share of an ideal sample that the weighted one
+    is worth, ESS = (Σρ)² / (n Σρ²), and k3 of KL(π_engine || π_old)."""
+    if settings.mismatch in ("off", "auto") or not bool(tk.mask.any()):
+        return {}
+    old = tk.logp.detach() if tk.old_logp is None else tk.old_logp
+    log_rho = (old - tk.rollout_logp)[tk.mask].double().clamp(-20, 20)
+    rho = log_rho.exp()
+    return {
+        "mismatch_mean": float(log_rho.abs().mean()),
+        "mismatch_max": float(log_rho.abs().max()),
+        "mismatch_ess": float(rho.sum() ** 2 / (len(rho) * rho.square().sum())),
+        "mismatch_k3": float((rho - 1 - log_rho).mean()),
+    }
+
+
 # ------------------------------------------------------------------------------------------------------------
-# 3. The entropy ledger
+# 4. The entropy ledger
 
 
 class LogProbs(nn.Module):
@@ -342,28 +658,33 @@ class Ledger:
     before: float  # H̄(θ), nats
     grads: list[Tensor]  # ∇H̄(θ)
     params: list[Tensor]  # θ
+    ranks: Ranks = ALONE
 
     @classmethod
-    def open(cls, model: nn.Module, batch: Batch, settings: Settings) -> Ledger:
-        params = [p for p in model.parameters() if p.requires_grad]
-        count, total = batch.tokens.mask.sum().clamp(min=1), 0.0
-        grads = [torch.zeros_like(p) for p in params]
-        for s in batch.slices(settings.micro_batch):
+    def open(cls, model: nn.Module, batch: Batch, settings: Settings, ranks: Ranks = ALONE) -> Ledger:
+        params = trained(model)
+        count, total = max(ranks.sum(int(batch.tokens.mask.sum())), 1), 0.0
+        model.zero_grad(set_to_none=True)
+        model.train(settings.gradient_checkpointing)
+        for s, own in in_step(micro_batches(batch, settings), ranks):
             tk = scored(model, batch.rows(s), settings.temperature, entropy_grad=True)
-            part = torch.where(tk.mask, tk.entropy, 0).sum() / count
-            for total_grad, g in zip(grads, torch.autograd.grad(part, params, materialize_grads=True)):
-                total_grad += g
-            total += float(torch.where(tk.mask, tk.entropy, 0).detach().sum(dtype=torch.float64) / count)
-        return cls(batch, settings, total, grads, [p.detach().clone() for p in params])
+            nats = torch.where(tk.mask, tk.entropy, 0) * own
+            (nats.sum() * (ranks.world / count)).backward()  # FSDP averages over ranks
+            total += float(nats.detach().sum(dtype=torch.float64))
+        model.eval()
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        model.zero_grad(set_to_none=True)
+        theta = [p.detach().clone() for p in params]
+        return cls(batch, settings, ranks.sum(total) / count, grads, theta, ranks)
 
     def close(self, model: nn.Module) -> dict[str, float]:
         """(5.1) and (5.2), nats."""
-        moved = [p.detach() - old for p, old in zip(self._trained(model), self.params)]
-        after = scored_in_slices(model, self.batch, self.settings.temperature, self.settings.micro_batch)
-        return {
-            "dH_measured": float(masked_mean(after.entropy, after.mask)) - self.before,  # (5.1)
-            "dH_predicted": entropy_directional_change(self.grads, moved),  # (5.2), entropy_math (5.1)
-        }
+        moved = [local(p.detach()) - local(old) for p, old in zip(trained(model), self.params)]
+        after = scored_in_slices(model, self.batch, self.settings, self.ranks)
+        nats = float(torch.where(after.mask, after.entropy, 0).sum(dtype=torch.float64))
+        now = self.ranks.sum(nats) / max(self.ranks.sum(int(after.mask.sum())), 1)
+        predicted = entropy_directional_change([local(g) for g in self.grads], moved)  # entropy_math (5.1)
+        return {"dH_measured": now - self.before, "dH_predicted": self.ranks.sum(predicted)}  # (5.1), (5.2)
 
     def network_flow(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, force: Tensor, **how: Any
@@ -376,9 +697,9 @@ class Ledger:
         """
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         scale = adam_preconditioner(optimizer)
-        scale = {old: scale[p] for p, old in zip(self._trained(model), self.params)}
-        call, out = LogProbs(model), []
-        for s in self.batch.slices(self.settings.micro_batch):
+        scale = {old: scale[p] for p, old in zip(trained(model), self.params)}
+        slices, call, out = micro_batches(self.batch, self.settings), LogProbs(model), []
+        for s in slices:
             rows = self.batch.rows(s)
 
             def logp(at: dict[str, Tensor], rows: Batch = rows) -> Tensor:
@@ -388,11 +709,12 @@ class Ledger:
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
                 params, grads = dict(zip(names, self.params)), dict(zip(names, self.grads))
                 out.append(network_flow(logp, params, force[s], grads, scale, **how))
-        return torch.cat(out)
+        return reassembled(out, slices)
 
-    @staticmethod
-    def _trained(model: nn.Module) -> list[Tensor]:
-        return [p for p in model.parameters() if p.requires_grad]
+
+def trained(model: nn.Module) -> list[Tensor]:
+    """The parameters that training moves: with LoRA the adapters only."""
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def flow_summary(tabular: Tensor, network: Tensor, mask: Tensor) -> dict[str, float]:
@@ -405,7 +727,7 @@ def flow_summary(tabular: Tensor, network: Tensor, mask: Tensor) -> dict[str, fl
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. A run
+# 5. A run
 
 
 def read_rows(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
@@ -429,6 +751,12 @@ def write_atomically(path: Path, text: str) -> None:
     part.replace(path)
 
 
+DISK_ERRORS = (
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    CheckpointException,
+)  # names of libraries for a full disk
 CHECKSUMS = "sha256.json"  # of every other file of a checkpoint: flipped bits in weights raise no error
 
 
@@ -447,6 +775,14 @@ def check_sums(folder: Path) -> None:
             raise ValueError(f"{name} is not as it was written")
 
 
+def link_or_copy(source: str, target: str) -> None:
+    """A second name for a file that is never written again; a copy where the disk has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 MAX_DRAWS = 10  # rollouts that dynamic sampling may draw for one update; the recipe's max_num_gen_batches
 
 
@@ -454,52 +790,75 @@ class Run:
     """One method, one seed, one folder.
 
     folder/config.json       the settings in force and the method's hyperparameters
-    folder/metrics.jsonl     one JSON object a step; step 0 is the evaluation of the warm policy
+    folder/metrics.jsonl     one JSON object a step; step 0 is the evaluation of the first policy
     folder/samples.jsonl     some responses of every evaluation
     folder/flows.jsonl       with --ledger full: the responses that moved entropy most, token by token
-    folder/checkpoint/       `transformers` loads it; with state.pt: optimizer, method, step, position
+    folder/checkpoint/       `transformers` and vLLM load it; with what it takes to go on: state.pt (method,
+                             step, position), training/ (torch.distributed.checkpoint: weights, AdamW)
     folder/checkpoint-previous/    the one before, in case of a crash between two renames
+    folder/checkpoint-best/  the policy of the evaluation with the highest pass@1
     """
 
     def __init__(
-        self, settings: Settings, method: Method, folder: Path, task: Task, model: nn.Module, tokenizer: Any
+        self,
+        settings: Settings,
+        method: Method,
+        folder: Path,
+        task: Task,
+        model: nn.Module,
+        tokenizer: Any,
+        engine: Engine | None = None,
+        reference: nn.Module | None = None,
+        ranks: Ranks = ALONE,
     ):
         self.settings, self.method, self.folder, self.task = settings, method, folder, task
-        self.model, self.tokenizer = model, tokenizer
-        self.engine = TorchEngine(model, tokenizer)
-        self.device = self.engine.device
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0
-        )
-        self.reference: nn.Module | None = None
-        if "ref_logp" in method.needs:
+        self.model, self.tokenizer, self.ranks = model, tokenizer, ranks
+        self.engine: Engine = engine or TorchEngine(model, tokenizer)
+        self.dtype = compute_dtype(settings, self.engine.device)
+        how = {"lr": settings.lr, "betas": (0.9, 0.95), "weight_decay": 0.0}
+        self.optimizer = torch.optim.AdamW(trained(model), **how)
+        self.reference = reference
+        if "ref_logp" in method.needs and reference is None and not settings.lora:
             self.reference = copy.deepcopy(model).eval().requires_grad_(False)
         self.step = 0  # rollouts done
         self.position = 0  # prompts used
         self.skipped_in_row = 0
+        self.best = -1.0  # highest pass@1 so far
         self.rows: list[dict[str, Any]] = []
         self.why = ""  # the run broke off
+        self.report: Callable[[dict[str, Any]], None] = lambda row: None
 
     # -- one step --------------------------------------------------------------------------------------------
 
     def rollout(self) -> Batch:
-        """Responses to the next prompts; a method with `refill` (dynamic sampling) draws until it has enough
-        of use."""
-        s = self.settings
-        generator = seeded(s.seed, self.step, "sample", self.device)
+        """Responses to this rank's share of the next prompts; a method with `refill` (dynamic sampling) draws
+        until it has enough of use."""
+        s, r = self.settings, self.ranks
+        purpose = "" if r.world == 1 else f"/{r.rank}"
+        generator = seeded(s.seed, self.step, f"sample{purpose}", self.engine.device)
         hook = None if type(self.method).sample is Method.sample else self.method.sample
+        share, limit = s.prompts // r.world, self.task.max_new_tokens
         drawn: list[Rollout] = []
         for attempt in range(MAX_DRAWS):
             problems = prompts_at(self.task.train, s.seed, self.position, s.prompts)
             self.position += len(problems)
-            how = {"generator": generator, "hook": hook}
-            drawn.append(answer(self.engine, self.task, problems, s.group_size, s.temperature, **how))
-            batch = make_batch(drawn, self.tokenizer.pad_token_id)
+            mine, how = problems[r.rank * share :][:share], {"generator": generator, "hook": hook}
+            out = answer(self.engine, self.task, mine, s.group_size, s.temperature, **how)
+            chance = seeded(s.seed, self.step, f"reward/{attempt}{purpose}")
+            out.reward = REWARDS[s.reward](out.correct, out.mask.sum(-1), limit, chance)
+            drawn.append(out)
+            batch = make_batch(drawn, self.tokenizer.pad_token_id, r.rank * MAX_DRAWS * share)
+            if s.reward in SPURIOUS:
+                batch.tokens.correct = (
+                    batch.tokens.reward > 0
+                )  # a method must not know better than the reward
             if not self.method.refill:
                 return batch
-            keep = self.method.select(batch.tokens)
-            groups = batch.tokens.group[keep].unique()[: s.prompts]
-            if len(groups) == s.prompts or attempt == MAX_DRAWS - 1:
+            groups = batch.tokens.group[self.method.select(batch.tokens)].unique()[:share]
+            found = r.all(len(groups))
+            if min(found) == share or attempt == MAX_DRAWS - 1:
+                if not len(groups) and any(found):  # take part in the step with rows that `select` masks out
+                    groups = batch.tokens.group[:1]
                 return batch.rows(torch.isin(batch.tokens.group, groups))
         raise AssertionError("unreachable: the last attempt returns")
 
@@ -509,22 +868,41 @@ class Run:
         limit = self.task.max_new_tokens
         self.method.progress = Progress(self.step, s.steps, s.seed, limit, s.temperature)
         batch = self.rollout()
-        row: dict[str, Any] = {"step": self.step + 1}
-        tk = batch.tokens
-        row["reward"] = float(tk.reward.mean()) if len(tk.reward) else float("nan")
+        sampled = time.perf_counter()
+        self.engine.sleep()
+        row: dict[str, Any] = {"step": self.step + 1, **self._totals(batch)}
         ledger = None
-        if s.ledger != "off" and self.step % s.ledger_every == 0 and len(tk.reward):
-            ledger = Ledger.open(self.model, batch, s)
+        if s.ledger != "off" and self.step % s.ledger_every == 0 and row["tokens"]:
+            ledger = Ledger.open(self.model, batch, s, self.ranks)
         row |= self._updates(batch, ledger)
         if ledger:
             row |= ledger.close(self.model)
-        row |= {
-            "tokens": int(tk.mask.sum()),
-            "length": float(tk.lengths.float().mean()) if len(tk.reward) else 0.0,
-            "seconds": time.perf_counter() - begin,
-        }
+        updated = time.perf_counter()
+        self.push()
+        now = time.perf_counter()
+        row |= {"seconds": now - begin, "seconds_rollout": sampled - begin, "seconds_push": now - updated}
         self.step += 1
         return row
+
+    def _totals(self, batch: Batch) -> dict[str, Any]:
+        """Sums and means over the responses of all ranks."""
+        tk, add = batch.tokens, self.ranks.sum
+        n, tokens = add(len(tk.reward)), int(add(int(tk.mask.sum())))
+        mean = lambda x: add(float(x.sum(dtype=torch.float64))) / n if n else float("nan")  # noqa: E731
+        out = {"reward": mean(tk.reward), "tokens": tokens, "length": tokens / n if n else 0.0}
+        out["truncated"] = mean(tk.truncated)
+        if self.settings.reward != "correct":
+            out["correct"] = mean(batch.right)
+        return out
+
+    def push(self) -> None:
+        """Hand the new weights to an engine that has a copy of its own, and prove that they arrived."""
+        if not self.engine.copies:
+            return
+        self.engine.push(full_weights(self.model))
+        self.engine.wake()
+        prompt = self.tokenizer(self.task.train[0].prompt, add_special_tokens=False)["input_ids"]
+        check_push(self.engine, self.model, prompt, self.dtype)
 
     def _updates(self, batch: Batch, ledger: Ledger | None) -> dict[str, Any]:
         """`updates_per_rollout` optimizer steps on one rollout; a non-finite one is skipped."""
@@ -533,8 +911,8 @@ class Run:
         history: dict[str, list[float]] = {}
         for part in self._parts(batch):
             self.optimizer.zero_grad(set_to_none=True)
-            gradient = accumulate_gradient(self.model, part, method, s)
-            norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf))
+            gradient = accumulate_gradient(self.model, part, method, s, self.ranks)
+            norm = float(whole(nn.utils.clip_grad_norm_(trained(self.model), s.grad_clip or math.inf)))
             if math.isfinite(norm) and math.isfinite(gradient.metrics["loss"]):
                 self.optimizer.step()
                 method.after_step(gradient.plan)
@@ -581,27 +959,37 @@ class Run:
         """The update batches of one rollout, whole groups each, with what the method needs beyond the current
         policy."""
         s, tk = self.settings, batch.tokens
-        if not len(tk.reward):
+        if not self.ranks.sum(len(tk.reward)):
             return []
         if s.updates_per_rollout > 1:
-            tk.old_logp = scored_in_slices(self.model, batch, s.temperature, s.micro_batch).logp
-        if self.reference is not None:
-            tk.ref_logp = scored_in_slices(self.reference, batch, s.temperature, s.micro_batch).logp
+            tk.old_logp = scored_in_slices(self.model, batch, s, self.ranks).logp
+        if "ref_logp" in self.method.needs:
+            tk.ref_logp = self._reference_logp(batch)
         if "proxy_logp" in self.method.needs:
             tk.proxy_logp = self._proxy(batch)
         groups = tk.group.unique().tensor_split(s.updates_per_rollout)
         if len(groups) == 1:
             return [batch]
-        return [batch.rows(torch.isin(tk.group, g)) for g in groups if len(g)]
+        parts = [batch.rows(torch.isin(tk.group, g)) for g in groups if len(g) or self.ranks.world > 1]
+        return parts
+
+    def _reference_logp(self, batch: Batch) -> Tensor:
+        """log π_ref, (B, T).  With LoRA the reference is the model without its adapters."""
+        if self.reference is not None:
+            return scored_in_slices(self.reference, batch, self.settings, self.ranks).logp
+        with self.model.disable_adapter():
+            return scored_in_slices(self.model, batch, self.settings, self.ranks).logp
 
     def _proxy(self, batch: Batch) -> Tensor:
         """log q of Lp-Reg's filtered proxy, (B, T)."""
         s, members = self.settings, getattr(self.method, "members", [self.method])
         threshold = next(m.threshold for m in members if "proxy_logp" in m.needs)
-        parts = [batch.rows(rows) for rows in batch.slices(s.micro_batch)]
-        logits = (response_logits(self.model, part, s.temperature) for part in parts)
-        q = [interventions.proxy_log_prob(z, part.tokens.ids, threshold) for z, part in zip(logits, parts)]
-        return torch.cat(q)
+        slices, out = micro_batches(batch, s), []
+        for rows, own in in_step(slices, self.ranks):
+            part = batch.rows(rows)
+            logits = response_logits(self.model, part, s.temperature)
+            out += [interventions.proxy_log_prob(logits, part.tokens.ids, threshold)] if own else []
+        return reassembled(out, slices)
 
     def maybe_reset(self, score: float | None) -> None:
         """ProRL's reset, where the method asks for it: the policy becomes the reference, the optimizer
@@ -626,11 +1014,12 @@ class Run:
             return "broken"
 
     def _loop(self, stop: Callable[[], bool], show: Callable[[dict[str, Any]], None]) -> str:
+        self.push()
         if self.step == 0 and not self.rows:
             self._record({"step": 0}, True)
             show(self.rows[-1])
         while self.step < self.settings.steps:
-            if stop():
+            if self.ranks.most(stop()):  # a signal may reach one rank before the others
                 self.save()
                 return "stopped"
             row = self.train_step()
@@ -644,21 +1033,40 @@ class Run:
         return "done"
 
     def _record(self, row: dict[str, Any], due: bool) -> None:
-        s = self.settings
         if due:
-            seed = seeded(s.seed, self.step, "evaluate").initial_seed()
-            result = evaluate(self.engine, self.task, s.eval_samples, s.temperature, seed=seed)
-            for sample in result.pop("samples"):
-                self._append("samples.jsonl", {"step": self.step, **sample})
-            row |= result
+            row |= self._evaluate()
         if self.step:
             self.maybe_reset(row.get("pass@1"))
         self.rows.append(row)
         self._append("metrics.jsonl", row)
+        self.report(row)
         if due:
+            better = row["pass@1"] > self.best
+            self.best = max(self.best, row["pass@1"])
             self.save()
+            if better and self.ranks.first:
+                self._mark_best()
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Held-out problems, each rank its share; means over problems, entropy over tokens."""
+        s, r = self.settings, self.ranks
+        seed = seeded(s.seed, self.step, "evaluate").initial_seed()
+        mine = slice(r.rank, None, r.world)
+        task = replace(self.task, test=self.task.test[mine], hard=self.task.hard[mine])
+        result = evaluate(self.engine, task, s.eval_samples, s.temperature, seed=seed + r.rank)
+        for sample in result.pop("samples"):
+            self._append("samples.jsonl", {"step": self.step, **sample})
+        if r.world == 1:
+            return result
+        parts, out = r.all((len(task.test), len(task.hard), result)), dict(result)
+        for key in result.keys() - {"k"}:
+            weight = [h if key.startswith("hard_") else t for t, h, _ in parts]
+            out[key] = sum(w * p[key] for w, (_, _, p) in zip(weight, parts)) / sum(weight)
+        return out
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
+        if not self.ranks.first:
+            return
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with open(self.folder / name, "a") as file:
             file.write(json.dumps(plain) + "\n")
@@ -666,6 +1074,8 @@ class Run:
     # -- files -----------------------------------------------------------------------------------------------
 
     def create(self) -> None:
+        if not self.ranks.first:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         config = {
             "specs": [self.settings.method],
@@ -680,57 +1090,101 @@ class Run:
 
         Raises UserError if it cannot be written; the last one is then still there.
         """
-        part = self.folder / ".checkpoint.part"
+        part, reason = self.folder / ".checkpoint.part", ""
         try:
             self._write(part)
-        except (OSError, RuntimeError, SafetensorError) as error:  # three names for a full disk
+        except DISK_ERRORS as error:
+            if isinstance(error, CheckpointException):  # of several ranks
+                error = next(iter(error.failures.values()))[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        reason = next(filter(None, self.ranks.all(reason)), "")
+        if reason:
             shutil.rmtree(part, ignore_errors=True)
-            reason = str(error).splitlines()[0][:160]
             raise UserError(
                 f"--out {self.folder}: no checkpoint could be written at step {self.step} ({reason});\n"
                 f"make room, then go on with --resume {self.folder}"
-            ) from None
-        final, previous = self.folder / "checkpoint", self.folder / "checkpoint-previous"
-        if final.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-            final.rename(previous)
-        part.rename(final)
+            )
+        if self.ranks.first:
+            final, previous = self.folder / "checkpoint", self.folder / "checkpoint-previous"
+            if final.exists():
+                shutil.rmtree(previous, ignore_errors=True)
+                final.rename(previous)
+            part.rename(final)
+        self.ranks.all(None)  # nobody goes on before it is there
 
     def _write(self, part: Path) -> None:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        self.model.save_pretrained(part)
+        if self.ranks.first:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+        self.ranks.all(None)
+        weights = {}
+        for name, weight in full_weights(self.model):  # all ranks gather, the first one keeps
+            if self.ranks.first:
+                weights[name] = weight.to("cpu", self.dtype).contiguous()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*save in a single process")  # no wonder
+            dcp.save(self._tensors(), checkpoint_id=part / "training", no_dist=not dist.is_initialized())
+        if not self.ranks.first:
+            return
+        bare = self.model.get_base_model() if self.settings.lora else self.model
+        bare.save_pretrained(part, state_dict=weights)
         self.tokenizer.save_pretrained(part)
         state = {
             "step": self.step,
             "position": self.position,
             "skipped_in_row": self.skipped_in_row,
-            "optimizer": self.optimizer.state_dict(),
+            "best": self.best,
             "method": self.method.state_dict(),
-            "reference": None if self.reference is None else self.reference.state_dict(),
         }
         torch.save(state, part / "state.pt")
-        sums = {f.name: checksum(f) for f in sorted(part.iterdir())}
+        files = sorted(f for f in part.rglob("*") if f.is_file())
+        sums = {str(f.relative_to(part)): checksum(f) for f in files}
         (part / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
 
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Trained weights, AdamW's states and the reference by parameter name, whatever the number of ranks.
+        States that no step has made yet are made here, zero, as AdamW would."""
+        named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        for p in named.values():
+            if not self.optimizer.state[p]:
+                zero = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                self.optimizer.state[p] = {"step": torch.tensor(0.0), **zero}
+        out = {"model": {n: p.detach() for n, p in named.items()}}
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            out[key] = {n: self.optimizer.state[p][key].detach() for n, p in named.items()}
+        if self.reference is not None:
+            out["reference"] = {n: p.detach() for n, p in self.reference.named_parameters()}
+        return out
+
+    def _mark_best(self) -> None:
+        """checkpoint-best/: the model of the evaluation with the highest pass@1, as links to its files."""
+        part, best = self.folder / ".best.part", self.folder / "checkpoint-best"
+        shutil.rmtree(part, ignore_errors=True)
+        skip = shutil.ignore_patterns("training", "state.pt", CHECKSUMS)
+        shutil.copytree(self.folder / "checkpoint", part, ignore=skip, copy_function=link_or_copy)
+        (part / "best.json").write_text(json.dumps({"step": self.step, "pass@1": self.best}) + "\n")
+        shutil.rmtree(best, ignore_errors=True)
+        part.rename(best)
+
     def load(self) -> None:
-        """Continue from the last checkpoint; without any, from the beginning.  Raises UserError on an
-        unreadable one."""
+        """Continue from the last checkpoint, on any number of ranks; without any, from the beginning.  Raises
+        UserError on an unreadable one."""
         path = self.folder / "checkpoint"
         if not path.exists():
             path = self.folder / "checkpoint-previous"  # the process died between two renames
         if path.exists():
             try:
-                check_sums(path)
-                weights = type(self.model).from_pretrained(path).state_dict()
-                state = torch.load(path / "state.pt", map_location=self.device, weights_only=True)
-                self.model.load_state_dict(weights)
-                self.optimizer.load_state_dict(state["optimizer"])
+                if self.ranks.first:
+                    check_sums(path)
+                state = torch.load(path / "state.pt", weights_only=True)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", ".*load in a single process")
+                    dcp.load(
+                        self._tensors(), checkpoint_id=path / "training", no_dist=not dist.is_initialized()
+                    )
                 self.method.load_state_dict(state["method"])
-                if self.reference is not None:
-                    self.reference.load_state_dict(state["reference"])
                 self.step, self.position = state["step"], state["position"]
-                self.skipped_in_row = state["skipped_in_row"]
+                self.skipped_in_row, self.best = state["skipped_in_row"], state["best"]
             except Exception as error:  # damage shows as any of a dozen classes of three libraries
                 reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
                 raise UserError(
@@ -741,13 +1195,171 @@ class Run:
             if not (self.folder / name).exists():
                 continue
             rows = read_rows(self.folder / name, self.step) if path.exists() else []
-            write_atomically(self.folder / name, "".join(json.dumps(r) + "\n" for r in rows))
+            if self.ranks.first:
+                write_atomically(self.folder / name, "".join(json.dumps(r) + "\n" for r in rows))
             if name == "metrics.jsonl":
                 self.rows = rows
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5. The command line
+# 6. What a run needs
+
+
+def loaded(flag_name: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a loader of `rollout` returns; its ValueError, which begins with the value, as a UserError."""
+    try:
+        return load(*args, **kwargs)
+    except ValueError as error:
+        raise UserError(f"{flag_name} {error}") from None
+
+
+def prepare(
+    settings: Settings, device: torch.device, ranks: Ranks, quiet: bool
+) -> tuple[Task, nn.Module, Any]:
+    """Task, first policy in float32 (on the CPU where it will be sharded), tokenizer."""
+    s = settings
+    if not s.model:
+        from tqdm import tqdm
+
+        bar = lambda it: tqdm(it, desc="warm start", unit="step", disable=quiet or not ranks.first)  # noqa: E731
+        for turn in range(2):  # the first rank trains and fills the cache, the others read it
+            if ranks.first == (turn == 0):
+                model, tokenizer = warm_policy(WarmStart(seed=s.seed), progress=bar)
+            ranks.all(None)
+        return chain_task(s.eval_problems), model.to(device), tokenizer
+    problems, notes = loaded("--data", read_problems, s.data)
+    if s.eval_data:
+        train_set, (held, more) = problems, loaded("--eval-data", read_problems, s.eval_data)
+        test_set, notes = hold_out(held, s.eval_problems)[1], notes + more
+    else:
+        train_set, test_set = hold_out(problems, s.eval_problems)
+    how = {"trust_remote_code": s.trust_remote_code, "attention": s.attention}
+    bare = s.lora and ranks.world == 1  # frozen weights need no float32 master
+    dtype = str(compute_dtype(s, device)).removeprefix("torch.") if bare else "float32"
+    place = "cpu" if sharded(s, device, ranks) else device
+    model, tokenizer = loaded("--model", load_model, s.model, dtype, device=place, **how)
+    render_one = partial(render, tokenizer=tokenizer, template=s.prompt_template, chat=s.chat == "auto")
+    sets = [loaded("--prompt-template", render_one, p) for p in (train_set, test_set)]
+    kept = [[p for p in ps if len(tokenizer(p.prompt)["input_ids"]) <= s.max_prompt_tokens] for ps in sets]
+    for what, before, after in zip(("training", "evaluation"), sets, kept):
+        if not after:
+            raise UserError(
+                f"--data {s.data}: no {what} problem is left of {len(before)}; "
+                "give more problems, a smaller --eval-problems or a larger --max-prompt-tokens"
+            )
+        if len(after) < len(before):
+            more = f"more than --max-prompt-tokens {s.max_prompt_tokens}"
+            notes.append(f"{len(before) - len(after)} {what} problems left out: {more}")
+    notes.append(f"{len(kept[0])} problems to train on, {len(kept[1])} held out; the first prompt:")
+    if not quiet:
+        print("\n".join([*notes, kept[0][0].prompt, ""]), file=sys.stderr)
+    if s.lora:
+        model = with_adapters(model, s.lora)
+    if s.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return math_task(Path(s.data).stem, *kept, s.max_new_tokens), model, tokenizer
+
+
+def compute_dtype(settings: Settings, device: torch.device) -> torch.dtype:
+    """Of forward and backward passes, and of the weights that a checkpoint holds for others to load."""
+    bf16 = settings.dtype == "bfloat16"
+    if settings.dtype == "auto":
+        bf16 = bool(settings.model) and device.type == "cuda"
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def sharded(settings: Settings, device: torch.device, ranks: Ranks) -> bool:
+    """FSDP2 splits weights over ranks, and with one rank keeps float32 masters of a bfloat16 model.  LoRA on
+    one rank needs neither: what is trained is float32 already."""
+    return ranks.world > 1 or (compute_dtype(settings, device) == torch.bfloat16 and not settings.lora)
+
+
+def with_adapters(model: nn.Module, rank: int) -> nn.Module:
+    """LoRA (2106.09685) on every linear layer but the head, scaled by alpha / rank = 2, float32."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise UserError(f"--lora {rank}: needs the package peft: pip install 'entropy-flow[llm]'") from None
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config).eval()
+
+
+def vllm_engine(
+    settings: Settings, task: Task, model: nn.Module, tokenizer: Any, device: torch.device
+) -> Engine:
+    """vLLM on the model that the run starts from; the embedded one is written to a folder for it."""
+    s = settings
+    with tempfile.TemporaryDirectory() as folder:
+        if not s.model:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        try:
+            return VllmEngine(
+                s.model or folder,
+                tokenizer,
+                device=device,
+                dtype=compute_dtype(s, device),
+                max_model_len=(s.max_prompt_tokens if s.model else 16) + max(16, task.max_new_tokens),
+                gpu_memory=s.vllm_memory,
+                tensor_parallel=s.tensor_parallel,
+                seed=s.seed,
+                trust_remote_code=s.trust_remote_code,
+            )
+        except (ImportError, ValueError) as error:
+            raise UserError(str(error)) from None
+
+
+def make_run(
+    settings: Settings,
+    method: Method,
+    folder: Path,
+    task: Task,
+    model: nn.Module,
+    tokenizer: Any,
+    engine: Engine | None,
+    device: torch.device,
+    ranks: Ranks,
+) -> Run:
+    """A run whose model, reference and sampling engine are where the settings want them."""
+    reference, s = None, settings
+    if sharded(s, device, ranks):
+        dtype = compute_dtype(s, device)
+        if engine is None:  # sampling reads all weights at every token: each rank keeps a whole copy for it
+            twin = copy.deepcopy(model)
+            twin = (twin.merge_and_unload() if s.lora else twin).to(device, dtype).eval()
+            engine = TorchEngine(twin, tokenizer, copies=True)
+        if "ref_logp" in method.needs and not s.lora:
+            reference = copy.deepcopy(model).eval().requires_grad_(False)
+            reference = shard(reference, dtype, device, offload=device.type == "cuda")
+        model = shard(model, dtype, device)
+    run = Run(s, method, folder, task, model, tokenizer, engine, reference, ranks)
+    run.report = reporter(s, folder) if ranks.first else run.report
+    return run
+
+
+def reporter(settings: Settings, folder: Path) -> Callable[[dict[str, Any]], None]:
+    """Where else the numbers of metrics.jsonl go.  Raises UserError where the package is missing."""
+    kind = settings.report_to
+    if kind == "none":
+        return lambda row: None
+    try:
+        if kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(folder / "tensorboard"))
+            log = lambda row, step: [writer.add_scalar(k, v, step) for k, v in row.items()]  # noqa: E731
+        else:
+            import wandb
+
+            run = wandb.init(project="entropy-flow", name=folder.name, dir=folder, config=asdict(settings))
+            log = lambda row, step: run.log(row, step=step)  # noqa: E731
+    except ImportError:
+        raise UserError(f"--report-to {kind}: the package is not installed: pip install {kind}") from None
+    return lambda row: log({k: v for k, v in row.items() if isinstance(v, (int, float))}, row["step"])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 7. The command line
 
 GROUPS = {
     "training": (
@@ -757,12 +1369,26 @@ GROUPS = {
         "prompts",
         "group_size",
         "updates_per_rollout",
-        "micro_batch",
         "grad_clip",
+        "reward",
     ),
-    "sampling and evaluation": ("temperature", "eval_every", "eval_samples"),
+    "sampling and evaluation": ("temperature", "eval_every", "eval_samples", "eval_problems"),
     "the entropy ledger": ("ledger", "ledger_every"),
-    "machine": ("device", "threads"),
+    "language models": (
+        *("model", "data", "eval_data", "prompt_template", "chat", "max_prompt_tokens", "max_new_tokens"),
+        *("dtype", "attention", "lora", "trust_remote_code"),
+    ),
+    "engine": ("engine", "tensor_parallel", "vllm_memory", "mismatch", "mismatch_low", "mismatch_high"),
+    "machine and logs": (
+        *(
+            "micro_batch",
+            "tokens_per_micro_batch",
+            "gradient_checkpointing",
+            "device",
+            "threads",
+            "report_to",
+        ),
+    ),
 }
 
 
@@ -811,18 +1437,11 @@ def parser() -> argparse.ArgumentParser:
     for title, names in GROUPS.items():
         group = p.add_argument_group(title)
         for name in names:
-            value = str(defaults[name]).replace("%", "%%")
-            group.add_argument(
-                flag(name),
-                metavar=name.upper(),
-                help=f"{helps[name]} (default: {value})".replace("; 0:", "; 0 means"),
-            )
-    group = p.add_argument_group("models and data")
-    group.add_argument(
-        "--model", help="hub id or folder of a causal LM (default: the embedded transformer, built in code)"
-    )
-    group.add_argument("--data", help="JSONL of problems and answers (default: the embedded arithmetic task)")
-    group.add_argument("--engine", help="what samples the rollouts: torch or vllm (default: torch)")
+            value = repr(defaults[name]) if isinstance(defaults[name], str) else str(defaults[name])
+            value += f", with --model {MODEL_DEFAULTS[name]}" if name in MODEL_DEFAULTS else ""
+            switch = {"nargs": "?", "const": "true"} if defaults[name] is False else {}
+            text = f"{helps[name]} (default: {value})".replace("; 0:", "; 0 means").replace("%", "%%")
+            group.add_argument(flag(name), metavar=name.upper(), help=text, **switch)
     group = p.add_argument_group("files")
     group.add_argument("--out", help="folder of the run (default: a new one under runs/)")
     group.add_argument(
@@ -842,24 +1461,6 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def check_not_yet(args: argparse.Namespace) -> None:
-    """--model, --data and --engine are flags of real language models; say what they can do today."""
-    if hasattr(args, "data") and not Path(args.data).is_file():
-        raise UserError(f"--data {args.data}: no such file; give a JSONL file of problems and answers")
-    if getattr(args, "engine", "torch") not in ("torch", "vllm"):
-        raise UserError(f"--engine {args.engine}: choose torch or vllm")
-    for name, what in (("model", "loading a language model"), ("data", "training on your own problems")):
-        if hasattr(args, name):
-            raise UserError(
-                f"--{name} {getattr(args, name)}: {what} is not in version 0.1 yet;\n"
-                "leave it out to train the embedded model"
-            )
-    if getattr(args, "engine", "torch") == "vllm":
-        raise UserError(
-            "--engine vllm: not in version 0.1 yet; leave it out, the torch engine samples the embedded model"
-        )
-
-
 RUN_FILES = (
     "config.json",
     "metrics.jsonl",
@@ -867,6 +1468,7 @@ RUN_FILES = (
     "flows.jsonl",
     "checkpoint",
     "checkpoint-previous",
+    "checkpoint-best",
     "entropy.png",
     "summary.txt",
 )
@@ -948,6 +1550,9 @@ def set_threads(n: int) -> None:
 
 
 def pick_device(name: str) -> torch.device:
+    if "LOCAL_RANK" in os.environ and name in ("auto", "cuda") and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # torchrun: one GPU a process
+        return torch.device("cuda", torch.cuda.current_device())
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -1012,15 +1617,25 @@ class Bar:
 
 def train(args: argparse.Namespace) -> int:
     """Everything that a command line asks for.  Returns the exit code."""
-    check_not_yet(args)
     resume = hasattr(args, "resume")
     if resume:
         folder = old_folder(args)
         specs, base = resumed_plan(args, folder)
+        check_room(folder)
     else:
-        specs, base = getattr(args, "method", ["opefo"]), Settings(**given_settings(args))
+        given = given_settings(args)
+        wants = MODEL_DEFAULTS if given.get("model") else {}
+        if given.get("micro_batch"):
+            wants = {k: v for k, v in wants.items() if k != "tokens_per_micro_batch"}
+        given = {**wants, **given}
+        specs, base = getattr(args, "method", ["opefo"]), Settings(**given)
+        for name in ("data", "eval_data"):
+            source = getattr(base, name)
+            if source.endswith((".json", ".jsonl")) and not Path(source).is_file():
+                raise UserError(f"{flag(name)} {source}: no such file")
         base.check()
-        folder = new_folder(args, specs, base.seed)
+        if base.mismatch == "auto":
+            base = replace(base, mismatch="tis" if base.engine == "vllm" else "off")
     if len(set(specs)) < len(specs):
         raise UserError(f"--method {' '.join(specs)}: the same run twice; change an option or leave one out")
     plans = [(spec, *parse_spec(spec, base)) for spec in specs]
@@ -1035,12 +1650,44 @@ def train(args: argparse.Namespace) -> int:
             )
     set_threads(base.threads)
     device = pick_device(base.device)
-    check_room(folder)
-    if len(specs) > 1:
+    ranks = Ranks.join(device)
+    for _, settings, method in plans:
+        check_plan(settings, method, device, ranks)
+    if not resume:
+        folder = ranks.all(new_folder(args, specs, base.seed))[0]
+        check_room(folder)
+    if len(specs) > 1 and ranks.first:
         folder.mkdir(parents=True, exist_ok=True)
         config = {"specs": specs, "settings": asdict(base)}
         write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    return compare(plans, folder, device, resume, getattr(args, "quiet", False))
+    return compare(plans, folder, device, ranks, resume, getattr(args, "quiet", False) or not ranks.first)
+
+
+def check_plan(settings: Settings, method: Method, device: torch.device, ranks: Ranks) -> None:
+    """Raise UserError where a method, the engine and the number of processes do not go together."""
+    s, where = settings, f"--method {settings.method}:"
+    if s.engine == "vllm" and type(method).sample is not Method.sample:
+        raise UserError(f"{where} chooses tokens itself, which vLLM does not let it; use --engine torch")
+    if s.lora and type(method).reset_reference is not Method.reset_reference:
+        raise UserError(f"{where} makes the policy its reference, which with --lora is the model as it was")
+    if s.ledger == "full" and sharded(s, device, ranks):
+        raise UserError(
+            "--ledger full: needs whole weights; use one process and --dtype float32, or --ledger step"
+        )
+    if s.prompts % (ranks.world * s.updates_per_rollout):
+        raise UserError(
+            f"--prompts {s.prompts}: must be a multiple of processes x updates per rollout, "
+            f"{ranks.world} x {s.updates_per_rollout}"
+        )
+    if s.micro_batch and (s.prompts * s.group_size // s.updates_per_rollout // ranks.world) % s.micro_batch:
+        raise UserError(f"--micro-batch {s.micro_batch}: must divide one process's share of an update")
+    if s.eval_problems < ranks.world:
+        raise UserError(f"--eval-problems {s.eval_problems}: each of {ranks.world} processes needs one")
+    if ranks.world % s.tensor_parallel:
+        raise UserError(
+            f"--tensor-parallel {s.tensor_parallel}: must divide the {ranks.world} processes; "
+            f"start with torchrun --nproc-per-node {s.tensor_parallel}"
+        )
 
 
 def check_room(folder: Path) -> None:
@@ -1058,23 +1705,26 @@ def check_room(folder: Path) -> None:
 
 
 def compare(
-    plans: list[tuple[str, Settings, Method]], folder: Path, device: torch.device, resume: bool, quiet: bool
+    plans: list[tuple[str, Settings, Method]],
+    folder: Path,
+    device: torch.device,
+    ranks: Ranks,
+    resume: bool,
+    quiet: bool,
 ) -> int:
     """Run the methods one after another from the same warm start; table and picture at the end, or as far as
     it came."""
-    from tqdm import tqdm
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of saving and loading a checkpoint
-    task, done, state = chain_task(), {}, "done"
+    done, state, engine = {}, "done", None
     with stop_on_signal() as stop:
         for spec, settings, method in plans:
-            how = WarmStart(seed=settings.seed)
-            model, tokenizer = warm_policy(
-                how, progress=lambda it: tqdm(it, desc="warm start", unit="step", disable=quiet)
-            )
+            task, model, tokenizer = prepare(settings, device, ranks, quiet)
+            if settings.engine == "vllm" and engine is None:
+                engine = vllm_engine(settings, task, model, tokenizer, device)
             place = folder if len(plans) == 1 else folder / label_of(spec)
-            run = Run(settings, method, place, task, model.to(device), tokenizer)
+            run = make_run(settings, method, place, task, model, tokenizer, engine, device, ranks)
             if resume:
                 run.load()
             run.create()
@@ -1082,12 +1732,18 @@ def compare(
             state = run.run(stop, bar.show)
             bar.bar.close()
             done[spec] = run.rows
-            draw({spec: run.rows}, place / "entropy.png")
+            if ranks.first:
+                draw({spec: run.rows}, place / "entropy.png")
             skipped = sum(row.get("skipped", 0) for row in run.rows)
-            if skipped:
+            if skipped and ranks.first:
                 print(f"{spec}: {skipped} updates skipped: non-finite loss or gradient", file=sys.stderr)
             if state != "done":
                 break
+    if engine is not None:
+        engine.close()
+    code = {"done": 0, "broken": 1, "stopped": 130}[state]
+    if not ranks.first:
+        return code
     if len(done) > 1:
         draw(done, folder / "entropy.png")
     text = table(done)
@@ -1098,20 +1754,20 @@ def compare(
             f"stopped at step {run.step} of {run.settings.steps}; "
             f"go on with: python train.py --resume {folder}"
         )
-        return 130
     if state == "broken":
         print(
             f"train.py: error: {spec}: {run.why} (after step {run.step});\n"
             f"the last checkpoint is in {place / 'checkpoint'}; try a smaller --lr",
             file=sys.stderr,
         )
-        return 1
-    return 0
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point.  Exit codes: 0 done, 1 diverged, 2 bad input, 130 stopped by the user."""
     args = parser().parse_args(argv)
+    if os.environ.get("RANK", "0") != "0":  # what one process of many says, the first one says too
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
@@ -1154,7 +1810,7 @@ def method_help(name: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. Inside another trainer: TRL
+# 8. Inside another trainer: TRL
 
 OVERRULED = (  # settings of TRL's own objective
     *("loss_type", "epsilon", "epsilon_high", "delta", "scale_rewards", "multi_objective_aggregation"),

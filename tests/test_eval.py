@@ -1,16 +1,63 @@
-"""Chapter 6: the pass@k estimator, the evaluation of a policy, the picture and the table."""
+"""Chapter 6: the estimators and their errors, diversity and calibration, comparing runs, the benchmarks, the
+coloured tokens, and the command line."""
 
 import itertools
+import json
 import math
+import os
+import shutil
+import statistics
+from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import eval as chapter
-from eval import STYLES, distinct_correct, draw, evaluate, pass_at_k, series, smooth, table
+import rollout
+from eval import (
+    REPORTED,
+    STYLES,
+    Bench,
+    Coloured,
+    Point,
+    above_line,
+    average,
+    calibration,
+    calibration_error,
+    common_length,
+    comparison,
+    confidences,
+    distinct_correct,
+    distinct_n,
+    draw,
+    evaluate,
+    find_records,
+    forking,
+    fresh,
+    grouped,
+    law_row,
+    line_to_beat,
+    main,
+    mean_se,
+    measure,
+    page,
+    paired,
+    pass_at_k,
+    read_record,
+    resample,
+    self_bleu,
+    series,
+    shade,
+    smooth,
+    sweep_of,
+    table,
+    terminal,
+)
 from rollout import Problem, Rollout, Task, TinyModel, TorchEngine, chain_task, tiny_tokenizer
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -213,3 +260,774 @@ def test_the_table_shows_first_and_last_evaluation():
     assert "0.600 → 0.350" in first and "0.200 → 0.700" in first and "3.250 → 3.250" in first
     assert first.split()[-2:] == ["5", "9"] and "0.200 → 0.500" in second
     assert table({})  # a header at least
+
+
+# ------------------------------------------------------------------------------------------------------------
+# How sure one can be
+
+floats = st.floats(-10, 10).map(lambda x: round(x, 3))
+
+
+@given(st.lists(floats, min_size=2, max_size=9))
+def test_eq_6_2_standard_error(values):
+    mean, se = mean_se(values)
+    assert mean == pytest.approx(statistics.fmean(values), abs=1e-9)
+    assert se == pytest.approx(statistics.stdev(values) / math.sqrt(len(values)), abs=1e-9)
+
+
+def test_eq_6_2_one_value_has_no_error():
+    assert mean_se([3.0])[0] == 3.0 and math.isnan(mean_se([3.0])[1])
+
+
+def test_eq_6_2_covers_the_samples_noise():
+    """The error over problems is right for the mean of pass@1 with problems and samples drawn anew."""
+    rng, P, n = np.random.default_rng(0), 40, 4
+    draws = [mean_se(rng.binomial(n, rng.beta(1, 2, P)) / n) for _ in range(2000)]
+    true = np.std([m for m, _ in draws])
+    assert math.sqrt(np.mean([se**2 for _, se in draws])) == pytest.approx(true, rel=0.05)
+
+
+def test_eq_6_3_resamples_are_the_bootstrap_of_all_picks():
+    """Three values: the 27 equally likely picks, by enumeration, have the resamples' distribution."""
+    d = np.array([-1.0, 0.5, 4.0])
+    weights = resample(3, 20_000, np.random.default_rng(1))
+    assert np.allclose(weights[0], 1 / 3) and np.allclose(weights.sum(1), 1)
+    means = Counter(np.round(weights[1:] @ d, 6).tolist())
+    exact = Counter(round(sum(p) / 3, 6) for p in itertools.product(d, repeat=3))
+    assert set(means) == set(exact)
+    for value, count in exact.items():
+        assert means[value] / 20_000 == pytest.approx(count / 27, abs=0.012)
+
+
+@given(st.lists(st.tuples(floats, floats), min_size=2, max_size=6), floats)
+def test_eq_6_3_stays_within_the_differences_and_knows_pairs(pairs, shift):
+    a, b = zip(*pairs)
+    mean, low, high = paired(a, b, 200)
+    d = [x - y for x, y in pairs]
+    assert mean == pytest.approx(statistics.fmean(d), abs=1e-9)
+    assert min(d) - 1e-9 <= low <= mean + 1e-9 and mean - 1e-9 <= high <= max(d) + 1e-9
+    moved = paired([x + shift for x in a], [x + shift for x in b], 200)
+    assert moved == pytest.approx((mean, low, high), abs=1e-9)
+
+
+def test_eq_6_3_one_seed_has_no_interval():
+    mean, low, high = paired([2.0], [0.5])
+    assert mean == 1.5 and math.isnan(low) and math.isnan(high)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 7])
+def test_eq_6_3_range_of_n_holds_the_median_as_often_as_claimed(n):
+    """Each difference is above its median with probability 1/2: all sign patterns, by enumeration."""
+    holds = [len(set(signs)) == 2 for signs in itertools.product((-1, 1), repeat=n)]
+    assert sum(holds) / len(holds) == 1 - 2.0 ** (1 - n)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Diversity and calibration
+
+same_length = st.integers(1, 6).flatmap(
+    lambda n: st.lists(st.lists(st.integers(0, 3), min_size=n, max_size=n), min_size=2, max_size=5)
+)
+
+
+def test_eq_6_4_distinct_n_by_hand():
+    texts = [[1, 2, 3], [1, 2, 4]]
+    assert distinct_n(texts, 1) == pytest.approx(4 / 6)
+    assert distinct_n(texts, 2) == pytest.approx(3 / 4)  # (1 2) twice, (2 3), (2 4)
+    assert distinct_n(texts, 3) == 1.0
+    assert distinct_n([[7, 7, 7, 7]], 2) == pytest.approx(1 / 3)
+    assert math.isnan(distinct_n(texts, 4))
+
+
+def test_eq_6_5_self_bleu_by_hand():
+    """Words in common 2 of 3, pairs 1 of 2: sqrt(2/3 · 1/2); with triples none is in common."""
+    assert self_bleu([[1, 2, 3], [1, 2, 4]], order=2) == pytest.approx(math.sqrt(1 / 3))
+    assert self_bleu([[1, 2, 3], [1, 2, 4]]) == 0.0
+    assert self_bleu([[1, 2, 3, 4, 5]] * 3) == pytest.approx(1.0)
+    assert self_bleu([[1, 1, 2], [1, 3, 3]], order=1) == pytest.approx(1 / 3)  # clipped: one 1, not two
+    assert math.isnan(self_bleu([[1, 2]]))
+
+
+@given(same_length, st.integers(1, 4))
+def test_eq_6_5_equals_bleu_against_each_set_of_others(texts, order):
+    def bleu(text, others):
+        product, orders = 1.0, range(1, min(order, len(text)) + 1)
+        for n in orders:
+            own = Counter(tuple(text[i : i + n]) for i in range(len(text) - n + 1))
+            refs = [Counter(tuple(r[i : i + n]) for i in range(len(r) - n + 1)) for r in others]
+            hit = sum(min(c, max(r[g] for r in refs)) for g, c in own.items())
+            product *= hit / sum(own.values())
+        return product ** (1 / len(orders))
+
+    brute = [bleu(t, texts[:i] + texts[i + 1 :]) for i, t in enumerate(texts)]
+    assert self_bleu(texts, order) == pytest.approx(statistics.fmean(brute), abs=1e-9)
+
+
+def test_eq_6_6_calibration_error_by_hand():
+    # two groups: confidence .25 with 1 of 4 right (error 0), confidence .75 with 0 of 4 right (error .75)
+    confidence, right = [0.25] * 4 + [0.75] * 4, [True, False, False, False] + [False] * 4
+    assert calibration(confidence, right, 2) == [(0.25, 0.25, 4), (0.75, 0.0, 4)]
+    assert calibration_error(confidence, right, 2) == pytest.approx(0.375)
+    assert calibration_error([1.0, 0.0], [True, False]) == 0.0
+    assert calibration_error([1.0, 0.0], [False, True]) == 1.0
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.1, 0.4, 0.5, 0.9]), st.booleans()), min_size=1, max_size=40))
+def test_eq_6_6_does_not_depend_on_the_order_of_the_data(pairs):
+    error = calibration_error(*zip(*pairs))
+    assert error == pytest.approx(calibration_error(*zip(*sorted(pairs))))
+    groups = calibration(*zip(*pairs))
+    assert sum(n for *_, n in groups) == len(pairs) and len(groups) <= 10
+    overall = statistics.fmean(r for _, r in pairs) - statistics.fmean(c for c, _ in pairs)
+    assert abs(overall) - 1e-9 <= error <= 1.0
+
+
+@given(st.lists(st.floats(0, 5), min_size=1, max_size=60))
+def test_eq_6_7_forks_are_the_top_fifth(nats):
+    values, cut = np.array(nats), forking(np.array(nats))
+    assert (values > cut).sum() < math.ceil(0.2 * len(nats)) <= (values >= cut).sum()
+
+
+def sample(problem, j, ids, correct=False, text=None, nats=None, logp=-1.0, truncated=False):
+    text = " ".join(map(str, ids)) if text is None else text
+    nats = [0.5] * len(ids) if nats is None else nats
+    row = {"problem": problem, "sample": j, "correct": correct, "truncated": truncated, "logp": logp}
+    return row | {"ids": ids, "nats": nats, "text": text}
+
+
+def test_measure_by_hand():
+    groups = [
+        [sample(0, 0, [1, 2], True, nats=[1.0, 0.0]), sample(0, 1, [1, 2], True), sample(0, 2, [1, 3], True)],
+        [sample(1, 0, [1, 2, 3, 4]), sample(1, 1, [5, 6], truncated=True), sample(1, 2, [5, 6], True)],
+    ]
+    got = measure(groups, [2, 3, 8], str, str)
+    assert got["pass@1"][0] == pytest.approx((1 + 1 / 3) / 2) and "pass@8" not in got
+    assert got["pass@2"][0] == pytest.approx((1 + 2 / 3) / 2)
+    assert got["pass@3"] == (1.0, 0.0)
+    assert got["distinct_correct"] == pytest.approx((1.5, 0.5))
+    assert got["length"] == pytest.approx((14 / 6, 1 / 3)) and got["truncated"][0] == pytest.approx(1 / 6)
+    assert got["entropy"][0] == pytest.approx((1.0 + 0.0 + 12 * 0.5) / 14)  # token mean
+    assert got["common_length"][0] == common_length(groups) == 2
+    assert got["distinct-1"][0] == pytest.approx((3 / 6 + 4 / 6) / 2)  # of the first two tokens
+
+
+def test_confidence_is_the_share_of_the_most_frequent_answer_and_the_mean_likelihood():
+    groups = [
+        [sample(0, j, [1, 2], t == "a", t, logp=-2.0) for j, t in enumerate("aab")],
+        [sample(1, j, [1], t == "a", t, logp=-1.0) for j, t in enumerate("bcb")],
+    ]
+    got = confidences(groups, str)
+    assert got["vote"] == ([2 / 3, 2 / 3], [True, False])
+    assert got["likelihood"][0] == pytest.approx([math.exp(-1)] * 6)
+    assert got["likelihood"][1] == [True, True, False, False, False, False]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Runs on disk: random weights, invented logs
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("policy")
+    tokenizer = tiny_tokenizer()
+    TinyModel(num_hidden_layers=1).build(tokenizer, 0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+SETTINGS = {"method": "grpo", "steps": 20, "seed": 0, "lr": 3e-4, "threads": 1, "eval_samples": 8}
+
+
+def make_run(folder, spec="grpo", seed=0, right=(4, 2, 0), hard=(1, 0, 0), checkpoint=None, **settings):
+    """A run with evaluations at steps 0, 10, 20; at the last one `right` of 8 samples of each problem."""
+    folder.mkdir(parents=True)
+    settings = SETTINGS | settings | {"method": spec, "seed": seed}
+    (folder / "config.json").write_text(json.dumps({"specs": [spec], "settings": settings, "task": "chain"}))
+    rows = []
+    for step in range(0, settings["steps"] + 1):
+        row = {"step": step, "entropy": 0.7 - 0.01 * step, "reward": 0.5 - 0.1 * math.exp(0.7 - 0.01 * step)}
+        if step % 10 == 0:
+            row |= {"k": 8, "eval_entropy": 0.7 - 0.01 * step, "distinct_correct": 2.0 + seed}
+            for prefix, counts in (("", right), ("hard_", hard)):
+                counts = [min(c, 2 + step // 3) for c in counts]
+                row[f"{prefix}right"] = counts
+                row[f"{prefix}pass@1"] = statistics.fmean(c / 8 for c in counts)
+                row[f"{prefix}pass@k"] = statistics.fmean(float(c > 0) for c in counts)
+        rows.append(row)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    if checkpoint:
+        shutil.copytree(checkpoint, folder / "checkpoint")
+    return folder
+
+
+@pytest.fixture()
+def cli(tmp_path, monkeypatch, capsys):
+    """The command line in this process: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def call(*argv):
+        capsys.readouterr()
+        try:
+            code = main([str(a) for a in argv])
+        except SystemExit as leave:  # argparse
+            code = leave.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def complains(result, *words):
+    """Exit code 2; one or two lines on stderr that hold the words; nothing on stdout."""
+    code, out, err = result
+    err = "\n".join(line for line in err.splitlines() if not line.startswith("skipped"))
+    assert code == 2 and out == "", (code, out, err)
+    assert 1 <= len(err.splitlines()) <= 2, err
+    for word in words:
+        assert str(word) in err, f"{word!r} is not in {err!r}"
+
+
+def test_evaluate_and_fresh_samples_tell_the_same(tmp_path, checkpoint):
+    record = read_record(make_run(tmp_path / "run", checkpoint=checkpoint))
+    engine = TorchEngine(*chapter.load_policy(record.folder))
+    told = evaluate(engine, chain_task(), 4, 0.9, 0.95, seed=3)
+    key = chain_task().signature
+    for prefix, name in (("", ""), ("hard ", "hard_")):
+        groups = fresh(record, 4, 0.9, 0.95, 3)[prefix]
+        got = measure(groups, [4], key, key)
+        assert [sum(s["correct"] for s in g) for g in groups] == told[name + "right"]
+        pairs = {"pass@1": "pass@1", "pass@k": "pass@4", "distinct_correct": "distinct_correct"}
+        for old, new in (pairs | {"eval_entropy": "entropy", "eval_length": "length"}).items():
+            assert got[new][0] == pytest.approx(told[name + old], abs=1e-4)
+
+
+def test_evaluate_counts_right_samples_problem_by_problem(monkeypatch):
+    task, _ = scripted(monkeypatch, [[True, False], [True, True], [False, False]], [[1, 1]] * 3)
+    got = evaluate(TorchEngine(torch.nn.Linear(1, 1), None), task, 2)
+    assert (got["right"], got["hard_right"]) == ([1, 2], [0])
+    alone = evaluate(TorchEngine(torch.nn.Linear(1, 1), None), Task(**vars(task) | {"hard": ()}), 2)
+    assert "hard_right" not in alone and alone["right"] == [1, 2]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Comparing runs
+
+
+def test_runs_are_found_in_comparisons_and_others_are_named_and_skipped(tmp_path):
+    make_run(tmp_path / "both" / "grpo")
+    make_run(tmp_path / "both" / "opefo", "opefo")
+    make_run(tmp_path / "alone", "steer", seed=1)
+    make_run(tmp_path / "twin", "steer", seed=1)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "config.json").write_text("{")
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "eval.json").write_text("{}")
+    records, notes = find_records(sorted(map(str, tmp_path.iterdir())))
+    assert [r.spec for r in records] == ["steer", "grpo", "opefo"]
+    assert len(notes) == 3 and all(any(x in n for n in notes) for x in ("notes", "torn", "twin"))
+    with pytest.raises(ValueError, match="no run is left.*notes"):
+        find_records([str(tmp_path / "notes")])
+
+
+def test_a_log_cut_short_by_a_kill_is_read_and_other_damage_is_named(tmp_path):
+    folder = make_run(tmp_path / "a")
+    path = folder / "metrics.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + '{"step": 21, "ent')
+    assert len(read_record(folder).rows) == 21
+    path.write_text("{broken\n" + whole)
+    with pytest.raises(ValueError, match="line 1"):
+        read_record(folder)
+
+
+def test_groups_are_methods_and_their_settings_not_seeds(tmp_path):
+    for i, (spec, seed, lr) in enumerate(
+        [
+            ("grpo", 0, 3e-4),
+            ("grpo", 1, 3e-4),
+            ("grpo", 0, 1e-4),
+            ("grpo:lr=1e-3", 0, 1e-3),
+            ("opefo", 0, 3e-4),
+        ]
+    ):
+        make_run(tmp_path / str(i), spec, seed, lr=lr, threads=i)
+    groups = grouped(find_records([str(tmp_path / str(i)) for i in range(5)])[0])
+    sizes = {label: len(g) for label, g in groups.items()}
+    assert sizes == {"grpo [lr=0.0003]": 2, "grpo [lr=0.0001]": 1, "grpo:lr=1e-3": 1, "opefo": 1}
+    rates = sweep_of(groups, "opefo")
+    assert rates == {"grpo [lr=0.0003]": 3e-4, "grpo [lr=0.0001]": 1e-4, "grpo:lr=1e-3": 1e-3}
+    assert sweep_of(groups, "grpo:lr=1e-3") == {}
+
+
+def test_eq_6_3_comparison_pairs_seeds_and_is_right_by_hand(tmp_path):
+    for seed, (ours, theirs) in enumerate([((4, 4), (2, 2)), ((8, 4), (4, 0)), ((8, 8), (8, 8))]):
+        make_run(tmp_path / f"a{seed}", "opefo", seed, ours)
+        make_run(tmp_path / f"b{seed}", "grpo", seed, theirs)
+    make_run(tmp_path / "c", "grpo:lr=1e-4", 2, (2, 2), lr=1e-4)
+    make_run(tmp_path / "d", "steer", 7, (2, 2))
+    make_run(tmp_path / "e", "opefo", 9, (2, 2), steps=30)
+    rows = comparison(grouped(find_records([str(p) for p in tmp_path.iterdir()])[0]))
+    by = {r["method"]: r for r in rows}
+    one = by["opefo [steps=20]"]
+    assert (one["seeds"], one["pairs"], one["against"]) == (3, 3, "grpo")
+    assert one["pass@1"] == pytest.approx((0.5 + 0.75 + 1) / 3)
+    assert one["pass@1 diff"] == pytest.approx((0.25 + 0.5 + 0) / 3)
+    assert (one["pass@1 low"], one["pass@1 high"]) == pytest.approx((0.0, 0.5))
+    assert by["grpo:lr=1e-4"]["pass@1 diff"] == pytest.approx(0.25 - 1.0)  # seed 2 with seed 2
+    assert by["steer"]["pairs"] == 0 and "pass@1 diff" not in by["steer"]
+    assert by["opefo [steps=30]"]["against"] is None  # three times 10 steps are another question
+    assert by["grpo"]["against"] is None
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=7), st.floats(0, 1))
+def test_eq_6_8_line_is_the_upper_concave_hull(points, x):
+    """Against a second construction: the hull's corners by their turns, then interpolation."""
+    points = [(round(a, 3), round(b, 3)) for a, b in points]
+    px, py = np.array([points]).transpose(2, 0, 1)
+    got = line_to_beat(np.array([x]), px, py)[0]
+    best = {a: max(b for c, b in points if c == a) for a, _ in points}
+    hull = []
+    for p in sorted(best.items()):
+        while len(hull) > 1 and (hull[-1][0] - hull[-2][0]) * (p[1] - hull[-2][1]) >= (
+            hull[-1][1] - hull[-2][1]
+        ) * (p[0] - hull[-2][0]):
+            hull.pop()
+        hull.append(p)
+    if not hull[0][0] <= x <= hull[-1][0]:
+        assert math.isnan(got)
+    else:
+        assert got == pytest.approx(np.interp(x, *zip(*hull)), abs=1e-9)
+
+
+def test_eq_6_8_chords_are_within_reach():
+    """The coin of the docstring, by enumeration: pass@1 and pass@k of the mixture lie on the chord."""
+    q, w, k = ((0.9, 0.0, 0.0), (0.2, 0.3, 0.1)), 0.25, 4  # two policies, three problems
+    share = [w, 1 - w]
+    single = [np.mean(p) for p in q]
+    several = [np.mean([1 - (1 - x) ** k for x in p]) for p in q]
+    mixed = np.mean([sum(s * (1 - (1 - p[i]) ** k) for s, p in zip(share, q)) for i in range(3)])
+    x = np.dot(share, single)
+    assert line_to_beat(np.array([x]), np.array([single]), np.array([several]))[0] == pytest.approx(mixed)
+
+
+def points_of(label, at, x, y):
+    return Point(label, at, *({(s,): np.array(v, dtype=float) for s, v in enumerate(d)} for d in (x, y)))
+
+
+def test_eq_6_9_difference_to_the_line_by_hand():
+    a = points_of("grpo", 1, [[0.0, 0.2], [0.2, 0.4]], [[0.6, 0.8], [0.6, 0.8]])  # mean .2, .7
+    b = points_of("grpo", 2, [[0.5, 0.7], [0.5, 0.7]], [[0.9, 0.9], [0.9, 0.9]])  # mean .6, .9
+    q = points_of(
+        "new", 1, [[0.3, 0.5], [0.3, 0.5]], [[0.95, 0.95], [0.95, 0.95]]
+    )  # mean .4: the line is at .8
+    got = above_line([q], [a, b])
+    assert got["diff"] == pytest.approx(0.15) and got["inside"] == 1 and got["seeds"] == 2
+    assert got["low"] < 0.15 < got["high"] and 0.9 < got["share"] <= 1
+    far = points_of("new", 2, [[0.9, 0.9], [0.9, 0.9]], [[1, 1], [1, 1]])
+    both = above_line([q, far], [a, b])
+    assert both["diff"] == pytest.approx(0.15) and both["inside"] == 1  # the one outside does not count
+    none = above_line([far], [a, b])
+    assert none["inside"] == 0 and math.isnan(none["diff"])
+    assert (none["x_low"], none["x_high"]) == pytest.approx((0.2, 0.6))
+    other = Point("new", 1, {(9,): np.array([0.4])}, {(9,): np.array([0.9])})
+    assert above_line([other], [a, b])["seeds"] == 0
+
+
+def test_eq_6_9_a_method_that_is_grpo_is_on_its_line():
+    """Paired resampling: the same samples as the line's own give exactly 0 in every resample."""
+    rng = np.random.default_rng(0)
+    x = [rng.random(20) for _ in range(3)]
+    y = [np.minimum(1, v + 0.3) for v in x]
+    low = points_of("grpo", 1, [v * 0.5 for v in x], [v * 0.5 for v in y])
+    got = above_line([points_of("twin", 1, x, y)], [points_of("grpo", 2, x, y), low])
+    assert (got["diff"], got["low"], got["high"]) == pytest.approx((0, 0, 0), abs=1e-12)
+
+
+def test_eq_6_9_interval_covers_the_truth_as_often_as_its_bootstrap_can():
+    """40 problems, 8 seeds, a method 0.05 above the chord between two known points."""
+    rng, hits = np.random.default_rng(0), []
+    for _ in range(60):
+        base = rng.beta(2, 2, 40)
+
+        def noisy(x, base=base):
+            return [np.clip(base * x, 0, 1) + rng.normal(0, 0.1, 40) for _ in range(8)]
+
+        a = points_of("grpo", 1, noisy(0.4), noisy(0.8))
+        b = points_of("grpo", 2, noisy(0.8), noisy(1.0))
+        q = points_of("new", 1, noisy(0.6), [v + 0.05 for v in noisy(0.9)])
+        got = above_line([q], [a, b], 300)
+        hits.append(got["low"] <= 0.05 <= got["high"])
+    assert 0.85 <= np.mean(hits) <= 1.0
+
+
+def test_law_recovers_a_and_b_and_predicts_the_rest():
+    H = np.linspace(1.0, 0.2, 40)
+    row = law_row("run", "evaluation", H, 0.9 - 0.2 * np.exp(H))
+    assert (row["a"], row["b"], row["fitted"], row["predicted"]) == pytest.approx((0.2, 0.9, 6, 34))
+    assert row["R2 of the rest"] == pytest.approx(1) and row["largest error"] < 1e-9
+    bent = np.where(np.arange(40) < 6, 0.9 - 0.2 * np.exp(H), 0.5)  # then the score stops moving
+    bent[-1] = 0.6
+    broken = law_row("run", "evaluation", H, bent)
+    assert broken["R2 of the rest"] < 0 and broken["last error"] == pytest.approx(
+        0.9 - 0.2 * math.exp(0.2) - 0.6
+    )
+    assert broken["largest error"] == pytest.approx(np.abs(0.9 - 0.2 * np.exp(H) - bent)[6:].max())
+    assert "2 points" in law_row("run", "evaluation", [1.0, 0.9], [0.1, 0.2])["why"]
+    assert "constant" in law_row("run", "evaluation", H, [0.5] * 40)["why"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line on runs
+
+
+def test_one_run_gives_its_log_and_fresh_samples(cli, tmp_path, checkpoint):
+    run = make_run(tmp_path / "runs" / "opefo-s0", "opefo", checkpoint=checkpoint)
+    code, out, err = cli(run, "--k", 4, "--temperature", 0.8, "--top-p", 0.9, "--seed", 5)
+    assert code == 0, err
+    for word in (
+        "4 per problem",
+        "temperature 0.8",
+        "top-p 0.9",
+        "seed 5",
+        "pass@4",
+        "self bleu",
+        "ece vote",
+    ):
+        assert word in out
+    assert "tokens drawn most often at forks" in out and "0.167 → 0.250" in out
+    made = {p.name for p in (run / "eval").iterdir()}
+    assert made == {
+        *("eval.json", "samples.csv", "problems.csv"),
+        *("calibration.png", "calibration.csv", "tokens.png", "tokens.csv"),
+    }
+    assert all(p.read_bytes().startswith(PNG) for p in (run / "eval").glob("*.png"))
+    assert len((run / "eval" / "problems.csv").read_text().splitlines()) == 1 + 2 * 96
+    assert cli(run, "--k", 4, "--temperature", 0.8, "--top-p", 0.9, "--seed", 5)[1] == out  # repeats
+
+
+def test_many_runs_give_the_comparison_and_the_frontier_from_the_logs_alone(cli, tmp_path):
+    for seed in (0, 1, 2):
+        make_run(tmp_path / f"g{seed}", "grpo", seed, (6, 4, 0))
+        make_run(tmp_path / f"l{seed}", "grpo:lr=1e-4", seed, (3, 3, 1 + seed % 2), lr=1e-4)
+        make_run(tmp_path / f"o{seed}", "opefo", seed, (5, 3, 1))
+    code, out, err = cli(*sorted(tmp_path.iterdir()))
+    assert code == 0, err
+    assert "± " in out and "probability 0.75 at most" in out and "line" in out
+    folder = tmp_path / "runs" / "compare"
+    assert {p.name for p in folder.iterdir()} == {
+        "eval.json",
+        "comparison.csv",
+        "frontier.png",
+        "frontier.csv",
+    }
+    assert (folder / "frontier.png").read_bytes().startswith(PNG)
+    assert cli(*sorted(tmp_path.iterdir()))[0] == 0  # its own folder is recognised and may be written again
+
+
+def test_test_temperatures_are_sampled_once_and_reused_after_a_kill(cli, tmp_path, checkpoint, monkeypatch):
+    make_run(tmp_path / "a", "grpo", 0, checkpoint=checkpoint)
+    make_run(tmp_path / "b", "opefo", 0, checkpoint=checkpoint)
+    asked, real = [], chapter.evaluate
+    monkeypatch.setattr(chapter, "evaluate", lambda *a: asked.append(a[3]) or real(*a))
+    runs = ("a", "b", "--k", 2, "--out", "cmp", "--temperatures")
+    code, out, err = cli(*runs, 0.5, 1)
+    # both folders hold the same weights, so that one of them is enough
+    assert code == 0 and asked == [0.5, 1.0], err
+    assert "test temperatures" in out and "inside" in out
+    store = tmp_path / "cmp" / "temperatures.jsonl"
+    store.write_bytes(store.read_bytes()[:-20])  # killed while writing the second line
+    assert cli(*runs, 0.5, 1, 1.2)[0] == 0 and asked == [0.5, 1.0, 1.0, 1.2]
+    assert len([json.loads(line) for line in store.read_text().splitlines()]) == 3
+
+
+def test_law_on_the_command_line(cli, tmp_path):
+    make_run(tmp_path / "a", steps=60)
+    code, out, err = cli("--law", "a", "--out", "law")
+    assert code == 0 and "training batch" in out, err
+    assert {p.name for p in (tmp_path / "law").iterdir()} == {
+        "eval.json",
+        "law.png",
+        "law.csv",
+        "law-points.csv",
+    }
+    row = (tmp_path / "law" / "law.csv").read_text().splitlines()[2].split(",")
+    assert row[1] == "training batch" and float(row[4]) == pytest.approx(0.1, abs=1e-5)  # a of make_run
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["nowhere"], ["nowhere", "no run"]),
+        (["a", "--k", "0"], ["--k 0", "at least 1"]),
+        (["a", "--k", "9", "--samples", "8"], ["--k 9", "--samples 8"]),
+        (["a", "--temperature", "0"], ["--temperature 0", "between"]),
+        (["a", "--top-p", "1.5"], ["--top-p 1.5"]),
+        (["a", "--seed", "-1"], ["--seed -1"]),
+        (["a", "--tempratures", ".5"], ["--tempratures", "did you mean --temperatures?"]),
+        (["a", "--k", "many"], ["--k", "many"]),
+        (["a", "--out", "."], ["--out .", "another folder"]),
+        (["a", "--out", "a/config.json"], ["--out", "another folder"]),
+        (["a", "b", "--show"], ["--show", "2 runs"]),
+        (["--law"], ["no run named"]),
+        (["a"], ["no checkpoint/"]),
+        (["c"], ["was trained on gsm8k", "--model"]),
+        (["--benchmark", "aime24"], ["--benchmark aime24", "--model"]),
+        (["--model", "m"], ["--model m", "--benchmark"]),
+        (["a", "--model", "m", "--benchmark", "aime24"], ["--model m", "not both"]),
+        (["--model", "m", "--benchmark", "aime24x"], ["aime24x", "did you mean aime24?"]),
+        (["--model", "m", "--benchmark", "aime24"], ["aime24", "--data aime24=FILE.jsonl"]),
+        (["--model", "m", "--benchmark", "x", "--data", "x"], ["--data x", "NAME=FILE"]),
+        (["--model", "m", "--benchmark", "x", "--data", "x=y", "z=w"], ["--data z", "--benchmark"]),
+        (["--model", "m", "--benchmark", "x", "--data", "x=no.jsonl"], ["no.jsonl", "no such file"]),
+        (["--model", "m", "--benchmark", "x", "--data", "x=empty.jsonl"], ["empty.jsonl", "no usable row"]),
+        (["--model", "m", "--benchmark", "x", "--data", "x=bad.jsonl"], ["bad.jsonl", "line 2", "line 3"]),
+        (["--model", "a", "--benchmark", "x", "--data", "x=good.jsonl"], ["--model a"]),
+        (["--model", "no/such/id", "--benchmark", "x", "--data", "x=good.jsonl"], ["--model no/such/id"]),
+        (["--model", "m", "--benchmark", "aime24", "--against", "opfo"], ["opfo", "steer"]),
+        (["a", "--device", "toaster"], []),
+    ],
+)
+def test_bad_input_ends_in_one_or_two_lines(cli, tmp_path, monkeypatch, argv, words):
+    monkeypatch.delenv("ENTROPY_FLOW_DATA", raising=False)
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", seed=1)
+    make_run(tmp_path / "c", seed=2)
+    config = json.loads((tmp_path / "c" / "config.json").read_text()) | {"task": "gsm8k"}
+    (tmp_path / "c" / "config.json").write_text(json.dumps(config))
+    good = '{"problem": "a", "answer": "1"}\n'
+    (tmp_path / "good.jsonl").write_text(good)
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "bad.jsonl").write_text(good + '{"problem": "b"}\n{nope\n')
+    result = cli(*argv)
+    if argv in (["a"], ["c"]):  # the log could be shown before
+        result = result[0], "", result[2]
+    if words:
+        complains(result, *words)
+    else:
+        assert result[0] == 2
+
+
+def test_help_teaches_and_no_arguments_demonstrate(cli):
+    code, out, _ = cli("--help")
+    assert code == 0 and "examples:" in out and "--temperatures" in out
+    code, out, _ = cli()
+    assert code == 0 and "truth 0.570" in out
+    assert out.count("(6.1) 0.570") == 4  # unbiased at every n
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tokens in colour
+
+ROWS = [Coloured("1 <b>", 1.0, ["<i>&", "\x1b[2J", "x"], [0.5, -1.0, 0.0])]
+
+
+def test_red_raises_blue_lowers():
+    (r, g, b), (r2, g2, b2), none = (shade(f, 1.0) for f in (1.0, -1.0, 0.0))
+    assert r > g == b and b2 > r2 == g2 and none == (255, 255, 255)
+    assert shade(0.25, 1.0)[1] > shade(0.5, 1.0)[1] > shade(1.0, 1.0)[1]  # paler where less
+
+
+def test_page_escapes_what_models_write():
+    text = page(ROWS, "what & why")
+    assert (
+        "<i>" not in text and "&lt;i&gt;&amp;" in text and "1 &lt;b&gt;" in text and "what &amp; why" in text
+    )
+    assert "\x1b" not in text and "http" not in text  # self-contained
+    assert 'title="-1"' in text
+
+
+def test_terminal_has_colours_only_where_wanted_and_never_a_models_escape_codes():
+    plain, colour = terminal(ROWS, False), terminal(ROWS, True)
+    assert "\x1b" not in plain and "<i>&(+50)" in plain and "(-100)" in plain
+    assert colour.count("\x1b[30;48;2;") == 3 and "\x1b[2J" not in colour
+
+
+def test_show_from_the_log_and_from_the_checkpoint(cli, tmp_path, checkpoint, monkeypatch):
+    run = make_run(tmp_path / "a", checkpoint=checkpoint)
+    flow = {"step": 3, "prompt": "1 2 3 4 -> 10", "reward": 1.0, "tokens": ["1", "+"], "flow": [0.1, 0.2]}
+    rows = [flow | {"network_flow": [9.0, 9.0], "step": 2}, flow | {"network_flow": [0.5, -1.0]}]
+    (run / "flows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    code, out, err = cli("--show", run)
+    assert code == 0 and "step 3" in out and "1(+50) +(-100)" in out and "\x1b" not in out, err
+    assert (run / "eval" / "flow.html").read_text().count("<span title") == 2
+    (run / "flows.jsonl").unlink()
+    solved = lambda texts, problems: [i % 2 == 0 for i in range(len(texts))]  # noqa: E731
+    monkeypatch.setattr(chapter, "chain_task", lambda: Task(**vars(chain_task()) | {"verify": solved}))
+    code, out, err = cli("--show", run)
+    assert code == 0 and "fresh batch" in out and out.count("reward") == 8, err
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Benchmarks
+
+DATA = Path(os.environ.get("ENTROPY_FLOW_DATA", "nowhere"))
+SIX = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiadbench")
+
+
+@pytest.fixture(scope="session")
+def reader(tmp_path_factory):
+    """A tiny model that reads and writes printable characters."""
+    import string
+
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<pad>", "<eos>", *sorted(string.printable)]
+    core = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, [], unk_token="<pad>"))
+    core.decoder = decoders.Fuse()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "padding_side": "left"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    folder = tmp_path_factory.mktemp("reader")
+    model = TinyModel(num_hidden_layers=1).build(tokenizer, 0)
+    model.config.max_position_embeddings = 8192
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture()
+def quick_grader(monkeypatch):
+    """Right is what has an even number of characters: grading itself is tested in chapter 4."""
+
+    class Even:
+        def grade_all(self, texts, answers):
+            return [len(t) % 2 == 0 for t in texts]
+
+    monkeypatch.setattr(rollout, "shared_grader", Even)
+    monkeypatch.setattr(chapter, "shared_grader", Even)
+
+
+@pytest.fixture()
+def bench(cli, tmp_path, reader, quick_grader):
+    rows = [{"problem": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(5)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    base = ["--model", reader, "--benchmark", "sums", "--data", "sums=sums.jsonl", "--k", 2]
+    base += ["--max-new-tokens", 6, "--batch", 4, "--out", "out"]
+    return lambda *more: cli(*base, *more)
+
+
+def stored(tmp_path):
+    (path,) = (tmp_path / "out").glob("*/sums.jsonl")
+    return path
+
+
+def test_benchmark_stores_every_sample_and_computes_again_without_the_model(bench, tmp_path, monkeypatch):
+    code, out, err = bench()
+    assert code == 0, err
+    assert "temperature 1, top-p 1" in out and "5 x 2" in out and "pass@2" in out and "±" in out
+    rows = [json.loads(line) for line in stored(tmp_path).read_text().splitlines()]
+    assert [(r["problem"], r["sample"]) for r in rows] == [divmod(i, 2) for i in range(10)]
+    assert all(r["correct"] == (len(r["text"]) % 2 == 0) for r in rows)
+    assert all(len(r["ids"]) == len(r["nats"]) <= 6 for r in rows)
+    settings = json.loads(stored(tmp_path).with_suffix(".json").read_text())
+    assert (settings["temperature"], settings["top_p"], settings["samples"]) == (1.0, 1.0, 2)
+    monkeypatch.setattr(chapter, "open_engine", None)  # a call would raise
+    assert bench()[:2] == (0, out)
+    solved = [sum(r["correct"] for r in rows[i : i + 2]) for i in range(0, 10, 2)]
+    mean, se = mean_se([100 * c / 2 for c in solved])
+    assert f"{mean:.1f} ± {se:.1f}" in out
+
+
+@pytest.mark.parametrize("cut", [1, 700, 0.5, -1, -40])
+def test_a_killed_benchmark_goes_on_to_the_same_samples(bench, tmp_path, cut):
+    bench()
+    path = stored(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * cut) if cut == 0.5 else cut])
+    assert bench()[0] == 0 and path.read_bytes() == whole
+
+
+def test_a_kill_loses_at_most_one_batch(bench, tmp_path, monkeypatch):
+    real, calls = rollout.TorchEngine.sample, []
+
+    def dies(self, prompts, *args, **kwargs):
+        calls.append(len(prompts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(rollout.TorchEngine, "sample", dies)
+    assert bench()[0] == 130 and len(stored(tmp_path).read_text().splitlines()) == 8
+    assert bench()[0] == 0 and calls == [2, 2, 1, 1]  # only the last batch again
+
+
+@pytest.mark.parametrize(
+    "flag, value, name",
+    [("--temperature", 0.7, "temperature 1.0"), ("--top-p", 0.7, "top_p"), ("--seed", 1, "seed"),
+     ("--samples", 4, "samples 2"), ("--limit", 3, "problems 5"), ("--batch", 8, "batch 4")],
+)  # fmt: skip
+def test_other_settings_in_the_same_folder_are_refused(bench, flag, value, name):
+    bench()
+    complains(bench(flag, value), "--out", name, str(value))
+
+
+def test_damaged_samples_are_named(bench, tmp_path):
+    bench()
+    path = stored(tmp_path)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], "{broken\n", *lines[2:]]))
+    complains(bench(), "line 2", "remove")
+    path.write_text("".join([lines[1], lines[0], *lines[2:]]))
+    complains(bench(), "line 1", "out of order")
+
+
+def test_regrade_changes_grades_and_nothing_else(bench, tmp_path):
+    bench()
+    path = stored(tmp_path)
+    before = path.read_text()
+    path.write_text(before.replace('"correct": true', '"correct": false'))
+    code, out, _ = bench("--regrade")
+    assert code == 0 and f"{before.count(chr(34) + 'correct' + chr(34) + ': true')} grades changed" in out
+    assert path.read_text() == before
+
+
+def test_a_batch_depends_on_its_place_only(tmp_path):
+    """`begin` keeps whole batches, whatever the sizes."""
+    problems = tuple(Problem(str(i), "1") for i in range(7))
+    b = Bench("x", problems, {"samples": 3, "batch": 7}, tmp_path)
+    assert b.step == 2 and b.begin() == 0
+    lines = [json.dumps({"problem": p, "sample": s}) + "\n" for p in range(7) for s in range(3)]
+    for count in range(len(lines) + 1):
+        b.path.write_text("".join(lines[:count]) + '{"pro')
+        done = 7 if count == 21 else count // 6 * 2
+        assert b.begin() == done and b.path.read_text() == "".join(lines[: done * 3])
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_sampling(bench):
+    complains(bench("--max-new-tokens", 9000, "--out", "new"), "--max-new-tokens 9000", "at most")
+
+
+def test_several_models_give_an_error_over_models(bench, tmp_path, reader):
+    shutil.copytree(reader, tmp_path / "other")
+    code, out, err = bench("--model", reader, "other")
+    assert code == 0 and "average over 2 models" in out and "standard error over models" in out, err
+
+
+@given(st.lists(st.tuples(floats, st.floats(0, 5)), min_size=1, max_size=6))
+def test_average_row_adds_independent_errors(pairs):
+    mean, se = average(pairs)
+    assert mean == pytest.approx(statistics.fmean(m for m, _ in pairs), abs=1e-9)
+    assert se == pytest.approx(math.sqrt(sum(s * s for _, s in pairs)) / len(pairs), abs=1e-9)
+
+
+def test_reported_numbers_agree_with_their_own_averages():
+    """A typing error would show: STEER's averages are of all six, PAR's of the first five."""
+    for key, count in (("steer", 6), ("par", 5)):
+        for name, row in REPORTED[key].rows.items():
+            values = [v for v in row[:6] if v is not None]
+            assert len(values) == count
+            assert statistics.fmean(values) == pytest.approx(row[6], abs=0.12), (key, name)
+    for paper in REPORTED.values():
+        assert all(len(row) == 7 for row in paper.rows.values()) and paper.sampling
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs ENTROPY_FLOW_DATA, the folder of the six files")
+def test_the_whole_six_benchmark_path_with_a_tiny_model(cli, reader):
+    argv = ["--model", reader, "--benchmark", *SIX, "--limit", 3, "--k", 2, "--max-new-tokens", 8]
+    code, out, err = cli(*argv, "--against", "opefo", "steer", "clip_cov", "--out", "out")
+    assert code == 0, err
+    rows = {line.split()[0]: line for line in out.splitlines() if line.startswith(SIX)}
+    assert set(rows) == set(SIX)
+    assert all("3 x 2" in rows[x] for x in SIX[:3]) and all("3 x 1" in rows[x] for x in SIX[3:])
+    assert "reported: steer" in out and "top-p .7" in out and "48.6" in out

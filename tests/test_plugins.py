@@ -142,10 +142,10 @@ def recorded(folder, spec, **config):
         assert (batch.tokens.group.unique(return_counts=True)[1] == 4).all()  # no group is torn apart
         if reuse > 1:
             ours.load_state_dict(optimizer.log[u // reuse * reuse][0])  # the policy that sampled
-            batch.tokens.old_logp = scored_in_slices(ours, batch, 1.0, 0).logp
+            batch.tokens.old_logp = scored_in_slices(ours, batch, Settings()).logp
         if "ref_logp" in method.needs:
             ours.load_state_dict(optimizer.log[0][0])
-            batch.tokens.ref_logp = scored_in_slices(ours, batch, 1.0, 0).logp
+            batch.tokens.ref_logp = scored_in_slices(ours, batch, Settings()).logp
         ours.load_state_dict(state)
         method.progress = Progress(u, args.max_steps, args.seed, args.max_completion_length)
         gradients = []

@@ -254,7 +254,7 @@ def test_samples_follow_the_exact_softmax_by_enumeration(temperature):
     """First tokens and whole responses against all responses of a 5-token vocabulary, ragged prompts, one
     generator."""
     model, prompts, n = small_model(5, seed=2, factor=6.0), [[2, 3, 4], [4], [3, 3, 2, 2, 4]], 6000
-    out = sample(model, prompts, n, 3, 1, 0, temperature, torch.Generator().manual_seed(11))
+    out = sample(model, prompts, n, 3, 1, 0, temperature, generator=torch.Generator().manual_seed(11))
     for i, prompt in enumerate(prompts):
         exact = enumerate_sequences(model, prompt, 3, 1, temperature)
         assert abs(sum(exact.values()) - 1) < 1e-6
@@ -272,7 +272,7 @@ def test_samples_follow_the_exact_softmax_by_enumeration(temperature):
 def test_chi_square_rejects_a_slightly_wrong_temperature():
     """The test above can fail: 6,000 draws at temperature .9 do not pass for draws at temperature 1."""
     model, prompt, n = small_model(5, seed=2, factor=6.0), [2, 3, 4], 6000
-    out = sample(model, [prompt], n, 3, 1, 0, 0.9, torch.Generator().manual_seed(11))
+    out = sample(model, [prompt], n, 3, 1, 0, 0.9, generator=torch.Generator().manual_seed(11))
     exact = enumerate_sequences(model, prompt, 3, 1, 1.0)
     drawn = [tuple(r[m].tolist()) for r, m in zip(out.ids, out.mask)]
     assert chi_square_p([drawn.count(s) for s in exact], list(exact.values())) < 1e-4
@@ -358,7 +358,7 @@ def test_score_matches_the_unpadded_model_in_float64(model):
 
 
 def test_score_of_a_sample_is_its_rollout_logp(model):
-    out = sample(model, PROMPTS, 16, 8, 1, 0, 1.3, torch.Generator().manual_seed(6))
+    out = sample(model, PROMPTS, 16, 8, 1, 0, 1.3, generator=torch.Generator().manual_seed(6))
     got = score(model, *out.full_ids(0), out.ids, out.mask, 1.3)
     torch.testing.assert_close(got.logp, out.rollout_logp, rtol=0, atol=1e-4)
 

@@ -1,0 +1,539 @@
+"""Chapters 4 and 5 at scale: other people's models and problems, micro-batches by token budget, bfloat16 with
+float32 masters, LoRA, several processes, checkpoints that outlive them.
+
+Everything runs on models that the tests make: byte-level tokenizers, random weights, two gloo processes.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import test_train
+from test_train import draw_batch, gradient, small_world, without_clock
+
+import rollout
+import train
+from interventions import build
+from rollout import Problem, hold_out, load_model, read_problems, render
+from train import Settings, accumulate_gradient, in_step, join, micro_batches, reassembled
+
+ROOT = Path(train.__file__).parent
+warm_cache = test_train.warm_cache  # a fixture
+
+
+def byte_tokenizer(**special):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", "<s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    core = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", **special}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+
+def llama(tokenizer, **changes):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokens = {"vocab_size": len(tokenizer), "pad_token_id": None, "bos_token_id": None, "eos_token_id": 1}
+    more = {"num_key_value_heads": 1, "max_position_embeddings": 256, "tie_word_embeddings": False}
+    config = LlamaConfig(**{**shape, **tokens, **more, **changes})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder, tokenizer = tmp_path_factory.mktemp("model"), byte_tokenizer()
+    llama(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    rows = [{"problem": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(6) for b in range(6)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def test_a_folder_loads_as_transformers_saved_it(model_folder):
+    model, tokenizer = load_model(str(model_folder))
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(model(ids).logits, llama(byte_tokenizer())(ids).logits) and not model.training
+    assert tokenizer.decode(tokenizer("a b")["input_ids"]) == "a b"
+    assert load_model(str(model_folder), "bfloat16")[0].dtype == torch.bfloat16
+
+
+def test_a_tokenizer_without_pad_pads_with_its_eos(tmp_path):
+    tokenizer = byte_tokenizer(pad_token=None)
+    llama(tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    got = load_model(str(tmp_path))[1]
+    assert got.pad_token_id == got.eos_token_id == 1
+
+
+def test_dropout_is_switched_off_also_in_training_mode(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = byte_tokenizer()
+    shape = {"vocab_size": len(tokenizer), "n_embd": 32, "n_layer": 1, "n_head": 2}
+    config = GPT2Config(**shape, resid_pdrop=0.5, attn_pdrop=0.5)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, ids = load_model(str(tmp_path))[0], torch.arange(3, 40)[None]
+    assert torch.equal(model.train()(ids).logits, model.train()(ids).logits)
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def only_pickles(folder):
+    torch.save(llama(byte_tokenizer()).state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def damaged(folder):
+    (folder / "model.safetensors").write_bytes(b"x" * 100)
+
+
+def no_eos(folder):
+    byte_tokenizer(eos_token=None).save_pretrained(folder)
+
+
+def soft_capped(folder):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    more = {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 259}
+    config = Gemma2Config(**shape, **more, final_logit_softcapping=0.05)
+    Gemma2ForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [(no_config, "config.json"), (only_pickles, "safetensors"), (damaged, "cannot be loaded"),
+     (no_eos, "EOS"), (soft_capped, "soft-capping")],
+)  # fmt: skip
+def test_what_is_no_usable_model_is_refused_with_the_reason(model_folder, tmp_path, spoil, words):
+    for file in model_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    spoil(tmp_path)
+    with pytest.raises(ValueError, match=words) as error:
+        load_model(str(tmp_path))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "./nothing", "/nowhere", "nothing"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(name):
+    with pytest.raises(ValueError, match="no such folder"):
+        load_model(name)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Problems
+
+
+@pytest.mark.parametrize(
+    "row, problem, answer",
+    [
+        ({"problem": "p", "answer": "1"}, "p", "1"),
+        ({"question": "p", "answer": "work #### 18"}, "p", "18"),
+        ({"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "p"}],
+          "reward_model": {"ground_truth": "34", "style": "rule"}}, "p", "34"),
+        ({"problem": "p", "solution": r"so $x$ is \boxed{\frac{1}{2}}."}, "p", r"\frac{1}{2}"),
+        ({"problem": "p", "final_answer": ["1", "2"]}, "p", "1, 2"),
+        ({"problem": "p", "answer": 7, "solution": "ignored"}, "p", "7"),
+        ({"problem": "p", "answer": None, "expected_answer": "x"}, "p", "x"),
+    ],
+)  # fmt: skip
+def test_the_usual_field_names_are_understood(tmp_path, row, problem, answer):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row) + "\n\n")
+    problems, notes = read_problems(str(path))
+    assert problems == [Problem(problem, answer)] and "1 problems" in notes[0]
+
+
+def test_unusable_rows_are_counted_and_named_and_only_fatal_together(tmp_path):
+    path = tmp_path / "a.jsonl"
+    bad = ["{", "[1]", '{"problem": "p"}', '{"answer": "1"}', '{"problem": " ", "answer": "1"}']
+    path.write_text("\n".join([*bad, '{"problem": "p", "answer": "1"}']))
+    problems, notes = read_problems(str(path))
+    assert len(problems) == 1 and "5 unusable" in notes[1] and "line 1" in notes[1] and "2 more" in notes[1]
+    path.write_text("\n".join(bad))
+    with pytest.raises(ValueError, match="no usable row.*line 1"):
+        read_problems(str(path))
+    with pytest.raises(ValueError, match="no such file"):
+        read_problems(str(tmp_path / "b.jsonl"))
+
+
+@given(st.lists(st.integers(0, 30), min_size=2, max_size=60), st.integers(1, 20), st.randoms())
+def test_the_split_depends_on_the_problems_only(names, count, rng):
+    problems = [Problem(str(i), "1") for i in names]
+    train_set, test_set = hold_out(problems, count)
+    assert len(test_set) == min(count, len(set(names)))
+    assert not {p.prompt for p in train_set} & {p.prompt for p in test_set}
+    assert len(train_set) + sum(names.count(int(p.prompt)) for p in test_set) == len(names)
+    rng.shuffle(problems)
+    assert hold_out(problems, count)[1] == test_set
+
+
+def test_prompts_are_a_users_turn_or_plain_text_after_bos():
+    problem, tokenizer = [Problem("1 {x} 2", "3")], byte_tokenizer()
+    assert render(problem, tokenizer, "Q {problem} A") == [Problem("Q 1 {x} 2 A", "3")]
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<bot>"
+    assert render(problem, tokenizer, "{problem}")[0].prompt == "<user>1 {x} 2<bot>"
+    assert render(problem, tokenizer, "{problem}", chat=False)[0].prompt == "1 {x} 2"
+    with pytest.raises(ValueError, match="problem"):
+        render(problem, tokenizer, "no place")
+
+
+def test_every_stop_token_ends_a_response():
+    tokenizer = byte_tokenizer()
+    model = llama(tokenizer)
+    model.generation_config.eos_token_id = [1, 9]
+    assert rollout.stop_tokens(model, tokenizer) == [1, 9]
+    engine = rollout.TorchEngine(model, tokenizer)
+    script = torch.tensor([[5, 1], [9, 5]])
+    out = engine.sample([[5, 6]], 2, 4, hook=lambda z, t, rows, g: script[rows, min(t, 1)])
+    assert out.mask.sum(-1).tolist() == [2, 1] and not out.truncated.any()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Micro-batches
+
+
+@given(st.data())
+@settings(max_examples=30)
+def test_a_token_budget_covers_every_row_once_and_is_kept(data):
+    world = test_a_token_budget_covers_every_row_once_and_is_kept.world
+    batch, budget = world[1], data.draw(st.integers(1, 700))
+    slices = micro_batches(batch, Settings(tokens_per_micro_batch=budget))
+    rows = torch.arange(len(batch.start))
+    assert sorted(torch.cat([rows[s] for s in slices]).tolist()) == rows.tolist()
+    assert torch.equal(reassembled([rows[s] for s in slices], slices), rows)
+    length = batch.start + 1 + batch.tokens.mask.sum(-1)
+    for s in slices:
+        assert len(rows[s]) == 1 or len(rows[s]) * int(length[s].max()) <= budget
+
+
+test_a_token_budget_covers_every_row_once_and_is_kept.world = (w := small_world(), draw_batch(w, 8, 8))
+
+
+@pytest.mark.parametrize("spec", ["grpo", "opefo", "clip_cov:ratio=.1", "dapo", "gspo", "steer"])
+@pytest.mark.parametrize("budget", [40, 333])
+def test_the_gradient_does_not_depend_on_the_token_budget(spec, budget):
+    model, batch = (w := small_world())[0], draw_batch(w, 8, 8)
+    grads = []
+    for tokens in (0, budget):
+        model.zero_grad()
+        name, options = train.interventions.parse(spec)
+        method = build(name, **options)
+        got = accumulate_gradient(model, batch, method, Settings(tokens_per_micro_batch=tokens))
+        grads.append((gradient(model), got.force, got.flow))
+    for a, b in zip(*grads):
+        assert float((a - b).norm()) <= 1e-10 * max(float(a.norm()), 1e-30)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Language models through the command line
+
+
+@pytest.fixture
+def lm(model_folder, data_file, tmp_path, monkeypatch):
+    """Run the command line on the model and the sums; returns (exit code, rows, folder)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags, steps=2, out="a"):
+        size = ["--prompts", "4", "--group-size", "4", "--eval-every", "2", "--eval-samples", "2"]
+        more = ["--eval-problems", "4", "--max-new-tokens", "8", "--threads", "1", "--quiet", "--lr", "1e-3"]
+        base = ["--model", str(model_folder), "--data", str(data_file), *size, *more]
+        code = train.main([*base, "--steps", str(steps), "--out", out, *map(str, flags)])
+        path = tmp_path / out / "metrics.jsonl"
+        rows = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+        return code, rows, tmp_path / out
+
+    return run
+
+
+def weights_of(folder):
+    return load_model(str(folder))[0].state_dict()
+
+
+def test_a_language_model_trains_and_its_checkpoint_loads(lm, model_folder):
+    pytest.importorskip("math_verify")
+    code, rows, folder = lm("--method", "opefo", "--reward", "random", "--gradient-checkpointing")
+    assert code == 0 and len(rows) == 3
+    assert {"correct", "truncated", "seconds_rollout"} <= rows[1].keys() and rows[1]["tokens"] > 0
+    before, after = weights_of(model_folder), weights_of(folder / "checkpoint")
+    assert before.keys() == after.keys() and any(not torch.equal(before[k], after[k]) for k in before)
+    samples = [json.loads(x) for x in (folder / "samples.jsonl").read_text().splitlines()]
+    assert "Reason step by step" in samples[0]["prompt"] and "correct" in samples[0]
+
+
+def test_gradient_checkpointing_and_budget_change_no_number(lm):
+    pytest.importorskip("math_verify")
+    plain = lm("--method", "grpo", "--reward", "random", out="a")[1]
+    other = lm("--method", "grpo", "--reward", "random", "--gradient-checkpointing",
+               "--tokens-per-micro-batch", 300, out="b")[1]  # fmt: skip
+    for a, b in zip(plain[1:], other[1:]):
+        for key in ("entropy", "grad_norm", "reward", "loss"):
+            assert a.get(key) == pytest.approx(b.get(key), rel=1e-4, abs=1e-6), key
+
+
+def test_lora_trains_adapters_only_and_saves_a_merged_model(lm, model_folder):
+    pytest.importorskip("math_verify")
+    pytest.importorskip("peft")
+    code, rows, folder = lm("--method", "ref_kl", "--lora", 2, "--reward", "random", "--mismatch", "off")
+    assert code == 0
+    before, after = weights_of(model_folder), weights_of(folder / "checkpoint")
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert changed and all("_proj" in k for k in changed), "the head and the embeddings stay"
+    delta = after[min(changed)] - before[min(changed)]
+    assert torch.linalg.matrix_rank(delta, rtol=1e-3) <= 2
+    assert train.main(["--resume", str(folder), "--steps", "3", "--quiet"]) == 0
+
+
+def test_bfloat16_keeps_float32_masters(lm, model_folder):
+    """A learning rate far below bfloat16's resolution of the weights still moves them, slowly."""
+    pytest.importorskip("math_verify")
+    code, rows, folder = lm(
+        "--method", "grpo", "--dtype", "bfloat16", "--reward", "random", "--lr", "1e-6", steps=4
+    )
+    assert code == 0 and rows[-1]["skipped"] == 0
+    import torch.distributed.checkpoint as dcp
+
+    start = llama(byte_tokenizer()).state_dict()
+    state = {"model": {k: torch.zeros_like(v) for k, v in start.items()}}
+    dcp.load(state, checkpoint_id=folder / "checkpoint" / "training", no_dist=True)
+    moved = [float((state["model"][k] - start[k]).abs().max()) for k in start]
+    assert 0 < max(moved) < 1e-5
+    assert weights_of(folder / "checkpoint")["lm_head.weight"].dtype == torch.float32  # load_model's choice
+
+
+def test_the_best_checkpoint_is_marked_and_loads(lm):
+    pytest.importorskip("math_verify")
+    _, rows, folder = lm("--method", "grpo", "--reward", "wrong", steps=4)
+    best = json.loads((folder / "checkpoint-best" / "best.json").read_text())
+    scores = {r["step"]: r["pass@1"] for r in rows if "pass@1" in r}
+    assert best["pass@1"] == max(scores.values()) == scores[best["step"]]
+    assert best["step"] == min(s for s, v in scores.items() if v == best["pass@1"])
+    load_model(str(folder / "checkpoint-best"))
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--data", "missing.jsonl"), ("--data missing.jsonl", "no such file")),
+        (("--model", "nowhere"), ("--model nowhere", "no such folder")),
+        (("--prompt-template", "no place"), ("--prompt-template", "{problem}")),
+        (("--max-prompt-tokens", 3), ("--max-prompt-tokens", "no training problem")),
+        (("--engine", "sglang"), ("--engine sglang", "torch or vllm")),
+        (("--reward", "style"), ("--reward style", "correct")),
+        (("--tensor-parallel", 2), ("--tensor-parallel 2", "torchrun")),
+        (("--mismatch-high", 0.5), ("--mismatch-high 0.5",)),
+        (("--tokens-per-micro-batch", 100, "--micro-batch", 4), ("--micro-batch",)),
+        (("--lora", 2, "--method", "prorl"), ("prorl", "--lora")),
+        (("--dtype", "bfloat16", "--ledger", "full"), ("--ledger full", "--dtype float32")),
+        (("--dtype", "float8"), ("--dtype float8", "bfloat16")),
+    ],
+)
+def test_bad_settings_of_language_models_are_named(lm, capsys, flags, words):
+    code = lm("--method", "grpo", *flags)[0]
+    err = capsys.readouterr().err.strip()
+    assert code == 2 and all(w in err for w in words) and len(err.splitlines()) <= 2, err
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+SAME_GRADIENT = """
+import sys, torch, torch.distributed as dist
+sys.path[:0] = [{root!r}, {tests!r}]
+torch.set_num_threads(1)
+import train
+from dataclasses import replace
+from interventions import build, parse
+from test_train import draw_batch, small_world
+from train import ALONE, Ranks, Settings, accumulate_gradient, shard, whole
+
+cpu, worst = torch.device("cpu"), 0.0
+ranks = Ranks.join(cpu)
+for spec in {specs!r}:
+    for settings in (Settings(), Settings(tokens_per_micro_batch=200)):
+        world = small_world(double=False)
+        batch = draw_batch(world, 8, 8)
+        if spec.startswith(("clip_cov", "gspo", "kl_cov")):
+            batch.tokens.old_logp = batch.tokens.rollout_logp + 0.3 * torch.randn(
+                batch.tokens.ids.shape, generator=torch.Generator().manual_seed(1))
+        if spec.startswith("ref_kl"):
+            batch.tokens.ref_logp = batch.tokens.rollout_logp - 0.1
+        name, options = parse(spec)
+        accumulate_gradient(world[0], batch, build(name, **options), settings)
+        alone = [p.grad for p in world[0].parameters()]
+        # an uneven split: the first rank has a quarter of the prompts, so that ranks differ in micro-batches
+        cut = len(batch.start) // 4
+        mine = batch.rows(slice(0, cut) if ranks.first else slice(cut, None))
+        model = shard(small_world(double=False)[0], torch.float32, cpu)
+        got = accumulate_gradient(model, mine, build(name, **options), settings, ranks)
+        for p, want in zip(model.parameters(), alone):
+            gap = (whole(p.grad) - want).norm() / want.norm()
+            worst = max(worst, float(gap))
+        assert abs(got.metrics["flow_up"]) > 0
+print("worst", worst)
+assert worst <= 1e-5, worst
+dist.destroy_process_group()
+"""
+
+
+def torchrun(*arguments, cwd, n=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([*command, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def test_two_ranks_give_the_gradient_of_one(tmp_path):
+    """Relative difference at most 1e-5 in float32, also where the ranks' numbers of micro-batches differ."""
+    specs = ("grpo", "opefo", "clip_cov:ratio=.1", "dapo", "ref_kl:beta=.1", "steer", "gspo", "entropy_bonus")
+    script = tmp_path / "same.py"
+    script.write_text(SAME_GRADIENT.format(root=str(ROOT), tests=str(ROOT / "tests"), specs=specs))
+    done = torchrun(script, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_run_of_two_processes_goes_on_with_one_and_with_two(tmp_path, warm_cache, monkeypatch):
+    """Checkpoints belong to no number of ranks: weights and AdamW's states are the same after loading."""
+    monkeypatch.setenv("ENTROPY_FLOW_CACHE", str(warm_cache))
+    tiny = ["--prompts", 4, "--group-size", 4, "--eval-every", 2, "--eval-samples", 2, "--eval-problems", 4]
+    base = [ROOT / "train.py", "--method", "par:schedule=entropy", *tiny, "--threads", 1, "--quiet"]
+    done = torchrun(*base, "--steps", 4, "--out", "a", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(x) for x in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [0, 1, 2, 3, 4] and done.stdout.count("picture:") == 1
+    assert all(r["tokens"] > 16 for r in rows[1:]), "both ranks' tokens are counted"
+
+    def states(folder):
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+        out = tmp_path / "whole.pt"
+        dcp_to_torch_save(folder / "checkpoint" / "training", out)
+        assert dcp
+        return torch.load(out, weights_only=True)
+
+    saved = states(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    kept = {}
+    real = train.Run.load
+
+    def load(self):
+        real(self)
+        kept.update(json.loads(json.dumps({"step": self.step, "position": self.position})))
+        for part, named in self._tensors().items():
+            for name, value in named.items():
+                assert torch.equal(value, saved[part][name]), (part, name)
+
+    monkeypatch.setattr(train.Run, "load", load)
+    assert train.main(["--resume", "a", "--steps", "6", "--quiet"]) == 0
+    assert kept == {"step": 4, "position": 16}
+    assert len((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()) == 7
+    done = torchrun(ROOT / "train.py", "--resume", "a", "--steps", 8, "--quiet", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()) == 9
+
+
+def test_bad_input_is_said_once_by_many_processes(tmp_path):
+    done = torchrun(ROOT / "train.py", "--method", "grpo", "--prompts", 3, "--quiet", cwd=tmp_path)
+    said = [x for x in done.stderr.splitlines() if x.startswith("train.py: error")]
+    assert len(said) == 1 and "--prompts 3" in said[0] and done.returncode != 0
+
+
+def test_in_step_gives_every_rank_as_many_passes():
+    class Three(train.Ranks):
+        def most(self, value):
+            return 3
+
+    assert list(in_step([slice(0, 2)], Three())) == [
+        (slice(0, 2), True), (slice(0, 1), False), (slice(0, 1), False)
+    ]  # fmt: skip
+
+
+def test_join_pads_to_the_widest():
+    world = small_world()
+    a, b = draw_batch(world, 2, 2).tokens, draw_batch(world, 3, 2).tokens
+    cut = replace(a, **{k: getattr(a, k)[:, :4] for k in ("ids", "mask", "rollout_logp")})
+    got = join([cut, b], pad=7)
+    assert got.ids.shape == (10, b.ids.shape[1])
+    assert (got.ids[:4, 4:] == 7).all() and not got.mask[:4, 4:].any()
+    assert torch.equal(got.ids[4:], b.ids) and torch.equal(got.reward[:4], a.reward)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def test_kill_9_in_the_middle_of_writing_a_checkpoint(tmp_path, warm_cache):
+    """The process dies between the first and the last file of its second checkpoint; the first one is whole,
+    and the resumed run's numbers are those of a run that nobody killed."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ENTROPY_FLOW_CACHE": str(warm_cache)}
+    tiny = [
+        "--prompts",
+        "4",
+        "--group-size",
+        "4",
+        "--eval-every",
+        "2",
+        "--eval-samples",
+        "2",
+        "--threads",
+        "1",
+    ]
+    base = [sys.executable, str(ROOT / "train.py"), "--method", "opefo", *tiny, "--steps", "8", "--quiet"]
+    assert subprocess.run([*base, "--out", "b"], cwd=tmp_path, env=env, capture_output=True).returncode == 0
+    run = subprocess.Popen([*base, "--out", "a"], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    part, end = tmp_path / "a" / ".checkpoint.part", time.monotonic() + 120
+    while not ((tmp_path / "a" / "checkpoint").exists() and (part / "training").exists()):
+        assert run.poll() is None and time.monotonic() < end, run.communicate()
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    assert part.exists() and not (part / train.CHECKSUMS).exists(), "it died while it wrote"
+    command = [sys.executable, str(ROOT / "train.py"), "--resume", "a", "--quiet"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    a, b = (
+        [without_clock(json.loads(x)) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        for n in "ab"
+    )
+    assert a == b and not part.exists()
+
+
+def test_the_last_two_checkpoints_are_kept_and_no_more(lm):
+    pytest.importorskip("math_verify")
+    _, _, folder = lm("--method", "grpo", "--reward", "random", steps=6)
+    steps = [torch.load(folder / n / "state.pt", weights_only=True)["step"]
+             for n in ("checkpoint", "checkpoint-previous")]  # fmt: skip
+    assert steps == [6, 4]
+    assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == [
+        "checkpoint", "checkpoint-best", "checkpoint-previous"
+    ]  # fmt: skip
