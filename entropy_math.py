@@ -1,10 +1,10 @@
 """Chapter 1. How one gradient step changes the entropy of a softmax policy.
 
 Claim: entropy collapse is arithmetic. A policy-gradient step on one sampled token changes the entropy by a
-known amount (2.2), negative exactly when the token is likely enough and rewarded, or unlikely and punished;
-and learning mostly rewards what the policy already does. Every formula with which a paper predicts this
-change stands here beside the exact one, with what it drops and how far off it is. `python entropy_math.py`
-measures that in half a minute.
+known amount (2.2), to first order negative exactly when the token is likely enough and rewarded, or unlikely
+and punished; and learning mostly rewards what the policy already does. Every formula with which a paper
+predicts this change stands here beside the exact one, with what it drops and how far off it is. `python
+entropy_math.py` measures that in half a minute.
 
     1  a softmax's entropy, its gradient, curvature  5  the ledger: a network's own entropy change
     2  one step on one sampled token                 6  the set point: why balance drifts, what feedback adds
@@ -68,10 +68,12 @@ def second_order_change(logits: Tensor, dz: Tensor) -> Tensor:
 
     Differentiate (1.3) along d = dz, with dp_v = p_v (d_v - E[d]) and du_v = d_v - E[d] - E[u d]:
         dᵀ (∇²H) d = -E[(1 + u) d²] + 2 E[u d] E[d] + E[d]²             (expectations under p)           (1.4)
-    For d = η A (e_y - p), averaged over y ~ p, it is negative for most policies (all flat ones, 85 % of
-    Gaussian ones with V = 1000, 38 % of very peaked ones, measured): steps whose first order cancels mostly
-    still cost entropy. It matters for large steps: at a logit step of size 1 the first order alone
-    correlates .82 to .97 with the truth, with a relative RMS error of .33 to .73 (measured).
+    For d = η A (e_y - p), averaged over y ~ p and over the policies of a family, it is negative in all five
+    families of section 8 with V <= 1000 (-.06 (ηA)² for Gaussian logits, -.02 for very peaked ones): steps
+    whose first order cancels cost entropy on average. Not at every policy: it is negative for all flat and 85
+    % of Gaussian ones with V = 1000, but for half of the peaked and 38 % of the very peaked (measured). It
+    matters for large steps: at a logit step of size 1 the first order alone correlates .82 to .97 with the
+    truth, with a relative RMS error of .33 to .73 (measured).
     """
     logq = _finite(torch.log_softmax(logits, dim=-1))
     p, u = logq.exp(), logq + entropy(logits).unsqueeze(-1)  # (..., V) each
@@ -118,27 +120,21 @@ def exact_score(stats: TokenStats) -> Tensor:
         other two raise it. p_y < e^-H is unlikely; so is 0 < p_y u_y < C, a little above that           (2.6)
         samples at one state add up; if their advantages cancel, as in a GRPO group's first token, so
         does C: Σ_i A_i T_i = -Σ_i A_i p_i u_i                                                           (2.7)
-        off-policy the clipped surrogate's slope replaces A: see `surrogate_slope`                       (2.8)
+        off-policy the clipped surrogate's slope I_clip r A replaces A, r = π/π_old: `grpo.clip_factor`  (2.8)
         p = softmax(z/τ), step on z: dH = η A T/τ², 1/τ from the gradient and 1/τ from its effect        (2.9)
-    In float32 T's absolute error is about 1e-7: a confident token's T is a difference of nearly equal
-    numbers. Tokens that matter have |T| of .01 to 1.
+    A token of probability 0 (logp -inf) has T = C. In float32 T's absolute error is about 1e-7 at V = 1000
+    and in the chunked head; summing 151,936 terms at once, as the plain form does, costs up to 4e-5. Tokens
+    that matter have |T| of .01 to 1.
     """
-    s = stats.detach()
+    s = _with_finite_logp(stats)
     return s.p2logp + s.entropy * s.p2 - s.logp.exp() * (s.logp + s.entropy)  # (2.2)
 
 
-def surrogate_slope(
-    logp: Tensor, old_logp: Tensor, adv: Tensor, eps_low: float = 0.2, eps_high: float = 0.2
-) -> Tensor:
-    """I_clip r A with r = π/π_old, the advantage an off-policy step really uses (2.8): (...) -> (...).
-
-    min(r A, clip(r) A) has the gradient r A ∇log π, or 0 where (A > 0, r > 1 + eps_high) or (A < 0, r < 1 -
-    eps_low). `entropy_change(stats, surrogate_slope(...), "steer_theorem")` is STEER's product of four
-    factors: clip, advantage, probability, entropy (2510.10150, App. G); with "exact" it is (2.2) off-policy.
-    """
-    ratio = (logp - old_logp).detach().clamp(-20, 20).exp()
-    clipped = ((adv > 0) & (ratio > 1 + eps_high)) | ((adv < 0) & (ratio < 1 - eps_low))
-    return torch.where(clipped, torch.zeros_like(ratio), ratio * adv)
+def _with_finite_logp(stats: TokenStats) -> TokenStats:
+    """Detached, and p log p of a token of probability 0 is 0 and not NaN."""
+    s = stats.detach()
+    s.logp = _finite(s.logp)
+    return s
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -151,7 +147,8 @@ def renyi_bounds(stats: TokenStats) -> tuple[Tensor, Tensor]:
 
     With H2 = -log p2 (the Rényi entropy of order 2) and q_v = p_v²/p2,
         C = p2 (H - H2/2 - H(q)/2),         C_lb = p2 (H - H2) <= C <= C_ub = p2 (H - H2/2)              (3.1)
-    below because α -> log Σ p^α is convex and has slope -H at α = 1, above because H(q) >= 0.
+    below because α -> log Σ p^α is convex: its slope at α = 2, p2logp/p2, is at least that of the chord from
+    α = 1, log p2 = -H2; above because H(q) >= 0.
     """
     s = stats.detach()
     h2 = -s.p2.log()
@@ -181,8 +178,9 @@ def entropy_change(stats: TokenStats, adv: Tensor | float, form: str = "exact") 
       opefo           (1-p)² u     the same, all off-diagonals    vanishes          unbounded       D - 2C
       cov             u            all but the sign               far too large     unbounded       0
       renyi           p u - C_lb   C - C_lb of (3.1)              too large         right order     C - C_lb
-    D = Σ p³ u >= 0. Over the exact b, "far too large" is 1/(κ(1-p)) with κ from 1 to 2, "vanishes" is
-    p|u|/C, "unbounded" |u|/C; renyi is 2.4 times too large at p = .9 and 11 times at p = .99 (two tokens).
+    D = Σ p³ u >= 0. Over the exact b, "far too large" is 1/(κ(1-p)) with κ from 1 to 2, "vanishes" is p|u|/C
+    (rare) or (1-p)/(κp) (opefo, confident), "unbounded" |u|/C; renyi is 2.4 times too large at p = .9 and 11
+    times at p = .99 (two tokens).
 
     Sign rule: from s_star to cov, b has the sign of u. They err only where 0 < p u < C, a little above p =
     e^-H, and in one direction: for A > 0 the truth there is expansion, they say contraction.            (3.3)
@@ -191,12 +189,13 @@ def entropy_change(stats: TokenStats, adv: Tensor | float, form: str = "exact") 
     updated once; a *sampled* token already arrives with frequency p, so its score must keep a p.        (3.4)
 
     Sources: s_star 2602.03392; steer_theorem 2510.10150 App. G, steer_released its code (on-policy); opefo
-    2605.11491 Eq. 6 at the sampled token; cov 2505.22617, per token. A token-mean loss divides by the number
-    of tokens. Raises ValueError on an unknown form.
+    2605.11491 Eq. 6 at the sampled token; cov 2505.22617, per token. Off-policy, with I_clip r A of (2.8) for
+    A, steer_theorem is STEER's product of four factors: clip, advantage, probability, entropy. A token-mean
+    loss divides by the number of tokens. Raises ValueError on an unknown form.
     """
     if form not in FORMS:
         raise ValueError(f"form={form!r} is unknown; choose one of {', '.join(FORMS)}")
-    return -adv * FORMS[form](stats.detach())  # (3.2)
+    return -adv * FORMS[form](_with_finite_logp(stats))  # (3.2)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -237,8 +236,10 @@ def token_stats(
 
     float64 stays float64, anything smaller is computed in float32, for bf16 rounds entropy changes away.
     Stable at logits of 1e4 and with -inf (masked) logits; a row of -inf alone has no distribution and gives
-    NaN. Ordinary differentiable operations: `torch.func.jvp` and second derivatives work. Raises ValueError
-    on a wrong shape, an id outside the vocabulary, or a temperature that is not positive.
+    NaN. Ordinary differentiable operations: `torch.func.jvp` and second derivatives work. The entropy has a
+    graph by default, for here the whole vocabulary is in memory anyway; `head_token_stats` has it on request
+    only, for there it costs another pass over every block. Raises ValueError on a wrong shape, an id outside
+    the vocabulary, or a temperature that is not positive.
     """
     ids = _checked(ids, logits.shape[:-1], logits.shape[-1], temperature)
     x = logits.to(_accumulation_dtype(logits.dtype))
@@ -278,20 +279,21 @@ def head_token_stats(
     of logits: at 4,096 tokens and D = 896 about .7 of the plain form's time in float32, .4 in bf16, with less
     than 1/20 of its extra memory (results/bench_token_stats.txt). If all fits in one chunk the plain form is
     cheaper, and used; so it is for chunk=None: choose that under `torch.func.jvp` and for second derivatives,
-    which raise RuntimeError in the chunked form. The entropy has a graph only if entropy_grad=True. Under
-    autocast the products run in its dtype. Raises ValueError as `token_stats`, on unequal widths, and on a
-    chunk that is not positive.
+    which raise RuntimeError in the chunked form. float16 has no chunked form and takes the plain one at any
+    size: with V = 100,000 the blocks of (4.4) leave its range, which ends at 65,504. The entropy has a graph
+    only if entropy_grad=True. Under autocast the products run in its dtype. Raises ValueError as
+    `token_stats`, on unequal widths, and on a chunk that is not positive.
     """
     ids = _checked(ids, hidden.shape[:-1], weight.shape[0], temperature)
     if hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(f"weight is {tuple(weight.shape)}; hidden needs (V, {hidden.shape[-1]})")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk} must be positive; None means the plain, unchunked form")
-    if chunk is None or ids.numel() * weight.shape[0] <= chunk:
-        return token_stats(torch.nn.functional.linear(hidden, weight, bias), ids, temperature, entropy_grad)
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else torch.promote_types(hidden.dtype, weight.dtype)
+    if chunk is None or ids.numel() * weight.shape[0] <= chunk or dtype == torch.float16:
+        return token_stats(torch.nn.functional.linear(hidden, weight, bias), ids, temperature, entropy_grad)
     flat = hidden.reshape(-1, hidden.shape[-1]).to(dtype)  # (N, D)
     with torch.autocast(device, enabled=False):
         options = (temperature, chunk, entropy_grad)

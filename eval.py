@@ -124,8 +124,8 @@ def evaluate(
     run.
 
     Returns pass@1 and pass@k, distinct_correct (right answers that differ, per problem), eval_entropy (token
-    mean, nats), eval_length (tokens), right (the number of right samples of every problem: pass@k for all
-    smaller k, and resampling over problems, can be had from it later), the same for the hard problems as
+    mean, nats), eval_length (tokens), right (the number of right samples of each problem, from which pass@k
+    for every smaller k, and intervals over problems, can be had later), the same for the hard problems as
     hard_* where the task has such, the k, and a few samples.
     """
     generator = torch.Generator(engine.device).manual_seed(seed)
@@ -321,19 +321,21 @@ def calibration_error(confidence: Sequence[float], right: Sequence[bool], bins: 
 def confidences(groups: Groups, key: Callable[[str], str]) -> dict[str, tuple[list[float], list[bool]]]:
     """Two answers to "how sure was it", each against whether it was right.
 
-    vote         of a problem: the share of its most frequent answer (by `key`) among its samples, the first
-                 drawn among equals; right if that answer is
+    vote         of a problem: the share of its most frequent answer (by `key`; the first drawn among equals)
+                 among its samples, right if that answer is; 0 and wrong where none holds an answer ("").
+                 Left out for single samples, which always agree with themselves
     likelihood   of a response: exp of the mean of log π over its tokens; right if the response is
     """
     shares, voted = [], []
     for group in groups:
         keys = [key(s["text"]) for s in group]
-        most, count = Counter(keys).most_common(1)[0]
+        most, count = Counter(x for x in keys if x).most_common(1)[0] if any(keys) else ("", 0)
         shares.append(count / len(group))
-        voted.append(group[keys.index(most)]["correct"])
+        voted.append(count > 0 and group[keys.index(most)]["correct"])
     every = [s for g in groups for s in g]
     likely = [math.exp(s["logp"] / max(1, len(s["ids"]))) for s in every]
-    return {"vote": (shares, voted), "likelihood": (likely, [s["correct"] for s in every])}
+    found = {"vote": (shares, voted)} if max(map(len, groups)) > 1 else {}
+    return found | {"likelihood": (likely, [s["correct"] for s in every])}
 
 
 def forking(nats: np.ndarray, share: float = 0.2) -> float:
@@ -383,6 +385,7 @@ def measure(
         ("self_bleu", self_bleu)
     ]:
         out[name] = mean_se([f(t) for t in texts]) if texts else (math.nan, math.nan)
+    out["ece_vote"] = math.nan, math.nan
     for name, pair in confidences(groups, vote).items():
         out[f"ece_{name}"] = calibration_error(*pair), math.nan
     return out | {"common_length": (length, math.nan)}
@@ -713,12 +716,12 @@ def print_comparison(groups: dict[str, list[Record]], rows: list[dict[str, Any]]
         return
     print("\nDifference on the same seeds, and its 95 % bootstrap interval over seeds (6.3)\n")
     print(aligned(["method", "minus", "pairs", *names], body))
-    n = min(r["pairs"] for r in rows if r["pairs"])
-    if n == 1:
-        print("One seed in common: no interval, and no way to tell a method from luck.")
-    elif n < 7:
-        most = 1 - 2.0 ** (1 - n)
-        print(f"With {n} pairs an interval holds the median difference with probability {most:.2f} at most.")
+    for n in sorted({r["pairs"] for r in rows} - {0}):
+        if n == 1:
+            print("1 pair: no interval, and no way to tell a method from luck.")
+        elif n < 7:
+            most = 1 - 2.0 ** (1 - n)
+            print(f"{n} pairs: an interval holds the median difference with probability {most:.2f} at most.")
 
 
 # -- the frontier --------------------------------------------------------------------------------------------
@@ -843,7 +846,7 @@ def frontier(groups: dict[str, list[Record]], points: list[Point], along: str) -
             x, y = p.mean
             rows.append({"along": along, "method": label, "at": p.at, "pass@1": x, "pass@k": y})
             if line := line_points(points, sweep, along, p.at):
-                rows[-1] |= above_line([p], line)
+                rows[-1] |= above_line([p], line, 500)
         if own and (line := line_points(points, sweep, along, own[-1].at)):
             whole = own[-1:] if along == "step" else own
             rows.append({"along": along, "method": label, "at": None, "points": len(whole)})
@@ -858,10 +861,10 @@ def line_points(points: list[Point], sweep: dict[str, float], along: str, at: fl
 
 
 def draw_frontier(
-    panels: dict[str, tuple[str, list[Point]]], groups: dict[str, list[Record]], k: int, path: Path
+    panels: Sequence[tuple[str, str, int, list[Point]]], groups: dict[str, list[Record]], path: Path
 ) -> None:
-    """title -> (along, points).  Every method's path in the plane; GRPO's sweep in greys, darker for smaller
-    learning rates, under it the line to beat."""
+    """Panels of (title, along, k, points): every method's path in the plane; GRPO's sweep in greys, darker
+    for smaller learning rates, under it the line to beat."""
     from matplotlib.figure import Figure
 
     sweeps = {frozenset(x) for label in groups if (x := sweep_of(groups, label))}
@@ -871,7 +874,7 @@ def draw_frontier(
     lines = math.ceil(len(panels) / columns)
     fig = Figure(figsize=(5.6 * columns + 2.4, 5.2 * lines), layout="constrained")
     axes = fig.subplots(lines, columns, squeeze=False).flatten()
-    for ax, (title, (along, points)) in zip(axes, panels.items()):
+    for ax, (title, along, k, points) in zip(axes, panels):
         for i, label in enumerate(order):
             if own := [p.mean for p in points if p.label == label]:
                 shade = {"color": str(0.7 * i / len(rates)), "linestyle": "-"} if label in rates else None
@@ -1074,8 +1077,9 @@ def print_samples(sets: dict[str, dict[str, Groups]], ks: Sequence[int], length:
 
 
 def with_errors(m: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """Two columns for each metric."""
-    return {name: v for x, pair in m.items() for name, v in zip((x, f"{x} se"), pair)}
+    """A column for each metric, and one for its standard error where there is such."""
+    both = {name: v for x, pair in m.items() for name, v in zip((x, f"{x} se"), pair)}
+    return {name: v for name, v in both.items() if name in m or not math.isnan(v)}
 
 
 def draw_calibration(sets: dict[str, Groups], vote: Callable[[str], str], path: Path) -> None:
@@ -1099,7 +1103,8 @@ def draw_calibration(sets: dict[str, Groups], vote: Callable[[str], str], path: 
         ax.set(title=f"confidence: {titles[name]}", xlabel="mean confidence", ylabel="share right")
         ax.set(xlim=(0, 1.02), ylim=(-0.02, 1.02))
         ax.grid(alpha=0.25)
-        ax.legend(fontsize=8)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=8)
     save(fig, path)
     write_csv(path.with_suffix(".csv"), rows)
 
@@ -1404,7 +1409,8 @@ def open_engine(args: argparse.Namespace, model: str, rendered: Callable[[Any], 
             tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust).get_text_config()
     except Exception as error:  # missing, gated, damaged: a dozen classes of three libraries
-        raise ValueError(f"--model {' '.join(str(error).split())[:300]}") from None
+        reason = " ".join(str(error).split()).removeprefix(f"{model}: ")[:300]
+        raise ValueError(f"--model {model}: {reason}") from None
     texts = [p.prompt for p in rendered(tokenizer)]
     longest = max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
     room = (getattr(config, "max_position_embeddings", None) or math.inf) - longest
@@ -1420,7 +1426,7 @@ def open_engine(args: argparse.Namespace, model: str, rendered: Callable[[Any], 
     return VllmEngine(
         model, tokenizer, device=device, dtype=getattr(torch, args.dtype), sleep_level=0,
         max_model_len=longest + args.max_new_tokens, gpu_memory=args.gpu_memory,
-        tensor_parallel=args.tensor_parallel, trust_remote_code=trust,
+        trust_remote_code=trust,
     )  # fmt: skip
 
 
@@ -1464,7 +1470,7 @@ def benchmark(args: argparse.Namespace) -> None:
             ks = [k for k in sorted({8, 16, 32, args.k or n}) if 1 < k <= n]
             boxed = lambda text: (last_boxed(text) or "").strip()  # noqa: E731
             results.setdefault(model, {})[b.name] = measure(groups[b.name], ks, str.strip, boxed) | {
-                "problems": (len(b.problems), 0), "samples": (n, 0)
+                "problems": (len(b.problems), math.nan), "samples": (n, math.nan)
             }  # fmt: skip
         what = "Surprisal -log π of the tokens drawn" if args.engine == "vllm" else "Entropy"
         draw_calibration(groups, boxed, out / label / "calibration.png")
@@ -1703,9 +1709,57 @@ def own_folder(path: Path) -> Path:
     return path
 
 
+SWITCH = {"action": "store_true"}
+FLAGS: dict[str, list[tuple[str, Any, str]]] = {
+    "finished runs": [
+        ("runs", {"nargs": "*"}, "folders that train.py made; a comparison counts as its members"),
+        ("--temperatures", {"nargs": "+", "type": float, "metavar": "T"},
+         "also sample at these; name the runs first"),
+        ("--sample", SWITCH, "fresh samples of every run; without it of a single run only"),
+        ("--law", SWITCH, "fit R = -a e^H + b to the first 15 %% of each run"),
+        ("--show", SWITCH, "colour the tokens of a run by their entropy flow"),
+    ],
+    "sampling": [
+        ("--k", int, "the largest k of pass@k (default: 32)"),
+        ("--samples", int, "samples per problem (default: k; on the large benchmarks 1)"),
+        ("--temperature", {"type": float, "default": 1.0}, "default: 1"),
+        ("--top-p", {"type": float, "default": 1.0}, "default: 1, no truncation; the papers use .7"),
+        ("--seed", {"type": int, "default": 0}, "default: 0"),
+        ("--length", {"type": int, "default": 0},
+         "tokens that diversity looks at (default: what 90 %% of responses have)"),
+    ],
+    "benchmarks": [
+        ("--model", {"nargs": "+", "metavar": "FOLDER_OR_ID"}, "several: a mean over them too"),
+        ("--benchmark", {"nargs": "+", "metavar": "NAME"}, f"of {', '.join(BENCHMARKS)}, or of --data"),
+        ("--data", {"nargs": "+", "metavar": "NAME=SOURCE"},
+         "JSONL of problems and answers, or owner/dataset@config:split of the hub (default: "
+         "$ENTROPY_FLOW_DATA/NAME.jsonl)"),
+        ("--against", {"nargs": "+", "choices": list(REPORTED)}, "print what these papers report"),
+        ("--limit", {"type": int, "default": 0}, "only the first LIMIT problems of each"),
+        ("--regrade", SWITCH, "grade the stored samples again"),
+        ("--engine", {"choices": ["torch", "vllm"], "default": "torch"}, "default: torch"),
+        ("--max-new-tokens", {"type": int, "default": 3072}, "default: 3072, as in STEER's training"),
+        ("--template", {"default": PROMPT_TEMPLATE}, "with {problem} in it (default: %(default)r)"),
+        ("--plain", SWITCH, "no chat template, even where the tokenizer has one"),
+        ("--dtype", {"choices": ["float32", "bfloat16", "float16"]},
+         "default: float32 on a CPU, bfloat16 on a GPU"),
+        ("--batch", {"type": int, "default": 0},
+         "responses at once, the most that a kill loses (default: 128; vllm: 512)"),
+        ("--gpu-memory", {"type": float, "default": 0.9}, "share for vLLM (default: .9)"),
+        ("--trust-remote-code", SWITCH, "run code that comes with the model"),
+    ],
+    "machine and files": [
+        ("--device", {"default": "auto"}, "cpu, cuda, ... (default: a GPU if there is one)"),
+        ("--threads", {"type": int, "default": 0}, "CPU threads (default: OMP_NUM_THREADS, else 2)"),
+        ("--out", {"metavar": "FOLDER"}, "default: runs/compare, a single run's eval/, runs/benchmarks"),
+    ],
+}  # fmt: skip
+
+
 def parser() -> Parser:
     p = Parser(
         prog="eval.py",
+        usage="eval.py [runs ...] [flags]",
         description="Numbers that can be trusted, on finished runs and on benchmarks.",
         epilog="examples:\n"
         "  python eval.py                               the estimators, shown on made-up counts\n"
@@ -1721,51 +1775,11 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    g = p.add_argument_group("finished runs")
-    g.add_argument("runs", nargs="*", help="folders that train.py made; a comparison counts as its members")
-    g.add_argument(
-        "--temperatures", nargs="+", type=float, metavar="T", help="also sample at these; name the runs first"
-    )
-    g.add_argument("--sample", action="store_true",
-                   help="fresh samples of every run; without it of a single run only")  # fmt: skip
-    g.add_argument("--law", action="store_true", help="fit R = -a e^H + b to the first 15 %% of each run")
-    g.add_argument("--show", action="store_true", help="colour the tokens of a run by their entropy flow")
-    g = p.add_argument_group("sampling")
-    g.add_argument("--k", type=int, help="the largest k of pass@k (default: 32)")
-    g.add_argument("--samples", type=int, metavar="N",
-                   help="samples per problem (default: k; on the large benchmarks 1)")  # fmt: skip
-    g.add_argument("--temperature", type=float, default=1.0, help="default: 1")
-    g.add_argument("--top-p", type=float, default=1.0, help="default: 1, no truncation; the papers use .7")
-    g.add_argument("--seed", type=int, default=0, help="default: 0")
-    g.add_argument("--length", type=int, default=0,
-                   help="tokens that diversity looks at (default: what 90 %% of responses have)")  # fmt: skip
-    g = p.add_argument_group("benchmarks")
-    g.add_argument("--model", nargs="+", metavar="FOLDER_OR_ID", help="several: a mean over them too")
-    g.add_argument("--benchmark", nargs="+", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}, or of --data")
-    g.add_argument("--data", nargs="+", metavar="NAME=SOURCE",
-                   help="JSONL of problems and answers, or owner/dataset@config:split of the hub "
-                   "(default: $ENTROPY_FLOW_DATA/NAME.jsonl)")  # fmt: skip
-    g.add_argument("--against", nargs="+", choices=list(REPORTED), help="print what these papers report")
-    g.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N problems of each")
-    g.add_argument("--regrade", action="store_true", help="grade the stored samples again")
-    g.add_argument("--engine", choices=["torch", "vllm"], default="torch", help="default: torch")
-    g.add_argument("--max-new-tokens", type=int, default=3072, help="default: 3072, as in STEER's training")
-    g.add_argument("--template", default=PROMPT_TEMPLATE, help="with {problem} in it (default: %(default)r)")
-    g.add_argument("--plain", action="store_true", help="no chat template, even where the tokenizer has one")
-    g.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
-                   help="default: float32 on a CPU, bfloat16 on a GPU")  # fmt: skip
-    g.add_argument("--batch", type=int, default=0, metavar="N",
-                   help="responses at once, the most a kill loses (default: 128; vllm: 512)")  # fmt: skip
-    g.add_argument("--gpu-memory", type=float, default=0.9, help="share for vLLM (default: .9)")
-    g.add_argument("--tensor-parallel", type=int, default=1, help="vLLM's ranks (default: 1)")
-    g.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    g = p.add_argument_group("machine and files")
-    g.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
-    g.add_argument(
-        "--threads", type=int, default=0, help="CPU threads (default: OMP_NUM_THREADS, else 2 at most)"
-    )
-    g.add_argument("--out", metavar="FOLDER",
-                   help="default: runs/compare, a single run's eval/, runs/benchmarks")  # fmt: skip
+    for title, flags in FLAGS.items():
+        group = p.add_argument_group(title)
+        for name, how, text in flags:
+            how = {"type": how} if isinstance(how, type) else how
+            group.add_argument(name, **how, help=text)
     return p
 
 
@@ -1808,43 +1822,60 @@ def runs(args: argparse.Namespace) -> None:
         law(records, out)
     else:
         groups, k = grouped(records), args.k or 32
-        compare(args, groups, k, out)
+        compare(args, groups, out)
         if alone or args.sample:
             sample_runs(args, records, k, out)
     print(f"\npictures and CSV: {out}")
 
 
-def compare(args: argparse.Namespace, groups: dict[str, list[Record]], k: int, out: Path) -> None:
-    if sum(map(len, groups.values())) == 1:
-        (label, (record,)) = next(iter(groups.items()))
-        print("The run's log: first and last evaluation\n\n" + table({label: list(record.rows)}) + "\n")
+def compare(args: argparse.Namespace, groups: dict[str, list[Record]], out: Path) -> None:
+    """The tables and the frontier: along training from the logs, over temperatures from fresh samples."""
+    records = [r for g in groups.values() for r in g]
+    if len(records) == 1:
+        log = table({records[0].spec: list(records[0].rows)})
+        print(f"The run's log: first and last evaluation\n\n{log}\n")
     else:
         rows = comparison(groups)
         print_comparison(groups, rows)
         write_csv(out / "comparison.csv", rows)
-    panels, found = {}, []
-    for prefix in ("", "hard_"):
-        name = f"{prefix.rstrip('_') or 'held-out'} problems"
-        points = training_points(groups, prefix, k)
-        if points and len(groups) > 1:
-            panels[f"{name}, along training (large: end)"] = ("step", points)
-            rows = frontier(groups, points, "step")
-            print_frontier(rows, k, f"{name}, end of training")
-            found += [{"problems": name, **r} for r in rows]
+    sampled, panels, found = {}, [], []
     if args.temperatures:
-        n = args.samples or k
+        n = args.samples or args.k or 32
         sampled = over_temperatures(groups, sorted(args.temperatures), n, args.top_p, args.seed, out)
+    low, high = min(args.temperatures or [1]), max(args.temperatures or [1])
+    titles = {
+        "step": "along training (large: end)",
+        "temperature": f"test temperatures {low:g} to {high:g} (large)",
+    }
+    for along, title in titles.items():
         for prefix in ("", "hard_"):
-            name = f"{prefix.rstrip('_') or 'held-out'} problems"
-            points = [point(label, t, e, prefix, k) for (label, t), e in sampled.items()]
-            panels[f"{name}, test temperatures {min(args.temperatures):g} to {max(args.temperatures):g}"] = (
-                "temperature", [p for p in points if p])  # fmt: skip
-            rows = frontier(groups, [p for p in points if p], "temperature")
-            print_frontier(rows, k, f"{name}, test temperatures")
-            found += [{"problems": name, **r} for r in rows]
+            if along == "step":
+                k = logged_k(records, args.k)
+                points = training_points(groups, prefix, k) if len(groups) > 1 else []
+            else:
+                k = args.k or args.samples or 32
+                points = [point(label, t, e, prefix, k) for (label, t), e in sampled.items()]
+            if points:
+                name = f"{prefix.rstrip('_') or 'held-out'} problems"
+                rows = frontier(groups, points, along)
+                print_frontier(
+                    rows, k, f"{name}, {'end of training' if along == 'step' else 'test temperatures'}"
+                )
+                found += [{"problems": name, "k": k, **r} for r in rows]
+                panels.append((f"{name}, {title}", along, k, points))
     if panels:
-        draw_frontier(panels, groups, k, out / "frontier.png")
+        draw_frontier(panels, groups, out / "frontier.png")
         write_csv(out / "frontier.csv", found)
+
+
+def logged_k(records: Sequence[Record], asked: int | None) -> int:
+    """The k of pass@k that all logs can tell: what was asked for where right samples were counted problem by
+    problem, else the k that was logged.  ValueError where they cannot tell what was asked for."""
+    rows = [e for r in records for e in r.evaluations]
+    logged = min(int(e.get("k", 1)) for e in rows)
+    if asked and asked != logged and (asked > logged or not all("right" in e for e in rows)):
+        raise ValueError(f"--k {asked}: the logs tell pass@{logged}; leave --k out, or name a single run")
+    return asked or min(32, logged)
 
 
 def sample_runs(args: argparse.Namespace, records: Sequence[Record], k: int, out: Path) -> None:

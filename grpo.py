@@ -13,7 +13,8 @@ update pushes log π(y_t).  This chapter derives that number, and `policy_loss` 
 
 Two sentences explain most surprises of people who read GRPO logs.  When the policy takes exactly one
 optimizer step per rollout (*strictly on-policy*), the ratio r is exactly 1, every clip is inert, and the loss
-*value* is minus the mean advantage: about 0, whatever the gradient.  And since rewards are centred within a
+*value* is minus the mean advantage: 0 in a mean over responses, whatever the gradient, and in a mean over
+tokens a number that tells how lengths and rewards go together.  And since rewards are centred within a
 group, sampled tokens with A > 0 and A < 0 nearly cancel in sum: what is left decides where the entropy goes
 (`entropy_math.py`).
 
@@ -67,6 +68,7 @@ class Tokens:
     | proxy_logp   | (B, T) | scoring   | log-probability under Lp-Reg's proxy policy, -inf where filtered   |
     | adv          | (B, T) | grpo      | advantage; None: computed from reward and group by the method      |
     | mismatch     | (B, T) | grpo      | detached weight (2.17) - (2.19), multiplies the clipped surrogate  |
+    | response     | (B, T) | grpo      | all response tokens, where a method narrowed `mask`; None: mask    |
     """
 
     ids: Tensor
@@ -85,6 +87,7 @@ class Tokens:
     proxy_logp: Tensor | None = None
     adv: Tensor | None = None
     mismatch: Tensor | None = None
+    response: Tensor | None = None
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> Tokens:
         values = {x.name: getattr(self, x.name) for x in fields(self)}
@@ -119,6 +122,11 @@ class Tokens:
     def solved(self) -> Tensor:
         """(B,) bool: verified as right; where no `correct` was given, a reward above zero."""
         return self.correct.bool() if self.correct is not None else self.reward > 0
+
+    @property
+    def every(self) -> Tensor:
+        """(B, T) bool: all response tokens, also those that a method takes out of its loss."""
+        return self.mask if self.response is None else self.response
 
     @property
     def lengths(self) -> Tensor:
@@ -196,8 +204,8 @@ def group_advantages(reward: Tensor, group: Tensor, normalize: str = "std", eps:
 
 
 def log_ratio(logp: Tensor, old_logp: Tensor | None) -> Tensor:
-    """log r = log π(y) - log π_old(y), clamped to ±20.  old_logp None means strictly on-policy: r is exactly
-    1.
+    """log r = log π(y) - log π_old(y), clamped to ±20; beyond, a token has no gradient, which `clip_factor`
+    knows.  old_logp None means strictly on-policy: r is exactly 1.
 
     On a strict step old_logp must be the detached logp of the *same* forward pass.  A second forward pass
     differs by rounding, and a penalty such as |log r| turns rounding noise into gradients of full size and
@@ -247,6 +255,8 @@ def clip_factor(
     """
     r = log_ratio(logp, old_logp).exp().detach()
     clipped = ((adv > 0) & (r > 1 + eps_high)) | ((adv < 0) & (r < 1 - eps_low))
+    if old_logp is not None:
+        clipped = clipped | ((logp - old_logp).detach().abs() > 20)  # the clamp of `log_ratio`
     if dual_clip is not None:
         clipped = clipped | ((adv < 0) & (r > dual_clip))
     return torch.where(clipped, 0, r)
@@ -322,16 +332,17 @@ def kl_penalty(logp: Tensor, ref_logp: Tensor, estimator: str = "k2") -> Tensor:
     "As a loss" means what trainers do: the sampled tokens are constants and ∇ passes through log π(y) only.
     Then E[∇k1] = E[∇log π] = 0, E[∇k2] = E[x ∇log π] = ∇KL(π||q), and E[∇k3] = E[(1 - q/π) ∇log π] = -Σ q
     ∇log π = ∇KL(q||π).  So the value that is unbiased (k3) and the gradient that is right (k2) are different
-    estimators. The effect of a token on later states is ignored by all four.  x is clamped to ±20; k3 uses
-    expm1.
+    estimators. The effect of a token on later states is ignored by all four.  k3 uses expm1, and continues
+    along its tangent below x = -20, where e⁻ˣ would overflow: the pull stays as strong as it was there.
     """
-    x = (logp - ref_logp).clamp(-20, 20)
+    x = logp - ref_logp
     if estimator == "k1":
         return x  # (2.13)
     if estimator == "k2":
         return x**2 / 2  # (2.14)
     if estimator == "k3":
-        return torch.expm1(-x) + x  # (2.15)
+        tangent = math.exp(20) * (-x - 20).clamp(min=0)  # 0 above x = -20
+        return torch.expm1((-x).clamp(max=20)) + tangent + x  # (2.15)
     if estimator == "abs":
         return x.abs()  # (2.16)
     raise ValueError(f"estimator={estimator!r} is unknown: choose k1, k2, k3 or abs")
@@ -385,7 +396,7 @@ class Plan:
     adv: Tensor  # (B, T) advantage that enters the surrogate
     weight: Tensor  # (B, T) multiplies the surrogate
     coef: Tensor  # (B, T) aggregation over the tokens that the method selected; 0 elsewhere
-    coef_all: Tensor  # (B, T) aggregation over all response tokens: penalties use this one
+    coef_all: Tensor  # (B, T) aggregation over all response tokens: for penalties that see every token
     entropy: float  # token-mean entropy of the whole batch, nats: what controllers see
     tokens: int  # response tokens of the whole batch, also after slicing
     marks: dict[str, Tensor] = field(default_factory=dict)  # a method's own per-token or per-row tensors
@@ -422,7 +433,7 @@ class Method:
     eps_high: float = 0.2
     """r is clipped from above at 1 + eps_high"""
     dual_clip: float | None = None
-    """for A < 0 the loss is at most -c A (dual clip, PPO for games); none by default"""
+    """for A < 0 the loss is at most -c A, c > 1 (dual clip, PPO for games); none by default"""
     aggregation: str = "token_mean"
     """how token losses become one number: token_mean, seq_mean_token_mean, seq_mean_token_sum, seq_sum_norm,
     token_sum"""
@@ -441,10 +452,13 @@ class Method:
     ] = {  # allowed values of a field: (lowest, highest), or the words to choose from
         "eps_low": (0, math.inf),
         "eps_high": (0, math.inf),
-        "dual_clip": (1, math.inf),
+        "dual_clip": (1 + 1e-9, math.inf),  # at c = 1 every token with A < 0 would stand on the edge
         "aggregation": AGGREGATIONS,
     }
     without: ClassVar[tuple[str, ...]] = ()  # inherited hyperparameters that this method has no use for
+    state: ClassVar[tuple[str, ...]] = ()  # attributes that live across steps and are saved: plain numbers
+    given: ClassVar[tuple[str, ...]] = ()  # hyperparameters that somebody set, be it to their default
+    corrects: ClassVar[bool] = False  # its weight is the correction (2.17): Tokens.mismatch is refused
 
     def __post_init__(self) -> None:
         self.progress = Progress()
@@ -532,6 +546,10 @@ class Method:
         """K of seq_sum_norm, tokens: the longest response that sampling allows."""
         return self.progress.max_length
 
+    def coefficients(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, T): the aggregation over a mask of the whole batch."""
+        return aggregation_coefficients(mask, self.aggregation, self.loss_norm, dtype)
+
     def reset_reference(self, step: int, score: float | None) -> bool:
         """Called after each step with the score of an evaluation made at this step, or None.  True: the loop
         copies the policy into the reference and clears the optimizer's state (ProRL)."""
@@ -541,8 +559,8 @@ class Method:
         """Called once after each optimizer step with the plan of that step: controllers move here."""
 
     def state_dict(self) -> dict[str, Any]:
-        """State that lives across steps, saved with every checkpoint.  Plain numbers and tensors."""
-        return {}
+        """State that lives across steps, saved with every checkpoint."""
+        return {name: getattr(self, name) for name in self.state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
@@ -566,6 +584,7 @@ def plan_update(tokens: Tokens, method: Method) -> Plan:
         raise ValueError(
             f"method {method.key} needs Tokens.{missing[0]}, which is None: fill it before the update"
         )
+    tk.response = tokens.mask
     if tk.reward is not None:
         tk.correct, tk.reward = tk.solved, method.shape(tk)
     rows = method.select(tk)
@@ -584,12 +603,12 @@ def plan_update(tokens: Tokens, method: Method) -> Plan:
     marks = method.mark(tk, adv, metrics)
     weight = torch.ones_like(adv) if weight is None else torch.where(tk.mask, weight, 0).to(adv.dtype)
     _weight_metrics(weight, tk.mask, tokens.mask, metrics)
-    norm, dtype = method.loss_norm, at_least_float32(adv.dtype)
+    dtype = at_least_float32(adv.dtype)
     return Plan(
         adv=adv,
         weight=weight,
-        coef=aggregation_coefficients(tk.mask, method.aggregation, norm, dtype),
-        coef_all=aggregation_coefficients(tokens.mask, method.aggregation, norm, dtype),
+        coef=method.coefficients(tk.mask, dtype),
+        coef_all=method.coefficients(tokens.mask, dtype),
         entropy=entropy,
         tokens=int(tokens.mask.sum()),
         marks=marks,
@@ -610,7 +629,12 @@ def _weight_metrics(weight: Tensor, mask: Tensor, every: Tensor, metrics: dict[s
 
 def batch_loss(tokens: Tokens, plan: Plan, method: Method) -> tuple[Tensor, dict[str, float]]:
     """The loss of some rows of the batch, given those rows of the plan.  Summed over a partition of the rows
-    it is the loss of the batch, and so are the metrics: each is a share of a token mean."""
+    it is the loss of the batch, and so are the metrics: each is a share of a token mean.  Raises ValueError
+    where method and `tokens.mismatch` would correct the same mismatch twice."""
+    if method.corrects and tokens.mismatch is not None:
+        raise ValueError(
+            f"{method.key}: correct=true and Tokens.mismatch (--mismatch) both weigh by π/π_engine: use one"
+        )
     tokens = tokens.clean()
     loss = method.surrogate(tokens, plan) * plan.weight
     if tokens.mismatch is not None:
@@ -650,7 +674,7 @@ def policy_loss(tokens: Tokens, method: Method) -> tuple[Tensor, dict[str, float
 
 def token_flow(tokens: Tokens, force: Tensor) -> Tensor:
     """What the update does to entropy, token by token, if the policy were a table.  (B, T), nats per unit
-    learning rate.
+    learning rate on the scaled logits z/τ; for a step on z itself divide by τ², entropy_math (2.9).
 
     `force` = -∂loss/∂logp, the gradient that arrived at `tokens.logp` in the backward pass with its sign
     turned: ratio, clip, weights, penalties on logp and the aggregation are all inside.  A logit step η ·

@@ -1,11 +1,12 @@
 """Chapter 3. Every published way to hold entropy up, each a small class that overrides one hook.
 
 Claim. The published interventions look unlike each other, but each multiplies the force of some tokens by a
-number, drops some responses, or adds one term to the loss.  Written on the five hooks of `grpo.Method`, a
-diff between two methods is the lesson.
+number, drops some responses, or adds one term to the loss. Written on the five hooks of `grpo.Method`, a diff
+between two methods is the lesson.
 
 How to read an entry: what it does and why, its formula (3.n) as the code computes it, where the formula was
-read, what differs between paper and released code, and what holds at the edges.  Sources carry a tag:
+read, what differs between paper and released code, and what holds at the edges. n is the method's number in a
+catalogue of all of them, not the order of reading; the tests carry it. Sources carry a tag:
 
     [paper]            read in the paper               [code]            read in the authors' code
     [second-hand]      read in agreeing notes          [reconstruction]  ours, with the published properties
@@ -13,7 +14,7 @@ read, what differs between paper and released code, and what holds at the edges.
 Common to all: N is the number of response tokens of the update batch and every statistic is over that whole
 batch, of the current policy before the step, detached; the denominator stays N unless an entry says
 otherwise; `f` is a token's predicted entropy change (entropy_math) with the advantage that really acts on it,
-I_clip r A.
+I_clip r A (STEER's released form and PAPO say what they take instead).
 
     python interventions.py       what every method does to one batch: a table, and runs/interventions.png
 """
@@ -44,7 +45,6 @@ from grpo import (
     Plan,
     Progress,
     Tokens,
-    aggregation_coefficients,
     batch_loss,
     clip_factor,
     clipped_surrogate,
@@ -72,10 +72,12 @@ FLOW = ("logp", "entropy", "p2", "p2logp")  # what the exact entropy change need
 # 1. What the methods share
 
 
-def top(score: Tensor, mask: Tensor, k: int) -> Tensor:
-    """(B, T) bool: the k positions of mask with the largest score, ties to the lower index; all of mask where
-    k is larger."""
+def top(score: Tensor, mask: Tensor, k: int, keys: Tensor | None = None) -> Tensor:
+    """(B, T) bool: the k positions of mask with the largest score, all of mask where k is larger. Ties go to
+    the larger key (`token_keys`), without keys to the lower index."""
     where = mask.flatten().nonzero()[:, 0]
+    if keys is not None:  # both sorts are stable
+        where = where[keys.flatten()[where].argsort(descending=True, stable=True)]
     order = score.flatten()[where].sort(descending=True, stable=True).indices[:k]
     out = torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device)
     out[where[order]] = True
@@ -89,22 +91,22 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-def token_keys(tk: Tokens, seed: int, stream: int = 0) -> Tensor:
-    """(B, T) float64 in [0, 1): one random key per token, a hash of (seed, stream, the row's ids, position).
+def token_keys(tk: Tokens, progress: Progress, stream: int = 0) -> Tensor:
+    """(B, T) float64 in [0, 1): one random key per token, a hash of the run's seed and step, `stream`, the
+    row's ids, how many earlier rows have the same ids, and the position.
 
     A counter-based generator instead of a sequential one: the key of a token depends on neither the order of
-    the rows, the width of the padding nor the rank that holds the row, and there is no state to save.  Two
-    rows with the same ids have the same keys, so they are drawn together.
+    the rows, the width of the padding nor the rank that holds the row, and there is no state to save. Only
+    rows with the same ids exchange their keys when their order changes: the same response to one prompt,
+    where that makes no difference, or to several, where the draw is another one of the same distribution.
     """
     t = torch.arange(tk.mask.shape[1], device=tk.mask.device)
     ids = torch.where(tk.mask, tk.ids, 0).long()
     row = torch.where(tk.mask, _mix(ids * 0x1000003 + t), 0).sum(-1, keepdim=True)  # (B, 1)
-    bits = _mix(_mix(row + _mix(torch.tensor(seed * 1024 + stream, device=t.device))) + t)  # (B, T)
+    row = row + 0x2545F4914F6CDD1D * (row == row.T).tril(-1).sum(-1, keepdim=True)  # its number among equals
+    seed = progress.generator().initial_seed() % 2**50 * 1024 + stream
+    bits = _mix(_mix(row + _mix(torch.tensor(seed, device=t.device))) + t)  # (B, T)
     return ((bits >> 11) & ((1 << 53) - 1)).double() / 2.0**53
-
-
-def _draw_seed(method: Method) -> int:
-    return (method.progress.seed * 1_000_003 + method.progress.step) % 2**50
 
 
 def centred(x: Tensor, mask: Tensor) -> Tensor:
@@ -121,7 +123,7 @@ def covariance(tk: Tokens, adv: Tensor) -> Tensor:
 
 
 def fraction_count(method: Method, fraction: float, n: int, exact: float | None = None) -> int:
-    """How many of n tokens a fraction selects, at least one (0 for fraction 0).  Papers' fractions are made
+    """How many of n tokens a fraction selects, at least one (0 for fraction 0). Papers' fractions are made
     for millions of tokens; where the floor of one decides, that is said once, with the number."""
     if fraction <= 0 or n == 0:
         return 0
@@ -158,21 +160,21 @@ def flow(tk: Tokens, force: Tensor, form: str) -> Tensor:
 
 @dataclass
 class MixedCUTS(Method):
-    """Half of a group explores: uniform among the likely tokens.  [second-hand] 2604.18493.
+    """Half of a group explores: uniform among the likely tokens. [second-hand] 2604.18493.
 
         S = {v in TopK(p) : p_v > delta};  y ~ uniform(S);  the first `warm` tokens as usual            (3.26)
 
     Sampling only: the loss is GRPO's, on the merged group, whose variance is the mean of the halves' plus a
-    quarter of the squared difference of their means.  p is at temperature 1, whatever the rollout's
-    temperature (the loop sets progress.temperature).  Empty S: uniform on TopK, or its arg max, as one note
-    has it.  The true ratio of such a token is p_y |S|; the paper accepts that bias, `correct` weights it away
-    up to 2, from rollout_logp = log `behaviour`.
+    quarter of the squared difference of their means. p is at temperature 1, whatever the rollout's
+    temperature (the loop sets progress.temperature). Empty S: uniform on TopK, or its arg max, as one note
+    has it. The true ratio of such a token is p_y |S|; the paper accepts that bias, `correct` weights it away
+    up to 2, from rollout_logp = log `behaviour`, and so refuses a second such weight, Tokens.mismatch.
     """
 
     k: int = 5
     """TopK: how many tokens can be drawn; 9 hurt in the paper"""
     delta: float = 0.03
-    """only tokens at least so probable"""
+    """only tokens more probable than this"""
     warm: int = 5
     """tokens of each response that are sampled as usual first"""
     share: float = 0.5
@@ -184,18 +186,12 @@ class MixedCUTS(Method):
 
     key, place, paper = "mixed_cuts", "sampling", "2604.18493"
     idea = "half of each group samples uniformly among the likely tokens, the rest as usual"
-    limits: ClassVar[dict] = {
-        "k": COUNT,
-        "delta": SHARE,
-        "warm": POSITIVE,
-        "share": SHARE,
-        "empty": ("topk", "argmax"),
-    }
+    limits = {"k": COUNT, "delta": SHARE, "warm": POSITIVE, "share": SHARE, "empty": ("topk", "argmax")}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.correct:
-            self.needs = ("logp", "rollout_logp")
+            self.needs, self.corrects = ("logp", "rollout_logp"), True
 
     def exploring(self, rows: Tensor) -> Tensor:
         """(B,) bool: which of a prompt's responses explore; `share` of them, evenly spread, whatever the
@@ -238,23 +234,23 @@ class MixedCUTS(Method):
 
 
 def overlong_penalty(length: Tensor, longest: int, cache: int) -> Tensor:
-    """0 up to longest - cache, then linearly to -1 at longest, -1 beyond: continuous, non-increasing.  (B,)
+    """0 up to longest - cache, then linearly to -1 at longest, -1 beyond: continuous, non-increasing. (B,)
     -> (B,)."""
     return ((longest - cache - length) / cache).clamp(-1, 0)
 
 
 @dataclass
 class DAPO(Method):
-    """Clip-higher, dynamic sampling, overlong shaping, token mean.  [paper] 2503.14476 §3; [code] verl-recipe
+    """Clip-higher, dynamic sampling, overlong shaping, token mean. [paper] 2503.14476 §3; [code] verl-recipe
     `dapo/`.
 
         keep a prompt iff 0 < #correct < G                    dynamic sampling; the loop refills groups  (3.6)
         R <- R + clip((overlong_max - overlong_cache - len)/overlong_cache, -1, 0)           overlong shaping
         r in [1 - eps_low, 1 + eps_high], eps_high = .28                                     clip-higher
 
-    Groups are filtered by accuracy, not by reward, so a length penalty does not rescue one.  verl's shaping
-    has no floor at -1 (the same up to overlong_max).  `overlong_filter` (in the paper's ablation, not in the
-    recipe) drops truncated responses.  The length numbers are the paper's: at shorter limits set them.  No
+    Groups are filtered by accuracy, not by reward, so a length penalty does not rescue one. verl's shaping
+    has no floor at -1 (the same up to overlong_max). `overlong_filter` (in the paper's ablation, not in the
+    recipe) drops truncated responses. The length numbers are the paper's: at shorter limits set them. No
     usable group: the loss is 0.
     """
 
@@ -275,10 +271,15 @@ class DAPO(Method):
     idea = "drop prompts without a contrast, raise the upper clip, punish over-long responses"
     needs = ("logp", "reward", "group")
     refill = True
-    limits: ClassVar[dict] = {"overlong_max": COUNT, "overlong_cache": COUNT}
+    limits = {"overlong_max": COUNT, "overlong_cache": COUNT}
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.overlong and self.overlong_cache > self.overlong_max:
+            raise ValueError(
+                f"dapo: overlong_cache={self.overlong_cache} is above overlong_max={self.overlong_max} and "
+                "punishes even an empty response: give a smaller overlong_cache, or overlong=false"
+            )
         if self.overlong_filter:
             self.needs = (*self.needs, "truncated")
 
@@ -297,16 +298,16 @@ class DAPO(Method):
 
 @dataclass
 class Entrocraft(Method):
-    """Keep the responses that move entropy towards a falling band.  [paper] 2604.26326 Algorithm 1; [code]
+    """Keep the responses that move entropy towards a falling band. [paper] 2604.26326 Algorithm 1; [code]
     entrocraft.
 
         s = I[H > hi] - I[H < lo];   keep response i iff s A_i >= 0;   mean over what is kept           (3.17)
         lo goes from `start` to `end` along the run, hi = lo + width
 
-    H low: only A <= 0 teaches, which raises it; H high: only A >= 0.  In the band, edges included, GRPO.
+    H low: only A <= 0 teaches, which raises it; H high: only A >= 0. In the band, edges included, GRPO.
     `released`: the code does not filter but swaps the estimator, H > hi: A = max(R, 0) (RAFT++), H < lo: A =
-    min(R, 0) (NSR), and its rows stay in the denominator.  Rewards in {0, 1} would silently switch its second
-    branch off, so R here is +1 for a correct and -1 for an incorrect response.  Paper: (.6, .7) -> (.1, .2)
+    min(R, 0) (NSR), and its rows stay in the denominator. Rewards in {0, 1} would silently switch its second
+    branch off, so R here is +1 for a correct and -1 for an incorrect response. Paper: (.6, .7) -> (.1, .2)
     works best linearly.
     """
 
@@ -324,11 +325,12 @@ class Entrocraft(Method):
     key, place, paper = "entrocraft", "selection", "2604.26326"
     idea = "outside an entropy band, keep only the responses that push entropy back into it"
     needs = ("logp", "entropy")
-    limits: ClassVar[dict] = {
-        "width": POSITIVE,
-        "schedule": ("linear", "cosine", "fixed"),
-        "variant": ("paper", "released"),
-    }
+    limits = {"width": POSITIVE, "schedule": ("linear", "cosine", "fixed"), "variant": ("paper", "released")}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.variant == "released":
+            self.needs = ("logp", "entropy", "reward")
 
     def band(self) -> tuple[float, float]:
         """(lo, hi), nats, at this step."""
@@ -338,8 +340,8 @@ class Entrocraft(Method):
         return low, low + self.width
 
     def side(self, tk: Tokens) -> int:
-        """s of (3.17): +1 too much entropy, -1 too little, 0 in the band."""
-        h, (low, high) = float(masked_mean(tk.entropy, tk.mask)), self.band()
+        """s of (3.17), from the entropy of all responses: +1 too much, -1 too little, 0 in the band."""
+        h, (low, high) = float(masked_mean(tk.entropy, tk.every)), self.band()
         return int(h > high) - int(h < low)
 
     def select(self, tk: Tokens) -> Tensor | None:
@@ -366,13 +368,13 @@ class Entrocraft(Method):
 
 @dataclass
 class WReinforce(Method):
-    """REINFORCE on +lam and -1.  [paper] 2506.01347; [code] RLVR-Decomposed
+    """REINFORCE on +lam and -1. [paper] 2506.01347; [code] RLVR-Decomposed
     `compute_psr_nsr_outcome_advantage`.
 
         A = lam if the response is correct, -1 if not; no baseline, no division                         (3.11)
 
-    Failures teach in full, successes a little: PAR with a fixed lambda and without a baseline.  lam = 1 is
-    REINFORCE on rewards ±1.  Uses `correct`, so the reward's convention ({0, 1} or ±1) does not matter.
+    Failures teach in full, successes a little: PAR with a fixed lambda and without a baseline. lam = 1 is
+    REINFORCE on rewards ±1. Uses `correct`, so the reward's convention ({0, 1} or ±1) does not matter.
     """
 
     lam: float = 0.1
@@ -380,7 +382,8 @@ class WReinforce(Method):
 
     key, place, paper = "w_reinforce", "weight", "2506.01347"
     idea = "advantage +lam for right and -1 for wrong responses, no baseline"
-    limits: ClassVar[dict] = {"lam": POSITIVE}
+    needs = ("logp", "reward")
+    limits = {"lam": POSITIVE}
 
     def advantage(self, tk: Tokens) -> Tensor:
         minus = -torch.ones_like(tk.logp)
@@ -389,14 +392,15 @@ class WReinforce(Method):
 
 @dataclass
 class PSR(Method):
-    """Positive-sample reinforcement: A = 1 on correct responses, the others leave the batch (3.11).  [code],
+    """Positive-sample reinforcement: A = 1 on correct responses, the others leave the batch (3.11). [code],
     as above.
 
-    The mean runs over the kept rows.  It sharpens the policy fastest: the paper's negative control.
+    The mean runs over the kept rows. It sharpens the policy fastest: the paper's negative control.
     """
 
     key, place, paper = "psr", "selection", "2506.01347"
     idea = "learn from right responses only: the fastest collapse"
+    needs = ("logp", "reward")
 
     def select(self, tk: Tokens) -> Tensor:
         return tk.solved
@@ -415,6 +419,7 @@ class NSR(Method):
 
     key, place, paper = "nsr", "selection", "2506.01347"
     idea = "learn from wrong responses only: keeps entropy, learns slowly"
+    needs = ("logp", "reward")
 
     def select(self, tk: Tokens) -> Tensor:
         return ~tk.solved
@@ -425,13 +430,13 @@ class NSR(Method):
 
 @dataclass
 class DrGRPO(Method):
-    """GRPO without its two divisions.  [paper] 2503.20783; [code] understand-r1-zero `train_zero_math.py`.
+    """GRPO without its two divisions. [paper] 2503.20783; [code] understand-r1-zero `train_zero_math.py`.
 
         A = R - mean of the group,    L = Σ l / (B · norm)                                              (3.21)
 
     Dividing by the group's deviation favours very easy and very hard prompts, dividing by a response's length
-    favours long wrong answers.  norm is a constant, so a token's gradient depends neither on its response's
-    length nor on the padding.  verl without `loss_scale_factor` divides by the padded length, which does.
+    favours long wrong answers. norm is a constant, so a token's gradient depends neither on its response's
+    length nor on the padding. verl without `loss_scale_factor` divides by the padded length, which does.
     """
 
     aggregation: str = "seq_sum_norm"
@@ -443,7 +448,7 @@ class DrGRPO(Method):
     key, place, paper = "dr_grpo", "weight", "2503.20783"
     idea = "no division by the group's standard deviation, none by the response's length"
     normalize = "none"
-    limits: ClassVar[dict] = {"norm": ABOVE}
+    limits = {"norm": ABOVE}
 
     @property
     def loss_norm(self) -> float | None:
@@ -458,23 +463,23 @@ def group_quantile(reward: Tensor, group: Tensor, K: float, interpolation: str =
     order = order[index[order].argsort(stable=True)]  # by group, then by reward
     start, value = size.cumsum(0) - size, reward[order]
     if interpolation == "lower":
-        rank = ((K * size - 1e-9).ceil().long() - 1).clamp(min=0)
+        rank = ((K * size.double() - 1e-9).ceil().long() - 1).clamp(min=0)  # float32 has K n > .6 · 50
         return value[start + rank][index]
-    x = K * (size - 1)
+    x = K * (size.double() - 1)
     low, high = value[start + x.floor().long()], value[start + x.ceil().long()]
     return (low + (high - low) * (x - x.floor()).to(low.dtype))[index]
 
 
 @dataclass
 class QAE(Method):
-    """A quantile as the baseline instead of the mean.  [paper] 2509.22611 §3-5.
+    """A quantile as the baseline instead of the mean. [paper] 2509.22611 §3-5.
 
         A = (R - Q_K)/(std + 1e-6),   Q_K = inf{x : F(x) >= K} within the group                         (3.23)
 
     Binary rewards: success rate <= 1 - K gives baseline 0, only successes teach; otherwise baseline 1, only
-    failures. Paper: K = .4 with clip-higher, .6 when entropy collapses.  Its README interpolates the quantile
-    (`linear`), which gives a fractional baseline near the switch.  A does not sum to 0.  All rewards equal: A
-    = 0.
+    failures. Paper: K = .4 with clip-higher, .6 when entropy collapses. Its README interpolates the quantile
+    (`linear`), which gives a fractional baseline near the switch. A does not sum to 0. All rewards equal: A =
+    0.
     """
 
     K: float = 0.4
@@ -485,7 +490,7 @@ class QAE(Method):
     key, place, paper = "qae", "weight", "2509.22611"
     idea = "quantile baseline: on hard prompts only successes teach, on easy ones only failures"
     needs = ("logp", "reward", "group")
-    limits: ClassVar[dict] = {"K": SHARE, "interpolation": ("lower", "linear")}
+    limits = {"K": SHARE, "interpolation": ("lower", "linear")}
 
     def advantage(self, tk: Tokens) -> Tensor:
         r = tk.reward if tk.reward.dtype == torch.float64 else tk.reward.float()
@@ -498,7 +503,7 @@ class QAE(Method):
 
 @dataclass
 class PAR(Method):
-    """Positive-advantage reweighting: hold the rewarded tokens back.  [second-hand] 2511.05993 eq. 3-5.
+    """Positive-advantage reweighting: hold the rewarded tokens back. [second-hand] 2511.05993 eq. 3-5.
 
         w = λ where A > 0, 1 elsewhere                                                                  (3.10)
         entropy   λ <- clip(λ - delta, 0, 1) if H < target else clip(λ + delta, 0, 1), from lam
@@ -506,8 +511,8 @@ class PAR(Method):
         epoch     λ = (e - 1)/(E - 1) in epoch e = 1..E;  1 if E = 1
         constant  λ = lam
 
-    λ = 1 is GRPO, λ = 0 learns from failures only.  The paper recommends `entropy`, with target .2, delta
-    .05, λ_0 = 0. The weight on the loss equals a weight on the advantage: the surrogate is homogeneous in A.
+    λ = 1 is GRPO, λ = 0 learns from failures only. The paper recommends `entropy`, with target .2, delta .05,
+    λ_0 = 0. The weight on the loss equals a weight on the advantage: the surrogate is homogeneous in A.
     """
 
     schedule: str = "entropy"
@@ -524,10 +529,11 @@ class PAR(Method):
     key, place, paper = "par", "weight", "2511.05993"
     idea = "multiply positive advantages by a lambda in [0, 1] that follows the entropy"
     needs = ("logp", "entropy")
-    limits: ClassVar[dict] = {
+    limits = {
         "schedule": ("entropy", "stage", "epoch", "constant"),
         "lam": SHARE,
         "delta": SHARE,
+        "target": POSITIVE,
         "epochs": COUNT,
     }
 
@@ -541,7 +547,8 @@ class PAR(Method):
         if self.schedule == "stage":
             return min(max(2 * x - 1, 0.0), 1.0)
         if self.schedule == "epoch":
-            return 1.0 if self.epochs == 1 else min(int(x * self.epochs), self.epochs - 1) / (self.epochs - 1)
+            last, total = self.epochs - 1, max(self.progress.total, 1)  # in integers: .58 · 50 is below 29
+            return min(self.progress.step * self.epochs // total, last) / last if last else 1.0
         return self.current if self.schedule == "entropy" else self.lam
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
@@ -559,11 +566,11 @@ class PAR(Method):
 
 @dataclass
 class RandPosClip(Method):
-    """The control for Clip-Cov: drop random tokens with A > 0.  [second-hand] 2511.05993 §7.3.
+    """The control for Clip-Cov: drop random tokens with A > 0. [second-hand] 2511.05993 §7.3.
 
         w = 0 on n = max(⌊ratio · N⌋, 1) tokens with A > 0 drawn uniformly, 1 elsewhere                 (3.10)
 
-    It performs like Clip-Cov, so the covariance may not be the point.  The paper's fraction is unknown:
+    It performs like Clip-Cov, so the covariance may not be the point. The paper's fraction is unknown:
     Clip-Cov's here.
     """
 
@@ -572,18 +579,18 @@ class RandPosClip(Method):
 
     key, place, paper = "rand_pos_clip", "weight", "2511.05993"
     idea = "drop a random few of the tokens with positive advantage: the control for Clip-Cov"
-    limits: ClassVar[dict] = {"ratio": SHARE}
+    limits = {"ratio": SHARE}
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
         n = fraction_count(self, self.ratio, int(tk.mask.sum()))
-        picked = top(token_keys(tk, _draw_seed(self)), tk.mask & (adv > 0), n)
+        picked = top(token_keys(tk, self.progress), tk.mask & (adv > 0), n)
         metrics["selected"] = int(picked.sum())
         return torch.where(picked, 0.0, 1.0)
 
 
 @dataclass
 class ClipCov(Method):
-    """Drop a few tokens with high covariance of advantage and log-probability.  [paper] 2505.22617 eq. 10-12;
+    """Drop a few tokens with high covariance of advantage and log-probability. [paper] 2505.22617 eq. 10-12;
     [code] verl.
 
         c = (A - mean A)(log p - mean log p)                                                             (3.7)
@@ -591,9 +598,9 @@ class ClipCov(Method):
         w = 0 on min(n, |E|) tokens of E drawn uniformly, 1 elsewhere
 
     High c means confident positives and rare negatives: both lower H, so dropping some of them slows the
-    collapse. The draw is random, not a top-k, and lb and ub are absolute numbers.  Released code takes means
+    collapse. The draw is random, not a top-k, and lb and ub are absolute numbers. Released code takes means
     and draws per micro-batch and rank with a floor of one token *each*; its scripts set eps_low = eps_high =
-    1.  Paper: ratio 2e-4, which needs a batch of 5,000 tokens to mean anything.  Nobody eligible, or all A
+    1. Paper: ratio 2e-4, which needs a batch of 5,000 tokens to mean anything. Nobody eligible, or all A
     equal: nothing happens.
     """
 
@@ -608,28 +615,28 @@ class ClipCov(Method):
 
     key, place, paper = "clip_cov", "weight", "2505.22617"
     idea = "drop a random few of the tokens whose covariance of advantage and log-prob is high"
-    limits: ClassVar[dict] = {"ratio": SHARE}
+    limits = {"ratio": SHARE}
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
         cov = covariance(tk, adv)
         eligible = tk.mask & (cov > self.lb) & (cov < self.ub) & (self.factor(tk, adv) != 0)
         left = 1 - self.progress.step / max(self.progress.total, 1) if self.anneal else 1.0
         n = fraction_count(self, self.ratio * left, int(tk.mask.sum()))
-        picked = top(token_keys(tk, _draw_seed(self)), eligible, n)
+        picked = top(token_keys(tk, self.progress), eligible, n)
         metrics.update(eligible=int(eligible.sum()), selected=int(picked.sum()))
         return torch.where(picked, 0.0, 1.0)
 
 
 @dataclass
 class HighEntropyTokens(Method):
-    """80/20: only the tokens where the policy hesitates.  [paper] 2506.01939 eq. 6; [code]
+    """80/20: only the tokens where the policy hesitates. [paper] 2506.01939 eq. 6; [code]
     `get_global_entropy_top_mask`.
 
-        S = the k = max(1, ⌈rho · N⌉) tokens of largest H, ties to the lower index;  L = Σ_S l / |S|   (3.9)
+        S = the k = max(1, ⌈rho · N⌉) tokens of largest H, ties drawn at random;  L = Σ_S l / |S|      (3.9)
 
-    The denominator is the kept count; penalties still see every token.  Released code selects per
-    micro-batch.  TRL and ms-swift keep H >= an interpolated quantile and divide by N: a smaller loss.  Only
-    the ranks of H matter.
+    The denominator is the kept count; penalties still see every token. Ties are common: all responses to a
+    prompt begin in one state. Released code selects per micro-batch, ties to the lower index. TRL and
+    ms-swift keep H >= an interpolated quantile and divide by N: a smaller loss. Only the ranks of H matter.
     """
 
     rho: float = 0.2
@@ -638,20 +645,21 @@ class HighEntropyTokens(Method):
     key, place, paper = "high_entropy_tokens", "weight", "2506.01939"
     idea = "train only on the 20 % of tokens with the highest entropy"
     needs = ("logp", "entropy")
-    limits: ClassVar[dict] = {"rho": (1e-9, 1)}
+    limits = {"rho": (1e-9, 1)}
 
     def keep(self, tk: Tokens, adv: Tensor) -> Tensor:
         n = int(tk.mask.sum())
-        return top(tk.entropy, tk.mask, fraction_count(self, self.rho, n, math.ceil(self.rho * n)))
+        k = fraction_count(self, self.rho, n, math.ceil(self.rho * n))
+        return top(tk.entropy, tk.mask, k, token_keys(tk, self.progress))
 
 
 @dataclass
 class EntropyAdvantage(Method):
-    """Credit uncertain tokens.  [paper] 2506.14758 §3-4.
+    """Credit uncertain tokens. [paper] 2506.14758 §3-4.
 
         A' = A + min(alpha · H, |A| / kappa),   as a weight  w = A'/A                                   (3.12)
 
-    Always added: amplifies A > 0, weakens A < 0 by at most |A|/kappa; kappa >= 1 keeps the sign.  It rewards
+    Always added: amplifies A > 0, weakens A < 0 by at most |A|/kappa; kappa >= 1 keeps the sign. It rewards
     reasoning at forks and does not aim at more entropy (the reported end entropy is below the baseline's).
     Paper: alpha .4 for GRPO.
     """
@@ -664,7 +672,7 @@ class EntropyAdvantage(Method):
     key, place, paper = "entropy_advantage", "weight", "2506.14758"
     idea = "add a bonus for the token's entropy to its advantage, capped at half of it"
     needs = ("logp", "entropy")
-    limits: ClassVar[dict] = {"alpha": POSITIVE, "kappa": COUNT}
+    limits = {"alpha": POSITIVE, "kappa": COUNT}
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
         bonus = torch.minimum(self.alpha * tk.entropy, adv.abs() / self.kappa)
@@ -673,17 +681,18 @@ class EntropyAdvantage(Method):
 
 @dataclass
 class STEER(Method):
-    """Shrink the tokens that move entropy most, in either direction.  [second-hand] 2510.10150 eq. 6-9;
-    [code] STEER.
+    """Shrink the tokens that move entropy most, in either direction. [second-hand] 2510.10150 eq. 6-9; [code]
+    STEER.
 
         Ω = -I_clip r A p (1 - p)(log p + H)                                                    theorem (3.13)
         M = |(A/π_old) p (1 - p)(log p + H)|  = |Ω| / p on-policy, without I_clip               released
         exp      w = exp(-a |Ω| / max |Ω|),  a = -ln(lambda_min)
         linear   w = w_max - (M - min M)/(max M - min M) (w_max - lambda_min);  all equal: the midpoint
 
-    Released code divides by max(max M, .02), has lambda_min = .8 (paper .7), takes min and max over
-    micro-batches of 8 responses and H from the old policy.  `exact` puts the true first-order change A T in
-    the place of Ω.  With one outlier as the maximum, most weights lie within 1 % of 1: watch weight_std.  max
+    Released code divides by max(max M, .02), has lambda_min = .8 (paper .7; the default follows), takes min
+    and max over micro-batches of 8 responses and H from the old policy. `exact` puts the true first-order
+    change A T in the place of Ω. With one outlier as the maximum, most weights lie within 1 % of 1: watch
+    weight_std. max
     |Ω| = 0 gives w = 1.
     """
 
@@ -691,15 +700,15 @@ class STEER(Method):
     """the entropy score: theorem (paper), released (the code's), exact (the true first-order change)"""
     map: str = "exp"
     """score to weight: exp (at most 1), linear (lambda_min to w_max)"""
-    lambda_min: float = 0.7
-    """the smallest weight; released code has .8"""
+    lambda_min: float | None = None
+    """the smallest weight; none: .7 (paper) for form=theorem and exact with map=exp, else .8 (released)"""
     w_max: float = 1.2
     """the largest weight of the linear map"""
 
     key, place, paper = "steer", "weight", "2510.10150"
     idea = "the more a token would move entropy, the smaller its weight"
     needs = ("logp", "entropy")
-    limits: ClassVar[dict] = {
+    limits = {
         "form": ("theorem", "released", "exact"),
         "map": ("exp", "linear"),
         "lambda_min": (1e-6, 1),
@@ -710,6 +719,12 @@ class STEER(Method):
         super().__post_init__()
         if self.form == "exact":
             self.needs = FLOW
+
+    @property
+    def lowest(self) -> float:
+        """The smallest weight."""
+        released = self.form == "released" or self.map == "linear"
+        return self.lambda_min if self.lambda_min is not None else 0.8 if released else 0.7
 
     def omega(self, tk: Tokens, adv: Tensor) -> Tensor:
         """|Ω|, (B, T)."""
@@ -723,18 +738,16 @@ class STEER(Method):
         high = float(omega.max()) if omega.numel() else 0.0
         if self.map == "exp":
             scale = max(high, 0.02) if self.form == "released" else high
-            return (
-                torch.exp(math.log(self.lambda_min) * omega / scale) if scale > 0 else torch.ones_like(omega)
-            )
+            return torch.exp(math.log(self.lowest) * omega / scale) if scale > 0 else torch.ones_like(omega)
         low = float(torch.where(tk.mask, omega, math.inf).min())
         if not low < high:
-            return torch.full_like(omega, (self.w_max + self.lambda_min) / 2)
-        return self.w_max - (omega - low) / (high - low) * (self.w_max - self.lambda_min)
+            return torch.full_like(omega, (self.w_max + self.lowest) / 2)
+        return self.w_max - (omega - low) / (high - low) * (self.w_max - self.lowest)
 
 
 @dataclass
 class OPEFO(Method):
-    """Balance the entropy flow of the batch: what raises H against what lowers it.  [second-hand] 2605.11491
+    """Balance the entropy flow of the batch: what raises H against what lowers it. [second-hand] 2605.11491
     eq. 6-9.
 
         f = A T,  T = C - p (log p + H)              exact: the true first-order change, our default    (3.14)
@@ -749,8 +762,8 @@ class OPEFO(Method):
     `exact` is the default. Balance alone has no memory of where entropy should be and drifts; a target gives
     it one (entropy_math, section 6). No code is released; the per-token reading of Eq. 6 is inferred.
     Controls: `sides` plus or minus weights only one side, `lam` fixes λ (0 is GRPO), `shuffled_sign` deals
-    the same weights to random tokens.  P + Q = 0 gives λ = 0; one empty side gives λ = ±1, which switches the
-    other side off (metric lam shows it).  λ is invariant to A -> sA, s > 0, and changes sign with A.
+    the same weights to random tokens. P + Q = 0 gives λ = 0; one empty side gives λ = ±1, which switches the
+    other side off (metric lam shows it). λ is invariant to A -> sA, s > 0, and changes sign with A.
     Off-policy, f has the acting advantage I_clip r A.
     """
 
@@ -763,7 +776,7 @@ class OPEFO(Method):
     gain: float = 2.0
     """strength of the pull to target_entropy; 0: pure balance"""
     integral: float = 0.0
-    """weight of the sum of all past relative errors; removes the set point's offset"""
+    """weight of the sum of past relative errors, which removes the set point's offset; needs a target"""
     lam: float | None = None
     """a static lambda instead of the computed one; 0 is plain GRPO; none: computed"""
     shuffled_sign: bool = False
@@ -773,7 +786,7 @@ class OPEFO(Method):
     idea = "weight entropy-raising and entropy-lowering tokens so that their flows cancel, or hold a target"
     needs = FLOW
     last = True  # in a composition it balances what the others leave
-    limits: ClassVar[dict] = {
+    limits = {
         "form": ("exact", "paper", "theorem"),
         "sides": ("both", "plus", "minus"),
         "target_entropy": ABOVE,
@@ -785,6 +798,11 @@ class OPEFO(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.error_sum = 0.0
+        if self.integral and (self.target_entropy is None or self.gain == 0):
+            raise ValueError(
+                f"opefo: integral={self.integral} sums errors to target_entropy={self.target_entropy} at "
+                f"gain={self.gain}: give a target_entropy and a gain above 0"
+            )
         if self.form != "exact":
             self.needs = ("logp", "entropy")
 
@@ -795,7 +813,7 @@ class OPEFO(Method):
         f = flow(tk, acting(self, tk, adv), name)
         if self.aggregation in ("token_mean", "token_sum"):
             return f
-        return f * aggregation_coefficients(tk.mask, self.aggregation, self.loss_norm, f.dtype)
+        return f * self.coefficients(tk.mask, f.dtype)
 
     def _lambda(self, f: Tensor, entropy: float) -> float:
         if self.lam is not None:
@@ -815,22 +833,24 @@ class OPEFO(Method):
         if self.sides != "both":
             w = torch.where(f > 0 if self.sides == "plus" else f < 0, w, 1)
         if self.shuffled_sign:
-            w = shuffle(w, tk, _draw_seed(self))
+            w = shuffle(w, tk, self.progress)
         metrics["lam"] = lam
         return w
 
     def after_step(self, plan: Plan) -> None:
         if self.target_entropy is not None:
-            self.error_sum += (self.target_entropy - plan.entropy) / self.target_entropy
+            error, lam = (self.target_entropy - plan.entropy) / self.target_entropy, plan.metrics["lam"]
+            if abs(lam) < 1 or error * lam < 0:  # where λ is clamped the sum does not wind up further
+                self.error_sum += error
 
     def state_dict(self) -> dict[str, Any]:
         return {"error_sum": self.error_sum}
 
 
-def shuffle(w: Tensor, tk: Tokens, seed: int) -> Tensor:
+def shuffle(w: Tensor, tk: Tokens, progress: Progress) -> Tensor:
     """The values of w on the tokens of the mask, dealt out anew at random; the same multiset."""
     where = tk.mask.flatten().nonzero()[:, 0]
-    source, target = (token_keys(tk, seed, stream).flatten()[where].argsort(stable=True) for stream in (1, 2))
+    source, target = (token_keys(tk, progress, i).flatten()[where].argsort(stable=True) for i in (1, 2))
     out = w.flatten().clone()
     out[where[target]] = w.flatten()[where[source]]
     return out.view(w.shape)
@@ -838,14 +858,14 @@ def shuffle(w: Tensor, tk: Tokens, seed: int) -> Tensor:
 
 @dataclass
 class PAPO(Method):
-    """Weigh entropy polarities by the phase.  Polarity [second-hand], weights a [reconstruction]: 2605.11775.
+    """Weigh entropy polarities by the phase. Polarity [second-hand], weights a [reconstruction]: 2605.11775.
 
-        P_t = A T  (the exact first-order change);   phi = clip((e_ref - e)/e_ref, -1, 1)               (3.15)
+        P_t = A T  (the first-order change; A, not I_clip r A);   phi = clip((e_ref - e)/e_ref, -1, 1)  (3.15)
         w = 1 + lam phi where P_t > 0,  1 - lam phi where P_t < 0,  1 where P_t = 0
 
     phi > 0 says that entropy e has fallen below its reference: raising tokens count more, lowering ones less.
     What is published: the product A T, both branches kept, the empirical entropy trajectory as the signal;
-    the rest is ours. The first update has phi = 0.  w > 0, so no sign flips.
+    the rest is ours. The first update has phi = 0. w > 0, so no sign flips.
     """
 
     lam: float = 0.3
@@ -862,7 +882,7 @@ class PAPO(Method):
     key, place, paper = "papo", "weight", "2605.11775"
     idea = "reconstruction: favour entropy-raising tokens while entropy falls, and the reverse"
     needs = FLOW
-    limits: ClassVar[dict] = {"lam": (0, 0.999), "reference": ("ema", "first", "target"), "target": ABOVE}
+    limits = {"lam": (0, 0.999), "reference": ("ema", "first", "target"), "target": ABOVE}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -892,13 +912,13 @@ class PAPO(Method):
 
 @dataclass
 class CWGRPO(Method):
-    """A Gaussian kernel on the covariance.  [second-hand, two agreeing notes] 2605.11538 (no code).
+    """A Gaussian kernel on the covariance. [second-hand, two agreeing notes] 2605.11538 (no code).
 
         c = (log p - mean log p)(A - mean A);   w = exp(-c²/(2 σ²)),  σ = std of c;   w <- w N / Σ w    (3.16)
 
-    Centred at covariance 0, symmetric: tokens far from it on either side count less.  The paper's one group
-    is its batch, so the scope of the means is ambiguous; σ is the population deviation (not stated).  σ = 0
-    or N = 1: w = 1.
+    Centred at covariance 0, symmetric: tokens far from it on either side count less. The paper's one group is
+    its batch, so the scope of the means is ambiguous; σ is the population deviation (not stated). σ² below
+    1e-6 of the mean of c² counts as 0 (two tokens have equal c, up to rounding); σ = 0 or N = 1: w = 1.
     """
 
     scope: str = "batch"
@@ -907,7 +927,7 @@ class CWGRPO(Method):
     key, place, paper = "cw_grpo", "weight", "2605.11538"
     idea = "Gaussian weight around zero covariance of advantage and log-prob, mean weight 1"
     needs = ("logp", "group")
-    limits: ClassVar[dict] = {"scope": ("batch", "group")}
+    limits = {"scope": ("batch", "group")}
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
         part = torch.zeros_like(tk.group) if self.scope == "batch" else group_index(tk.group)[0]
@@ -916,15 +936,16 @@ class CWGRPO(Method):
             inside = tk.mask & (part == g)[:, None]
             c = centred(tk.logp, inside) * centred(adv, inside)
             variance = masked_mean(centred(c, inside) ** 2, inside)
-            if variance > 0:
-                k = torch.where(inside, torch.exp(-(c**2) / (2 * variance)), 0)
+            if variance > 1e-6 * masked_mean(c**2, inside):
+                above = c**2 - c[inside].square().min()  # the largest k is 1: their sum cannot underflow
+                k = torch.where(inside, torch.exp(-above / (2 * variance)), 0)
                 w = torch.where(inside, k * inside.sum() / k.sum(), w)
         return w
 
 
 @dataclass
 class STARE(Method):
-    """Amplify surprising successes while entropy is low.  [code] hp-luo/STARE `compute_stare_token_weights`;
+    """Amplify surprising successes while entropy is low. [code] hp-luo/STARE `compute_stare_token_weights`;
     2606.19236.
 
         gate = I[e < target]                                                                            (3.18)
@@ -932,7 +953,7 @@ class STARE(Method):
         w = W on L+,  M on L- (variant C2 only),  1 elsewhere;  all 1 if the gate is closed
         adaptive: W <- clip(W + rate s, 1, 1.5),  M <- clip(M - rate s, .5, 1),  s = sgn(target - e), after
 
-    Released code selects per micro-batch.  14B and 32B models: 1.05 and .95.  Default: O1, not adaptive.
+    Released code selects per micro-batch. 14B and 32B models: 1.05 and .95. Default: O1, not adaptive.
     """
 
     fraction: float = 0.1
@@ -953,13 +974,7 @@ class STARE(Method):
     key, place, paper = "stare", "weight", "2606.19236"
     idea = "below an entropy target, amplify the most surprising tokens with positive advantage"
     needs = ("logp", "entropy")
-    limits: ClassVar[dict] = {
-        "fraction": SHARE,
-        "up": COUNT,
-        "down": SHARE,
-        "variant": ("O1", "C2"),
-        "rate": POSITIVE,
-    }
+    limits = {"fraction": SHARE, "up": COUNT, "down": SHARE, "variant": ("O1", "C2"), "rate": POSITIVE}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -967,7 +982,8 @@ class STARE(Method):
 
     def _surprising(self, tk: Tokens, side: Tensor) -> Tensor:
         n = int(side.sum())
-        return top(-tk.logp, side, fraction_count(self, self.fraction, n, math.ceil(self.fraction * n)))
+        k = fraction_count(self, self.fraction, n, math.ceil(self.fraction * n))
+        return top(-tk.logp, side, k, token_keys(tk, self.progress))
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor | None:
         gate = metrics["batch_entropy"] < self.target
@@ -991,18 +1007,17 @@ class STARE(Method):
 
 @dataclass
 class EntroPIC(Method):
-    """A PI controller on confident tokens.  [code] yk7333/EntroPIC `core_algos.py`, `dp_actor.py`;
-    2511.15248.
+    """A PI controller on confident tokens. [code] yk7333/EntroPIC `core_algos.py`, `dp_actor.py`; 2511.15248.
 
         e = H - target;   alpha = clip(kp e + ki S, -1, 1),  S the sum of all earlier e                 (3.19)
         L = agg(clipped surrogate) + alpha · mean over {p > threshold} of (-r |A|)
 
     Among confident tokens that weighs A > 0 by 1 + alpha and A < 0 by 1 - alpha: too little entropy, alpha <
-    0, damps confident successes and amplifies confident failures.  The extra term is unclipped.  Released
-    code has alpha and S per micro-batch and divides by the confident tokens' own number (`own`); with `all`
-    (by N) the weights are exactly 1 ± alpha, which lies in [0, 2]; with `own` alpha counts N / N_confident
-    times, and where few tokens are confident it turns their sign.  No confident token: no term.  The config
-    default target -1 means off; .1 in the script.
+    0, damps confident successes and amplifies confident failures. The extra term is unclipped. Released code
+    has alpha and S per micro-batch and divides by the confident tokens' own number (`own`); with `all` (by N)
+    the weights are exactly 1 ± alpha, which lies in [0, 2]; with `own` alpha counts N / N_confident times,
+    and where few tokens are confident it turns their sign. No confident token: no term. The config default
+    target -1 means off; .1 in the script.
     """
 
     kp: float = 1.0
@@ -1019,7 +1034,13 @@ class EntroPIC(Method):
     key, place, paper = "entropic", "weight", "2511.15248"
     idea = "PI controller: weigh successes and failures among confident tokens to hold an entropy"
     needs = ("logp", "entropy")
-    limits: ClassVar[dict] = {"threshold": SHARE, "denominator": ("own", "all")}
+    limits = {
+        "kp": POSITIVE,
+        "ki": POSITIVE,
+        "threshold": SHARE,
+        "target": ABOVE,
+        "denominator": ("own", "all"),
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -1030,7 +1051,7 @@ class EntroPIC(Method):
         alpha = min(max(self.kp * error + self.ki * self.error_sum, -1.0), 1.0)
         confident = tk.mask & (tk.logp.exp() > self.threshold)
         scope = confident if self.denominator == "own" else tk.mask
-        coef = aggregation_coefficients(scope, self.aggregation, self.loss_norm, adv.dtype)
+        coef = self.coefficients(scope, adv.dtype)
         metrics.update(alpha=alpha, selected=int(confident.sum()))
         metrics["tokens_touched"] = float(
             masked_mean((confident & (adv != 0)).float() * (alpha != 0), tk.mask)
@@ -1050,14 +1071,14 @@ class EntroPIC(Method):
 
 @dataclass
 class AEM(Method):
-    """Scale a response's advantage by how certain it is.  Theory [second-hand], formula a [reconstruction]:
+    """Scale a response's advantage by how certain it is. Theory [second-hand], formula a [reconstruction]:
     2605.00425.
 
         h_i = mean H of response i, min-max scaled over the batch;  g_i = exp(-k h_i)/mean exp(-k h)  (3.25)
 
-    In the style of EMPG (2509.09265); the paper's scaling is not known.  Confident failures are pushed
-    harder, which raises H; confident successes too, which lowers it: exploring early, when failures dominate,
-    exploiting late.  All h equal: g = 1.
+    In the style of EMPG (2509.09265); the paper's scaling is not known. Confident failures are pushed harder,
+    which raises H; confident successes too, which lowers it: exploring early, when failures dominate,
+    exploiting late. All h equal: g = 1.
     """
 
     k: float = 1.0
@@ -1066,6 +1087,7 @@ class AEM(Method):
     key, place, paper = "aem", "weight", "2605.00425"
     idea = "reconstruction: responses of low mean entropy count more, whatever their sign"
     needs = ("logp", "entropy")
+    limits = {"k": POSITIVE}
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
         some = tk.mask.any(-1)
@@ -1081,7 +1103,7 @@ class AEM(Method):
 
 
 def from_factor(method: Method, tk: Tokens, plan: Plan) -> Tensor:
-    """-factor · A · (π / sg π), (B, T): a surrogate given by its gradient.  The last quotient has the value
+    """-factor · A · (π / sg π), (B, T): a surrogate given by its gradient. The last quotient has the value
     1."""
     once = (tk.logp - tk.logp.detach()).exp()
     return -method.factor(tk, plan.adv, plan.marks) * plan.adv * once
@@ -1089,12 +1111,12 @@ def from_factor(method: Method, tk: Tokens, plan: Plan) -> Tensor:
 
 @dataclass
 class ClipHigher(Method):
-    """More room upwards: eps_high .28.  [paper] 2503.14476 §3.1.
+    """More room upwards: eps_high .28. [paper] 2503.14476 §3.1.
 
         r in [1 - eps_low, 1 + eps_high]                                                                 (3.6)
 
     The upper clip stops rare tokens from rising: 1 + eps bounds p_new/p_old, so a token at .01 may add .002
-    and one at .9 may add .1.  The lower clip raises entropy and the upper one lowers it, even with random
+    and one at .9 may add .1. The lower clip raises entropy and the upper one lowers it, even with random
     rewards (2509.26114).
     """
 
@@ -1108,13 +1130,13 @@ class ClipHigher(Method):
 
 @dataclass
 class CISPO(Method):
-    """Clip the importance weight, not the gradient.  [paper] 2506.13585 eq. 4-5.
+    """Clip the importance weight, not the gradient. [paper] 2506.13585 eq. 4-5.
 
         l = -sg(clip(r, 1 - eps_low, 1 + eps_high)) A log π                                             (3.20)
 
-    Every token keeps a gradient, of weight min(r, cap).  The paper has no lower bound in practice (eps_low =
-    1 here) and does not disclose eps_high; TRL's example caps r at 5, which is our default 1 + 4 (TRL's
-    epsilon_high *is* the cap, verl's is cap - 1).  Inside the range the gradient is PPO's; the loss value is
+    Every token keeps a gradient, of weight min(r, cap). The paper has no lower bound in practice (eps_low = 1
+    here) and does not disclose eps_high; TRL's example caps r at 5, which is our default 1 + 4 (TRL's
+    epsilon_high *is* the cap, verl's is cap - 1). Inside the range the gradient is PPO's; the loss value is
     not.
     """
 
@@ -1137,13 +1159,14 @@ class CISPO(Method):
 
 @dataclass
 class GSPO(Method):
-    """One ratio per response.  [paper] 2507.18071; [code] verl core `gspo`.
+    """One ratio per response. [paper] 2507.18071; [code] verl core `gspo`.
 
         s_i = exp(mean_t log r_it),   l_i = max(-s_i A, -clip(s_i, 1 - eps_low, 1 + eps_high) A)        (3.22)
 
     Written per token, log s_it = log π - sg(log π) + sg(log s_i) (at most 10), it has the same gradient, -s_i
     A/(B len_i) per token, under the sequence aggregation, and all tokens of a response are clipped together.
-    With one update per rollout only that aggregation differs from GRPO.
+    s_i is of the whole response, also where a method of the composition keeps only some of its tokens. With
+    one update per rollout only that aggregation differs from GRPO.
     """
 
     eps_low: float = 3e-4
@@ -1160,8 +1183,8 @@ class GSPO(Method):
 
     def _log_s(self, tk: Tokens) -> Tensor:
         """(B, 1), detached."""
-        x = torch.where(tk.mask, log_ratio(tk.logp, tk.old_logp), 0).detach()
-        return (x.sum(-1, keepdim=True) / tk.lengths.clamp(min=1)[:, None]).clamp(max=10)
+        x = torch.where(tk.every, log_ratio(tk.logp, tk.old_logp), 0).detach()
+        return (x.sum(-1, keepdim=True) / tk.every.sum(-1, keepdim=True).clamp(min=1)).clamp(max=10)
 
     def factor(self, tk: Tokens, adv: Tensor, marks: dict[str, Tensor] | None = None) -> Tensor:
         s = self._log_s(tk).expand(adv.shape)
@@ -1174,7 +1197,7 @@ class GSPO(Method):
 
 @dataclass
 class CEGPPO(Method):
-    """Give clipped tokens a bounded gradient back.  [code] Kwai-Klear/CE-GPPO
+    """Give clipped tokens a bounded gradient back. [code] Kwai-Klear/CE-GPPO
     `compute_gppo_loss_general_beta`; 2509.20712.
 
         A < 0, r < 1 - eps_low:   l = -b1 (1 - eps_low) (r/sg r) A      rare failures: lowers H         (3.27)
@@ -1195,7 +1218,7 @@ class CEGPPO(Method):
     key, place, paper = "ce_gppo", "ratio", "2509.20712"
     idea = "tokens that PPO clips keep a bounded share of their gradient"
     on_policy = False
-    limits: ClassVar[dict] = {"b1": POSITIVE, "b2": POSITIVE}
+    limits = {"b1": POSITIVE, "b2": POSITIVE}
 
     def factor(self, tk: Tokens, adv: Tensor, marks: dict[str, Tensor] | None = None) -> Tensor:
         r = log_ratio(tk.logp, tk.old_logp).exp().detach()
@@ -1214,11 +1237,10 @@ def dual_clip_factor(f: Tensor, adv: Tensor, c: float | None) -> Tensor:
 
 @dataclass
 class HTPO(Method):
-    """Eight rules for eight kinds of tokens.  [code] xcyao00/HTPO `core_algos.py`; 2605.08283.
+    """Eight rules for eight kinds of tokens. [code] xcyao00/HTPO `core_algos.py`; 2605.08283.
 
-    Prompt hard iff group accuracy < hard;  token high iff H >= the max(⌊high · len⌋, 1)-th largest of its own
-    response; id = exp(log π - sg log π).
-    (3.24)
+    Prompt hard iff group accuracy < hard; token high iff H >= the max(⌊high · len⌋, 1)-th largest of its own
+    response; id = exp(log π - sg log π).                                                              (3.24)
 
         hard, correct, low     PPO; drop H below the max(⌊low_drop · n⌋, 1)-th smallest of these n tokens
         hard, correct, high    -r A;  r > 1 + eps_high: +(1 + eps_high) A id;  r < 1 - eps_low: -(1/r) A id
@@ -1226,10 +1248,11 @@ class HTPO(Method):
         easy, correct, high    PPO; drop the max(⌊high_drop · n⌋, 1) tokens with the largest H
         all others             PPO;    then dual clip everywhere
 
-    In the code the second row's r < 1 - eps_low branch has a plus sign, which lowers a successful token
-    further and looks like a slip: `released_sign` restores it.  Its `low` drop is strict, so it removes one
-    token fewer than the `high` one. On-policy only the drops act.  Here a PPO-clipped token has loss 0
-    instead of a constant: same gradient.
+    1/r, as in the code, grows up to e^20, where `log_ratio` clamps: neither clip bounds it, for A > 0. In the
+    code the second row's r < 1 - eps_low branch has a plus sign, which lowers a successful token further and
+    looks like a slip: `released_sign` restores it. Its `low` drop is strict, so it removes one token fewer
+    than the `high` one. On-policy only the drops act. Here a PPO-clipped token has loss 0 instead of a
+    constant: same gradient.
     """
 
     hard: float = 0.6
@@ -1242,13 +1265,15 @@ class HTPO(Method):
     """share dropped among easy, correct, high-entropy tokens"""
     released_sign: bool = False
     """reproduce the code's sign in the second rule"""
+    eps_high: float = 0.28
+    """r is clipped from above at 1 + eps_high"""
     dual_clip: float | None = 10.0
     """for A < 0 the loss is at most -c A"""
 
     key, place, paper = "htpo", "ratio", "2605.08283"
     idea = "other clip rules by difficulty of the prompt, correctness and entropy of the token"
     needs = ("logp", "entropy", "reward", "group")
-    limits: ClassVar[dict] = {n: SHARE for n in ("hard", "high", "low_drop", "high_drop")}
+    limits = {n: SHARE for n in ("hard", "high", "low_drop", "high_drop")}
 
     def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
         sorted_h = torch.where(tk.mask, tk.entropy, -math.inf).sort(-1, descending=True).values
@@ -1269,7 +1294,8 @@ class HTPO(Method):
             k = max(int(self.low_drop * int(low.sum())), 1)
             drop = low & (tk.entropy < tk.entropy[low].sort().values[k - 1])
         if self.high_drop > 0:
-            drop = drop | top(tk.entropy, high, max(int(self.high_drop * int(high.sum())), 1))
+            k = max(int(self.high_drop * int(high.sum())), 1)
+            drop = drop | top(tk.entropy, high, k, token_keys(tk, self.progress))
         metrics["selected"] = int(drop.sum())
         return torch.where(drop, 0.0, 1.0)
 
@@ -1296,22 +1322,23 @@ class HTPO(Method):
 
 @dataclass
 class EntropyBonus(Method):
-    """Reward entropy itself.  [code] verl `entropy_coeff`, TRL `entropy_coef`.
+    """Reward entropy itself. [code] verl `entropy_coeff`, TRL `entropy_coef`.
 
         L = L_pg - alpha · mean H,     ∂(-alpha H)/∂z_v = alpha p_v (log p_v + H)                        (3.2)
 
-    Pushes every state towards uniform, however certain it should be.  On a 7B model (2505.22617) alpha 1e-4
-    and 1e-3 did little, 5e-3 stabilised without gain, 1e-2 exploded.  Early verl and its forks have .001,
-    later ones 0.  It needs the entropy with its graph (one more backward pass through the vocabulary); alpha
-    = 0 builds no such graph.
+    z are the scaled logits; divide by the temperature for those before it. Pushes every state towards
+    uniform, however certain it should be. On a 7B model (2505.22617) alpha 1e-4 and 1e-3 did little, 5e-3
+    stabilised without gain, 1e-2 exploded. Early verl and its forks have .001, later ones 0. It needs the
+    entropy with its graph (one more backward pass through the vocabulary); alpha = 0 builds no such graph.
     """
 
     alpha: float = 0.001
-    """coefficient of the mean entropy, per nat"""
+    """coefficient of the mean entropy, per nat; negative values are refused"""
 
     key, place, paper = "entropy_bonus", "penalty", "verl, TRL"
     idea = "add alpha times the entropy to the objective: blunt, and hard to tune"
     needs = ("logp", "entropy")
+    limits = {"alpha": POSITIVE}
 
     @property
     def entropy_grad(self) -> bool:
@@ -1323,13 +1350,13 @@ class EntropyBonus(Method):
 
 @dataclass
 class AdaptiveEntropy(Method):
-    """An entropy bonus that switches itself.  [paper] 2505.22312 eq. 3.1-3.2 (Skywork-OR1); [code]
+    """An entropy bonus that switches itself. [paper] 2505.22312 eq. 3.1-3.2 (Skywork-OR1); [code]
     `EntController`; TRL.
 
         alpha = c I[e <= target];   c <- c + delta if e < target,  c - delta if e > target;  from 0   (3.3)
 
-    c is clipped to [c_min, c_max].  `released` gates with the previous step's entropy (open at the start),
-    strictly, and counts equality as above; its scripts have delta .0001 and c in [0, .005].  Its e is the
+    c is clipped to [c_min, c_max]. `released` gates with the previous step's entropy (open at the start),
+    strictly, and counts equality as above; its scripts have delta .0001 and c in [0, .005]. Its e is the
     sampled -mean log p, ours exact.
     """
 
@@ -1347,7 +1374,7 @@ class AdaptiveEntropy(Method):
     key, place, paper = "adaptive_entropy", "penalty", "2505.22312"
     idea = "entropy bonus whose coefficient grows while entropy is below a target"
     needs = ("logp", "entropy")
-    limits: ClassVar[dict] = {"delta": POSITIVE, "variant": ("paper", "released")}
+    limits = {"delta": POSITIVE, "variant": ("paper", "released")}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -1385,12 +1412,12 @@ class AdaptiveEntropy(Method):
 
 @dataclass
 class RefKL(Method):
-    """Stay near a frozen reference.  [paper] 2402.03300 §4.2.
+    """Stay near a frozen reference. [paper] 2402.03300 §4.2.
 
         L = L_pg + beta · mean kl(log π, log π_ref)                                                      (3.4)
 
-    Our default k2 has the gradient of KL(π||π_ref); the paper's k3 has that of the reverse KL (grpo 2.13 -
-    2.16).  beta: .04 GRPO, .001 DeepSeek-R1 and verl, .05 open-instruct, 0 DAPO and TRL.  2505.22617 found
+    Our default k2 has the gradient of KL(π||π_ref); the paper's k3 has that of the reverse KL, grpo (2.13) to
+    (2.16). beta: .04 GRPO, .001 DeepSeek-R1 and verl, .05 open-instruct, 0 DAPO and TRL. 2505.22617 found
     entropy stable, accuracy worse.
     """
 
@@ -1403,7 +1430,7 @@ class RefKL(Method):
     idea = "add beta times the KL to the starting policy"
     needs = ("logp", "ref_logp")
     extra_pass = "reference"
-    limits: ClassVar[dict] = {"beta": POSITIVE, "estimator": ("k1", "k2", "k3", "abs")}
+    limits = {"beta": POSITIVE, "estimator": ("k1", "k2", "k3", "abs")}
 
     def penalty(self, tk: Tokens, plan: Plan) -> Tensor | None:
         if not self.beta:
@@ -1413,13 +1440,13 @@ class RefKL(Method):
 
 @dataclass
 class ProRL(RefKL):
-    """Reference KL with resets.  [paper] 2505.24864 eq. 4, §2.3-3.2; [code] NeMo-RL, OpenRLHF recipes (v2).
+    """Reference KL with resets. [paper] 2505.24864 eq. 4, §2.3-3.2; [code] NeMo-RL, OpenRLHF recipes (v2).
 
         L = L_pg + beta KL(π||π_ref);   at a reset  π_ref <- π,  optimizer state <- 0                    (3.5)
 
-    When: every `every` steps, or after `patience` evaluations in a row without a better score.  The paper
+    When: every `every` steps, or after `patience` evaluations in a row without a better score. The paper
     resets when the validation score stagnates and gives neither number, beta nor estimator (verl's: .001, k3;
-    v2: 1e-4, k2).  It also has clip-higher at .4 and dynamic sampling: `prorl+dapo:eps_high=.4`.  TRL's and
+    v2: 1e-4, k2). It also has clip-higher at .4 and dynamic sampling: `prorl+dapo:eps_high=.4`. TRL's and
     open-instruct's resets keep the optimizer.
     """
 
@@ -1432,7 +1459,7 @@ class ProRL(RefKL):
 
     key, paper = "prorl", "2505.24864"
     idea = "KL to a reference that is moved to the policy, optimizer cleared, when progress stalls"
-    limits: ClassVar[dict] = {"every": POSITIVE, "patience": COUNT}
+    limits = {"every": POSITIVE, "patience": COUNT}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -1455,7 +1482,7 @@ class ProRL(RefKL):
 
 @dataclass
 class KLCov(Method):
-    """Hold back the tokens with the highest covariance.  [paper] 2505.22617 eq. 13-14; [code] PRIME, verl
+    """Hold back the tokens with the highest covariance. [paper] 2505.22617 eq. 13-14; [code] PRIME, verl
     `kl_cov`.
 
         l = -r A (no clip);  l += beta · d(π, π_old) on the max(1, ⌊ratio · N⌋) tokens of top c (3.7)    (3.8)
@@ -1463,8 +1490,9 @@ class KLCov(Method):
     d: abs |log r| (released, default), k2, k3 = r - 1 - log r (estimates KL(π_old||π), as in the paper).
     **With one update per rollout log r is 0 and so is every d's gradient: nothing happens.**  If old_logp
     came from a second forward pass, abs would turn its rounding noise into gradients ±beta/N of random sign;
-    on strict steps leave old_logp None. Paper: ratio 2e-3 (7B), 2e-4 (32B), beta 1.  PRIME's 0.2 is in
-    percent; verl's config has ratio 2e-4 and beta 0.1.
+    on strict steps leave old_logp None. The penalty is part of a token's l, so it has the surrogate's
+    denominator. All A or all log p equal: nobody is picked. Paper: ratio 2e-3 (7B), 2e-4 (32B), beta 1.
+    PRIME's 0.2 is in percent; verl's config has ratio 2e-4 and beta 0.1.
     """
 
     ratio: float = 2e-3
@@ -1478,17 +1506,18 @@ class KLCov(Method):
     idea = "KL penalty to the old policy on the few tokens of highest covariance, no clip"
     on_policy = False
     without = ("eps_low", "eps_high", "dual_clip")
-    limits: ClassVar[dict] = {"ratio": SHARE, "beta": POSITIVE, "estimator": ("abs", "k2", "k3")}
+    limits = {"ratio": SHARE, "beta": POSITIVE, "estimator": ("abs", "k2", "k3")}
 
     def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
-        n = int(tk.mask.sum())
-        picked = top(covariance(tk, adv), tk.mask, fraction_count(self, self.ratio, n))
+        n, cov = int(tk.mask.sum()), covariance(tk, adv)
+        k = fraction_count(self, self.ratio, n) if cov.any() else 0
+        picked = top(cov, tk.mask, k, token_keys(tk, self.progress))
         metrics["selected"] = int(picked.sum())
         metrics["tokens_touched"] = metrics["selected"] / max(n, 1)
         return {"picked": picked}
 
     def factor(self, tk: Tokens, adv: Tensor, marks: dict[str, Tensor] | None = None) -> Tensor:
-        return log_ratio(tk.logp, tk.old_logp).exp().detach()
+        return clip_factor(tk.logp, tk.old_logp, adv, 1, math.inf)  # no clip
 
     def surrogate(self, tk: Tokens, plan: Plan) -> Tensor:
         return -log_ratio(tk.logp, tk.old_logp).exp() * plan.adv
@@ -1496,7 +1525,7 @@ class KLCov(Method):
     def penalty(self, tk: Tokens, plan: Plan) -> Tensor:
         old = tk.logp.detach() if tk.old_logp is None else tk.old_logp
         d = kl_penalty(old, tk.logp, self.estimator)  # y ~ π_old: k3 estimates KL(π_old||π)
-        return self.beta * weighted_sum(torch.where(plan.marks["picked"], d, 0), plan.coef_all)
+        return self.beta * weighted_sum(torch.where(plan.marks["picked"], d, 0), plan.coef)
 
 
 def proxy_log_prob(logits: Tensor, ids: Tensor, threshold: float = 0.02) -> Tensor:
@@ -1517,16 +1546,17 @@ def proxy_log_prob(logits: Tensor, ids: Tensor, threshold: float = 0.02) -> Tens
 
 @dataclass
 class LpReg(Method):
-    """Protect rare but not absurd tokens.  [code] CarlanLark/Lp-Reg-dev `compute_policy_loss_lp_reg`;
+    """Protect rare but not absurd tokens. [code] CarlanLark/Lp-Reg-dev `compute_policy_loss_lp_reg`;
     2510.03222.
 
         q = π_old without tokens below threshold · max, renormalised (proxy_log_prob)                   (3.28)
         among A < 0 tokens the k = ⌊fraction · n⌋ of lowest log p, none if k <= 1; of these, if log p < log q:
         l = -r A + beta · k3(log p - log q),  unclipped;   all others: clipped with eps (1, 9)
 
-    Filtered tokens (log q = -inf) are noise and left alone.  On-policy every selected survivor has q > p and
-    a push of 1/S - 1 on its log-probability, S the kept mass: upwards.  Needs log q of the old policy, one
-    more reduction over the vocabulary.  Selection is over the update batch.
+    Filtered tokens (log q = -inf) are noise and left alone. On-policy every selected survivor has q > p and a
+    push of 1/S - 1 on its log-probability, S the kept mass: upwards. Needs log q of the old policy, one more
+    reduction over the vocabulary. Selection is over the update batch; the penalty is part of a token's l and
+    has the surrogate's denominator.
     """
 
     fraction: float = 0.01
@@ -1544,7 +1574,7 @@ class LpReg(Method):
     idea = "pull rare, punished, yet plausible tokens towards a policy without the noise tail"
     needs = ("logp", "proxy_logp")
     extra_pass = "proxy"
-    limits: ClassVar[dict] = {"fraction": SHARE, "beta": POSITIVE, "threshold": SHARE}
+    limits = {"fraction": SHARE, "beta": POSITIVE, "threshold": SHARE}
 
     def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
         negative = tk.mask & (adv < 0)
@@ -1552,14 +1582,16 @@ class LpReg(Method):
         k = int(self.fraction * n)
         if self.fraction > 0 and k <= 1:
             _tell(self, f"fraction {self.fraction:g} of {n} tokens with A < 0 is at most one: 0 are selected")
-        picked = top(-tk.logp, negative, k if k > 1 else 0) & (tk.logp < tk.proxy_logp)
+        picked = top(-tk.logp, negative, k if k > 1 else 0, token_keys(tk, self.progress))
+        picked = picked & (tk.logp < tk.proxy_logp)
         metrics["selected"] = int(picked.sum())
         metrics["tokens_touched"] = metrics["selected"] / max(int(tk.mask.sum()), 1)
         return {"picked": picked}
 
     def factor(self, tk: Tokens, adv: Tensor, marks: dict[str, Tensor] | None = None) -> Tensor:
         picked = (marks or self.mark(tk, adv, {}))["picked"]
-        return torch.where(picked, log_ratio(tk.logp, tk.old_logp).exp().detach(), super().factor(tk, adv))
+        free = clip_factor(tk.logp, tk.old_logp, adv, 1, math.inf)
+        return torch.where(picked, free, super().factor(tk, adv))
 
     def surrogate(self, tk: Tokens, plan: Plan) -> Tensor:
         free = -log_ratio(tk.logp, tk.old_logp).exp() * plan.adv
@@ -1569,7 +1601,7 @@ class LpReg(Method):
         picked = plan.marks["picked"]
         proxy = torch.where(picked, tk.proxy_logp, tk.logp.detach())
         d = kl_penalty(tk.logp, proxy, "k3")
-        return self.beta * weighted_sum(torch.where(picked, d, 0), plan.coef_all)
+        return self.beta * weighted_sum(torch.where(picked, d, 0), plan.coef)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1581,6 +1613,11 @@ EXCLUSIVE = (  # pairs that do not override the same hook and still make no sens
     ({"ref_kl", "prorl"}, "prorl contains the KL term of ref_kl"),
     ({"nsr", "par"}, "nsr leaves no positive advantage for par to weigh"),
     ({"nsr", "rand_pos_clip"}, "nsr leaves no positive advantage for rand_pos_clip to drop"),
+    *(
+        ({one, cov}, f"{one} leaves one advantage, whose covariance with anything is 0, to {cov}")
+        for one in ("psr", "nsr")
+        for cov in ("clip_cov", "kl_cov", "cw_grpo")
+    ),
 )
 SHARED = ("eps_low", "eps_high", "dual_clip", "aggregation")
 
@@ -1602,30 +1639,30 @@ def _owner(members: list[Method], hook: str) -> Method:
 
 
 def _shared_values(members: list[Method], surrogate: Method) -> dict[str, Any]:
-    """Clip range and aggregation: of the member that sets them away from GRPO's default."""
+    """Clip range and aggregation: of the members for which they were set, or whose default is not GRPO's."""
     values = {}
     for name in SHARED:
         default = getattr(Method, name)
-        set_by = {
-            m.key: getattr(m, name) for m in members if name not in m.without and getattr(m, name) != default
-        }
+        users = [m for m in members if name not in m.without]
+        set_by = {m.key: getattr(m, name) for m in users if name in m.given or getattr(m, name) != default}
         if len(set(set_by.values())) > 1:
             text = ", ".join(f"{k} has {v}" for k, v in set_by.items())
             raise ValueError(
                 f"{'+'.join(m.key for m in members)}: conflicting {name}: {text}; set {name} explicitly"
             )
-        if set_by and name in surrogate.without:
+        values[name] = next(iter(set_by.values()), default)
+        if values[name] != default and name in surrogate.without:
             who = f"{next(iter(set_by))} sets {name}, which the surrogate of {surrogate.key} does not use"
             raise ValueError(f"{who}: leave it out, or give {name}={default}")
-        values[name] = next(iter(set_by.values()), default)
     return values
 
 
 class Composite(Method):
-    """Several methods as one.  Responses must be selected by all, weights multiply, penalties add,
-    controllers move each on its own; sampling, advantage and surrogate belong to at most one member.  A
-    weight hook sees the advantage times the weights of the members before it, and a member with `last`
-    (opefo) comes last: it balances the real flow."""
+    """Several methods as one. Responses must be selected by all, weights multiply, penalties add, controllers
+    move each on its own; sampling, advantage and surrogate belong to at most one member. A weight hook sees
+    the advantage times the weights of the members before it, and a member with `last` (opefo) comes last: it
+    balances the flow of the real surrogate. What penalties add on top, those of ref_kl, kl_cov, lp_reg,
+    entropic and the entropy terms, is not in its balance."""
 
     def __init__(self, members: list[Method]) -> None:
         keys = [m.key for m in members]
@@ -1643,11 +1680,12 @@ class Composite(Method):
             m.__dict__.update({k: v for k, v in values.items() if k not in m.without})
             if m is not self.owner["advantage"]:
                 m.advantage = self.advantage
+            m.coefficients = self.coefficients
             if m is not self.owner["surrogate"]:
                 m.factor = self.factor  # what opefo and steer weigh is the force of the common surrogate
         self.needs = tuple(dict.fromkeys(n for m in members for n in m.needs))
         self.on_policy = any(m.on_policy for m in members)
-        self.refill = any(m.refill for m in members)
+        self.refill, self.corrects = any(m.refill for m in members), any(m.corrects for m in members)
         self.extra_pass = ", ".join(m.extra_pass for m in members if m.extra_pass)
 
     @property
@@ -1706,7 +1744,7 @@ class Composite(Method):
                 metrics[f"{m.key}.{name}"] = value
 
     @staticmethod
-    def _own(marks: dict[str, Tensor], m: Method) -> dict[str, Tensor]:
+    def _own(marks: dict[str, Any], m: Method) -> dict[str, Any]:
         return {k.removeprefix(m.key + "."): v for k, v in marks.items() if k.startswith(m.key + ".")}
 
     def factor(self, tk: Tokens, adv: Tensor, marks: dict[str, Tensor] | None = None) -> Tensor:
@@ -1727,7 +1765,8 @@ class Composite(Method):
 
     @property
     def loss_norm(self) -> float | None:
-        return next((n for m in self.members if (n := m.loss_norm) is not None), None)
+        own = (m.loss_norm for m in self.members if _overrides(m, "loss_norm"))
+        return next(own, self.progress.max_length)
 
     def reset_reference(self, step: int, score: float | None) -> bool:
         resets = [m.reset_reference(step, score) for m in self.members]  # each sees every score
@@ -1735,7 +1774,8 @@ class Composite(Method):
 
     def after_step(self, plan: Plan) -> None:
         for m in self.members:
-            m.after_step(replace(plan, marks=self._own(plan.marks, m)))
+            own = {**plan.metrics, **self._own(plan.metrics, m)}
+            m.after_step(replace(plan, marks=self._own(plan.marks, m), metrics=own))
 
     def state_dict(self) -> dict[str, Any]:
         return {m.key: m.state_dict() for m in self.members}
@@ -1746,8 +1786,7 @@ class Composite(Method):
 
 
 def compose(methods: list[Method]) -> Method:
-    """Several methods as one (`Composite`).  Raises ValueError, with the reason, where that makes no
-    sense."""
+    """Several methods as one (`Composite`). Raises ValueError, with the reason, where that makes no sense."""
     return methods[0] if len(methods) == 1 else Composite(methods)
 
 
@@ -1842,7 +1881,7 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
 
 
 def lookup(name: str) -> type[Method]:
-    """The class of one method's key.  Raises ValueError with the nearest key."""
+    """The class of one method's key. Raises ValueError with the nearest key."""
     if name not in METHODS:
         near = _nearest(name, METHODS)
         raise ValueError(f"method {name!r} is unknown: did you mean {near}? ({', '.join(METHODS)})")
@@ -1854,7 +1893,7 @@ def build(name: str, **hyperparameter: Any) -> Method:
     field's type.
 
     In a composition a hyperparameter goes to the member that has it; a shared one (clip range, aggregation)
-    to all; "clip_cov.ratio" names the member.  Raises ValueError on an unknown method or hyperparameter
+    to all; "clip_cov.ratio" names the member. Raises ValueError on an unknown method or hyperparameter
     (naming the nearest), a value of the wrong type or range, and a composition without sense.
     """
     members = name.split("+")
@@ -1873,7 +1912,10 @@ def build(name: str, **hyperparameter: Any) -> Method:
             raise ValueError(f"{name}: {n} belongs to {' and '.join(having)}: write {having[0]}.{n}={value}")
         for m in having:
             given[m][n] = convert(m, n, value, known[m][n])
-    return compose([METHODS[m](**given[m]) for m in members])
+    made = [METHODS[m](**given[m]) for m in members]
+    for method in made:
+        method.given = tuple(given[method.key])
+    return compose(made)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1890,23 +1932,22 @@ VERL_CLIP = {  # our name: verl's, and its default
 def register_with_verl(*specs: str, prefix: str = "") -> list[str]:
     """Register methods as verl policy losses (`actor.policy_loss.loss_mode`); returns their names.
 
-    specs: as on the command line, "clip_cov:ratio=.002", compositions too; none: the eight keys of `VERL`.  A
+    specs: as on the command line, "clip_cov:ratio=.002", compositions too; none: the eight keys of `VERL`. A
     loss is named prefix + key; where verl has the name (gspo, cispo, clip_cov, kl_cov) ours replaces its.
     Every worker has to register: put the call into a module and name it in VERL_USE_EXTERNAL_MODULES.
 
-    verl hands a policy loss advantages and old and new log-probabilities, and nothing else.  A method that
+    verl hands a policy loss advantages and old and new log-probabilities, and nothing else. A method that
     needs more (entropy, Σp², rewards, a reference, the step) raises ValueError: opefo and steer among them.
     Denominators are verl's, of the whole mini-batch, so a method that treats every token alone has the
-    gradient of `grpo.policy_loss`.  **But verl calls once per micro-batch and rank: clip_cov, kl_cov and
+    gradient of `grpo.policy_loss`. **But verl calls once per micro-batch and rank: clip_cov, kl_cov and
     rand_pos_clip then select among those tokens only**, as verl's own do; the scope rule of this repository
-    holds where one micro-batch on one rank is the mini-batch.  And verl's old log-probabilities are of
-    another forward pass: with one update per rollout kl_cov's penalty is rounding noise.
+    holds where one micro-batch on one rank is the mini-batch. And verl's old log-probabilities are of another
+    forward pass: with one update per rollout kl_cov's penalty is rounding noise.
 
     Against verl's own: `vanilla` is `grpo:dual_clip=3`; clip_cov draws by a hash of the tokens' log-probs
     instead of the global generator; kl_cov's penalty is not multiplied by rollout_is_weights; gspo and cispo
     agree. Hyperparameters come from the spec, only the aggregation from `loss_agg_mode`; another clip range
-    in verl's config is refused.
-    Made for verl 0.9 (extra `verl`), imported by this call only.
+    in verl's config is refused. Made for verl 0.9 (extra `verl`), imported by this call only.
     """
     from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
 
@@ -1923,11 +1964,12 @@ def check_verl(method: Method) -> None:
     """Raise ValueError, with the reason, where verl's policy-loss interface cannot feed a method."""
     for m in getattr(method, "members", [method]):
         more = [need for need in m.needs if need != "logp"] + ["entropy"] * m.entropy_grad
-        hooks = [h for h in ("sample", "select", "shape", "keep", "after_step") if _overrides(m, h)]
+        hooks = [h for h in ("sample", "select", "shape", "keep") if _overrides(m, h)]
         for bad, text in (
-            (more, f"it needs {', '.join(dict.fromkeys(more))}, which a verl policy loss does not get"),
             (hooks, f"a verl policy loss has no place for its {' and '.join(hooks)}"),
             (_overrides(m, "advantage"), "verl makes the advantages (algorithm.adv_estimator)"),
+            (more, f"it needs {', '.join(dict.fromkeys(more))}, which a verl policy loss does not get"),
+            (_overrides(m, "after_step"), "a verl policy loss has no place for its after_step"),
             (getattr(m, "anneal", False), "a verl policy loss does not know the step, so anneal=false"),
             (m.aggregation != type(m).aggregation, "actor.loss_agg_mode decides on the aggregation"),
         ):
@@ -2033,7 +2075,7 @@ def show_batch(
     """Print what every method does to one batch, and draw it.
 
     tokens: logp, entropy, p2, p2logp, reward, group; ref_logp, proxy_logp, old_logp for the methods that need
-    them. entropy_slope: as in `effect`.  network_score (B, T): entropy change per unit force in the network
+    them. entropy_slope: as in `effect`. network_score (B, T): entropy change per unit force in the network
     (entropy_math.network_flow with advantage 1) adds the column dH net; it leaves entropy terms out.
     """
     entropy, policy = (

@@ -1133,7 +1133,7 @@ def through(model: nn.Module, f: Callable[..., Any], *args: Any) -> Any:
 #
 #   text       both, cleaned of LaTeX's decoration and of units, are the same string
 #   numbers    both are integers, fractions or decimals: compared as exact fractions, by our own parser
-#   algebra    math-verify (sympy) in a process of its own that is killed after two seconds: `10^{10^{10}}` or
+#   algebra    math-verify (sympy) in a process of its own that is killed after 1.5 s: `10^{10^{10}}` or
 #              ten thousand brackets stop nothing but themselves
 #
 # Lists, sets, tuples and intervals are taken apart first, and their elements go through the three stages.
@@ -1143,8 +1143,8 @@ def through(model: nn.Module, f: Callable[..., Any], *args: Any) -> Any:
 #     round or square brackets order matters, and so does the kind of bracket: (1, 2] is not [1, 2].
 #   - A comma before exactly three digits separates thousands (1,234), any other separates answers: `1,2`
 #     is the set of 1 and 2, not 1.2, and `5, 6` is not 6.
-#   - `x = 5` is 5, but `1 = 5` is not.  +5, (5) and {5} are 5.  50\% is 50, and it is one half, since problems
-#     ask for both; .5 against a reference of 50 is wrong.
+#   - `x = 5` is 5, but `1 = 5` is not.  +5, (5) and {5} are 5.  50\% is 50, and it is one half, since
+#     problems ask for both; .5 against a reference of 50 is wrong.
 #   - Two integers or fractions must be equal.  Where one is a decimal, a relative difference of 1e-4 is
 #     allowed, of 1e-2 where the reference has a power of ten (measured quantities in minerva).
 #
@@ -1198,13 +1198,15 @@ UNITS = (
     "meters? cm mm km m kg mg ml units? square cubic dollars? cents? points? students? people ways? mph kpc "
     "pc nm ev hz angstroms?"
 )
-UNIT = re.compile(r"(?<=[\d})])(?:" + "|".join(UNITS.split()) + r")(?:\^\{?\d\}?)?$", re.IGNORECASE)
+UNIT = re.compile(r"(?<=[\d})])(?:" + "|".join(UNITS.split()) + r")+(?:\^\{?\d\}?)?$", re.IGNORECASE)
 
 
 def clean(answer: str) -> str:
     """An answer without LaTeX's decoration: two ways of writing the same thing become the same string."""
-    s = answer.replace("\x00", "").strip().strip("$").strip()
-    s = re.sub(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|quad|limits|,|!|;|:|>|\s)(?![a-zA-Z])", "", s)
+    s = answer.replace("\x00", "").replace("\\$", "").strip().strip("$").strip()
+    s = re.sub(
+        r"(?<!\\)\\(?:left|right|[bB]igg?[lr]?|displaystyle|quad|limits|,|!|;|:|>|\s)(?![a-zA-Z])", "", s
+    )
     s = s.replace("~", " ").replace("−", "-").replace("\\cdot", "*").replace("\\times", "*").replace("$", "")
     s = re.sub(r"\\[dt]frac", r"\\frac", s)
     s = re.sub(r"\\(?:text|textbf|mbox|mathrm|mathbf|textit|rm|operatorname)\s*\{([^{}]*)\}", r" \1 ", s)
@@ -1216,9 +1218,7 @@ def clean(answer: str) -> str:
     s = re.sub(r"^\\\(|\\\)$|^\\\[|\\\]$", "", s).strip()
     s = re.sub(r"\s+", "", re.sub(r"\s+(?:and|or)\s+", ",", s))
     s = re.sub(r"(\d),(?=\{?\}?\d{3}(?!\d))", r"\1,", s).replace("{,}", ",").rstrip(".,;")
-    for _ in range(2):  # 3 square inches
-        s = UNIT.sub("", s)
-    s = s.replace("\\$", "").replace("\\%", "%")
+    s = UNIT.sub("", s).replace("\\%", "%")
     return s[1:] if s.startswith("+") else s
 
 
@@ -1331,6 +1331,8 @@ def undecided(candidate: str, reference: str) -> bool | list[tuple[str, str]]:
         return True
     if not a or len(a) > LONGEST_ANSWER:
         return False
+    if "=" not in b and any(same_number(x, a.split("=")[-1]) is False for x in a.split("=")):
+        return False  # 1 = 5
     whole = same_number(a, b)
     if whole is not None:
         return whole
@@ -1433,7 +1435,7 @@ class Grader:
     def __init__(
         self,
         workers: int | None = None,
-        seconds: float = 2.0,
+        seconds: float = 1.5,
         memory: int = 2**30,
         remember: int = 100_000,
     ) -> None:

@@ -902,7 +902,10 @@ class Run:
         self.engine.push(full_weights(self.model))
         self.engine.wake()
         prompt = self.tokenizer(self.task.train[0].prompt, add_special_tokens=False)["input_ids"]
-        check_push(self.engine, self.model, prompt, self.dtype)
+        try:
+            check_push(self.engine, self.model, prompt, self.dtype)
+        except RuntimeError as error:
+            raise UserError(f"--engine {self.settings.engine}: {error}") from None
 
     def _updates(self, batch: Batch, ledger: Ledger | None) -> dict[str, Any]:
         """`updates_per_rollout` optimizer steps on one rollout; a non-finite one is skipped."""
@@ -1059,7 +1062,10 @@ class Run:
         if r.world == 1:
             return result
         parts, out = r.all((len(task.test), len(task.hard), result)), dict(result)
-        for key in result.keys() - {"k"}:
+        for key in [k for k, v in result.items() if isinstance(v, list)]:  # one value a problem
+            lists = [p[key] for _, _, p in parts]
+            out[key] = [lists[i % r.world][i // r.world] for i in range(sum(map(len, lists)))]
+        for key in [k for k, v in result.items() if isinstance(v, float)]:
             weight = [h if key.startswith("hard_") else t for t, h, _ in parts]
             out[key] = sum(w * p[key] for w, (_, _, p) in zip(weight, parts)) / sum(weight)
         return out
@@ -1718,11 +1724,12 @@ def compare(
 
     logging.disable_progress_bar()  # of saving and loading a checkpoint
     done, state, engine = {}, "done", None
-    with stop_on_signal() as stop:
+    with stop_on_signal() as stop, contextlib.ExitStack() as at_the_end:
         for spec, settings, method in plans:
             task, model, tokenizer = prepare(settings, device, ranks, quiet)
             if settings.engine == "vllm" and engine is None:
                 engine = vllm_engine(settings, task, model, tokenizer, device)
+                at_the_end.callback(engine.close)
             place = folder if len(plans) == 1 else folder / label_of(spec)
             run = make_run(settings, method, place, task, model, tokenizer, engine, device, ranks)
             if resume:
@@ -1739,8 +1746,6 @@ def compare(
                 print(f"{spec}: {skipped} updates skipped: non-finite loss or gradient", file=sys.stderr)
             if state != "done":
                 break
-    if engine is not None:
-        engine.close()
     code = {"done": 0, "broken": 1, "stopped": 130}[state]
     if not ranks.first:
         return code

@@ -1,6 +1,7 @@
 """Chapter 6: the estimators and their errors, diversity and calibration, comparing runs, the benchmarks, the
 coloured tokens, and the command line."""
 
+import csv
 import itertools
 import json
 import math
@@ -419,6 +420,9 @@ def test_confidence_is_the_share_of_the_most_frequent_answer_and_the_mean_likeli
     got = confidences(groups, str)
     assert got["vote"] == ([2 / 3, 2 / 3], [True, False])
     assert got["likelihood"][0] == pytest.approx([math.exp(-1)] * 6)
+    assert "vote" not in confidences([g[:1] for g in groups], str)  # one sample agrees with itself
+    silent = [sample(0, j, [1], text=t) for j, t in enumerate(["", "", "a"])]
+    assert confidences([silent, silent[:2]], str)["vote"] == ([1 / 3, 0.0], [False, False])
     assert got["likelihood"][1] == [True, True, False, False, False, False]
 
 
@@ -506,7 +510,7 @@ def test_evaluate_counts_right_samples_problem_by_problem(monkeypatch):
     got = evaluate(TorchEngine(torch.nn.Linear(1, 1), None), task, 2)
     assert (got["right"], got["hard_right"]) == ([1, 2], [0])
     alone = evaluate(TorchEngine(torch.nn.Linear(1, 1), None), Task(**vars(task) | {"hard": ()}), 2)
-    assert "hard_right" not in alone and alone["right"] == [1, 2]
+    assert not any("hard" in key for key in alone) and alone["right"] == [1, 2]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -711,9 +715,12 @@ def test_many_runs_give_the_comparison_and_the_frontier_from_the_logs_alone(cli,
         make_run(tmp_path / f"g{seed}", "grpo", seed, (6, 4, 0))
         make_run(tmp_path / f"l{seed}", "grpo:lr=1e-4", seed, (3, 3, 1 + seed % 2), lr=1e-4)
         make_run(tmp_path / f"o{seed}", "opefo", seed, (5, 3, 1))
+    make_run(tmp_path / "s0", "steer", 0, (5, 3, 2), eval_samples=8)
     code, out, err = cli(*sorted(tmp_path.iterdir()))
     assert code == 0, err
-    assert "± " in out and "probability 0.75 at most" in out and "line" in out
+    assert (
+        "± " in out and "3 pairs: an interval" in out and "probability 0.75 at most" in out and "line" in out
+    )
     folder = tmp_path / "runs" / "compare"
     assert {p.name for p in folder.iterdir()} == {
         "eval.json",
@@ -722,6 +729,13 @@ def test_many_runs_give_the_comparison_and_the_frontier_from_the_logs_alone(cli,
         "frontier.csv",
     }
     assert (folder / "frontier.png").read_bytes().startswith(PNG)
+    told = list(csv.DictReader(open(folder / "frontier.csv")))
+    last = [
+        r for r in told if r["method"] == "opefo" and r["problems"] == "held-out problems" and r["at"] == "20"
+    ]
+    assert float(last[0]["pass@k"]) == 1.0 and last[0]["k"] == "8" and last[0]["inside"] == "1"
+    several = cli(*sorted(tmp_path.iterdir()), "--k", 4)
+    assert several[0] == 0 and "pass@4 above" in several[1]  # from the counts in the logs
     assert cli(*sorted(tmp_path.iterdir()))[0] == 0  # its own folder is recognised and may be written again
 
 
@@ -729,7 +743,7 @@ def test_test_temperatures_are_sampled_once_and_reused_after_a_kill(cli, tmp_pat
     make_run(tmp_path / "a", "grpo", 0, checkpoint=checkpoint)
     make_run(tmp_path / "b", "opefo", 0, checkpoint=checkpoint)
     asked, real = [], chapter.evaluate
-    monkeypatch.setattr(chapter, "evaluate", lambda *a: asked.append(a[3]) or real(*a))
+    monkeypatch.setattr(chapter, "evaluate", lambda *a, **b: asked.append(a[3]) or real(*a, **b))
     runs = ("a", "b", "--k", 2, "--out", "cmp", "--temperatures")
     code, out, err = cli(*runs, 0.5, 1)
     # both folders hold the same weights, so that one of them is enough
@@ -768,6 +782,7 @@ def test_law_on_the_command_line(cli, tmp_path):
         (["a", "--k", "many"], ["--k", "many"]),
         (["a", "--out", "."], ["--out .", "another folder"]),
         (["a", "--out", "a/config.json"], ["--out", "another folder"]),
+        (["a", "b", "--k", "64"], ["--k 64", "pass@8"]),
         (["a", "b", "--show"], ["--show", "2 runs"]),
         (["--law"], ["no run named"]),
         (["a"], ["no checkpoint/"]),
@@ -800,7 +815,7 @@ def test_bad_input_ends_in_one_or_two_lines(cli, tmp_path, monkeypatch, argv, wo
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "bad.jsonl").write_text(good + '{"problem": "b"}\n{nope\n')
     result = cli(*argv)
-    if argv in (["a"], ["c"]):  # the log could be shown before
+    if argv in (["a"], ["c"], ["a", "b", "--k", "64"]):  # the log could be shown before
         result = result[0], "", result[2]
     if words:
         complains(result, *words)

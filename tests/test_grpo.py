@@ -101,6 +101,8 @@ def test_unknown_words_are_refused_with_the_choices():
         grpo.mismatch_weight(one, one, "none")
     with pytest.raises(ValueError, match="eps_low=-1"):
         Method(eps_low=-1)
+    with pytest.raises(ValueError, match="dual_clip=1 "):  # at r = 1 a tie: half a gradient
+        Method(dual_clip=1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -152,6 +154,20 @@ def test_eq_2_5_strict_steps_have_ratio_exactly_one_and_ratios_never_overflow():
     assert far.tolist() == [20, -20]
     loss = grpo.clipped_surrogate(logp, None, torch.ones(1, 2), eps_low=0.0, eps_high=0.0)
     assert torch.equal(torch.autograd.grad(loss.sum(), logp)[0], -torch.ones(1, 2)), "at r = 1 no clip acts"
+
+
+@pytest.mark.parametrize("x", [-25.0, -19.0, 19.0, 25.0])
+@pytest.mark.parametrize("a", [1.0, -1.0])
+def test_eq_2_6_clip_factor_is_the_gradient_also_where_log_r_is_clamped(x, a):
+    logp, old, adv = (
+        torch.full((1,), x - 30, dtype=F64),
+        torch.full((1,), -30.0, dtype=F64),
+        torch.tensor([a]),
+    )
+    logp.requires_grad_()
+    slope = torch.autograd.grad(grpo.clipped_surrogate(logp, old, adv, 1.0, 1e9).sum(), logp)[0]
+    factor = grpo.clip_factor(logp, old, adv, 1.0, 1e9)
+    assert torch.allclose(factor * adv, -slope) and (factor == 0) == (abs(x) > 20)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -268,6 +284,18 @@ def test_pitfall_21_k3_neither_cancels_near_zero_nor_overflows():
     assert grpo.kl_penalty(torch.tensor([-1e4]), torch.zeros(1), "k3").isfinite().all()
 
 
+@pytest.mark.parametrize("x", [-300.0, -24.0, 24.0, 300.0])
+def test_eq_2_13_to_2_16_the_pull_does_not_end_far_from_the_reference(x):
+    want = {"k1": 1.0, "k2": x, "k3": 1 - math.exp(min(-x, 20)), "abs": math.copysign(1, x)}
+    for estimator, slope in want.items():
+        logp = torch.tensor([x], dtype=F64, requires_grad=True)
+        value = grpo.kl_penalty(logp, torch.zeros(1, dtype=F64), estimator)
+        assert torch.autograd.grad(value.sum(), logp)[0].item() == pytest.approx(slope), estimator
+        with torch.no_grad():  # value and gradient agree, also on the tangent
+            h = grpo.kl_penalty(logp + 1e-3, torch.zeros(1), estimator) - value
+        assert h.item() == pytest.approx(1e-3 * slope, rel=1e-2)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Mismatch between engine and trainer
 
@@ -360,6 +388,22 @@ def test_token_flow_is_the_entropy_change_of_a_small_step(seed, off):
         h = 1e-3
         measured = (entropy(logits + h * step) - entropy(logits - h * step)) / (2 * h)
     assert torch.allclose(flow, measured, atol=1e-8) and (flow[~tk.mask] == 0).all()
+
+
+def test_token_flow_at_a_temperature_is_per_unit_of_the_scaled_logits():
+    logits, tk = batch(3)
+    tau, z = 0.7, (0.7 * logits).detach().requires_grad_()  # z / τ are the logits of `batch`
+    s = token_stats(z, tk.ids, tau)
+    tk = replace(tk, logp=s.logp)
+    step, force = (-g for g in torch.autograd.grad(policy_loss(tk, Method())[0], (z, s.logp)))
+
+    def entropy(z):
+        p = (z / tau).log_softmax(-1)
+        return -(p.exp() * p).sum(-1)
+
+    with torch.no_grad():
+        measured = (entropy(z + 1e-3 * step) - entropy(z - 1e-3 * step)) / 2e-3
+    assert torch.allclose(grpo.token_flow(tk, force) / tau**2, measured, atol=1e-8)
 
 
 def test_tokens_rows_detach_and_clean():

@@ -14,11 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import test_train
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import test_train
 from test_train import draw_batch, gradient, small_world, without_clock
 
 import rollout
@@ -431,6 +430,7 @@ def test_a_run_of_two_processes_goes_on_with_one_and_with_two(tmp_path, warm_cac
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(x) for x in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [0, 1, 2, 3, 4] and done.stdout.count("picture:") == 1
+    assert len(rows[0]["right"]) == 4 and rows[0]["pass@1"] == pytest.approx(sum(rows[0]["right"]) / 8)
     assert all(r["tokens"] > 16 for r in rows[1:]), "both ranks' tokens are counted"
 
     def states(folder):

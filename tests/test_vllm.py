@@ -474,3 +474,62 @@ def test_two_ranks_with_an_engine_each_or_one_between_them(shared, tmp_path, pol
     assert all(max(f["gaps"]) <= 1e-5 and f["own"] and f["world"] == 2 and f["local"] == "2" for f in found)
     assert [f["rows"] for f in found] == [8, 4]
     assert found[0]["ids"] != found[1]["ids"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The whole loop
+
+LOOP = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import rollout, train
+
+pushes = []
+real = train.check_push
+def watched(engine, model, prompt, dtype):
+    pushes.append(real(engine, model, prompt, dtype))
+    return pushes[-1]
+train.check_push = watched
+if {stale}:
+    rollout.VllmEngine.push = lambda self, named: list(named)
+flags = "--engine vllm --steps 3 --prompts 8 --group-size 8 --eval-every 3 --eval-samples 2 --lr 3e-3 --threads 1"
+code = train.main(["--method", "opefo", *flags.split(), "--quiet", "--out", "a"])
+print(json.dumps({{"code": code, "pushes": pushes}}))
+if code == 0:
+    from rollout import VllmEngine, TorchEngine, tiny_tokenizer, check_push, load_model
+    model, tokenizer = load_model("a/checkpoint")
+    engine = VllmEngine("a/checkpoint", tokenizer, device="cpu", dtype=model.dtype, max_model_len=32)
+    print(check_push(engine, model, [3, 5, 7], model.dtype))  # vLLM loads the checkpoint as it is
+    engine.close()
+"""
+
+
+def loop(folder, stale):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ENTROPY_FLOW_CACHE": str(folder.parent / "cache")}
+    script = folder / "loop.py"
+    script.write_text(LOOP.format(root=str(Path(rollout.__file__).parent), stale=stale))
+    return subprocess.run([sys.executable, str(script)], cwd=folder, env=env, capture_output=True, text=True)
+
+
+@needs_vllm
+def test_a_policy_trains_on_vllm_rollouts_and_vllm_loads_its_checkpoint(shared, tmp_path):
+    done = loop(tmp_path, stale=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said, gap = done.stdout.strip().splitlines()[-2:]
+    said = json.loads(said)
+    assert said["code"] == 0 and len(said["pushes"]) == 4 and max(said["pushes"]) < 1e-4 and float(gap) < 1e-4
+    rows = [json.loads(x) for x in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    for row in rows[1:]:
+        assert 0 < row["mismatch_max"] < 1e-3 and row["mismatch_ess"] > 0.999 and row["seconds_push"] > 0
+    assert (
+        rows[0]["pass@1"] > 0
+        and json.loads((tmp_path / "a" / "config.json").read_text())["settings"]["mismatch"] == "tis"
+    )
+
+
+@needs_vllm
+def test_weights_that_never_arrive_stop_the_run(shared, tmp_path):
+    done = loop(tmp_path, stale=True)
+    assert done.returncode != 0 or json.loads(done.stdout.strip().splitlines()[-1])["code"] != 0
+    assert "push" in done.stderr and "--engine torch" in done.stderr and "Traceback" not in done.stderr
