@@ -217,8 +217,9 @@ class TokenStats:
     """Σ π² log π, without gradient"""
 
     def map(self, f: Callable[[Tensor], Tensor]) -> TokenStats:
-        """Apply f to all four fields."""
-        return TokenStats(*(f(getattr(self, field.name)) for field in fields(self)))
+        """Apply f to all four fields; what is None stays so."""
+        values = [getattr(self, field.name) for field in fields(self)]
+        return TokenStats(*(None if v is None else f(v) for v in values))
 
     def detach(self) -> TokenStats:
         """The same numbers without a graph."""

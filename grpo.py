@@ -105,8 +105,7 @@ class Tokens:
         return self._map(lambda v: v.to(device))
 
     def clean(self) -> Tokens:
-        """Zeros where the mask is False.  `torch.where` also stops the gradient: NaN times a zero gradient is
-        NaN."""
+        """Zeros where the mask is False, without a gradient: `torch.where`, as NaN times 0 is NaN."""
 
         def keep(v: Tensor) -> Tensor:
             return torch.where(self.mask, v, 0) if v.shape == self.mask.shape and v.is_floating_point() else v
@@ -208,8 +207,7 @@ def log_ratio(logp: Tensor, old_logp: Tensor | None) -> Tensor:
     knows.  old_logp None means strictly on-policy: r is exactly 1.
 
     On a strict step old_logp must be the detached logp of the *same* forward pass.  A second forward pass
-    differs by rounding, and a penalty such as |log r| turns rounding noise into gradients of full size and
-    random sign.
+    differs by rounding, and a penalty such as |log r| turns rounding into gradients of full size.
     """
     old = logp.detach() if old_logp is None else old_logp
     return (logp - old).clamp(-20, 20)
@@ -306,14 +304,12 @@ def aggregation_coefficients(
 
 
 def weighted_sum(loss: Tensor, coef: Tensor) -> Tensor:
-    """Σ coef · loss over tokens with a nonzero coefficient; garbage elsewhere, NaN included, is never
-    touched."""
+    """Σ coef · loss over tokens with a nonzero coefficient; garbage elsewhere, NaN too, is not touched."""
     return (torch.where(coef != 0, loss, 0) * coef).sum()
 
 
 def aggregate(loss: Tensor, mask: Tensor, how: str = "token_mean", norm: float | None = None) -> Tensor:
-    """One scalar from (B, T) per-token losses; see `aggregation_coefficients` for the five ways, (2.8) -
-    (2.12)."""
+    """One scalar from (B, T) per-token losses, in one of the five ways of `aggregation_coefficients`."""
     return weighted_sum(loss, aggregation_coefficients(mask, how, norm, at_least_float32(loss.dtype)))
 
 
@@ -357,8 +353,7 @@ def mismatch_weight(
         tis      min(ρ, high)                       truncated importance sampling, per token            (2.18)
         icepop   ρ where low <= ρ <= high, else 0   IcePop; the public recipe has low .5, high 5        (2.19)
 
-    Detached; multiplies the surrogate *after* clipping and leaves penalties alone.  ρ = 1 makes each the
-    identity.
+    Detached; multiplies the surrogate *after* clipping and leaves penalties alone.  ρ = 1: no change.
     """
     rho = (old_logp - rollout_logp).detach().clamp(-20, 20).exp()  # (2.17)
     if kind == "tis":
@@ -390,8 +385,7 @@ class Progress:
 
 @dataclass
 class Plan:
-    """All that an update knows about its whole batch: detached, one value per token, ready to be sliced by
-    rows."""
+    """All that an update knows about its whole batch: detached, per token, ready to be sliced by rows."""
 
     adv: Tensor  # (B, T) advantage that enters the surrogate
     weight: Tensor  # (B, T) multiplies the surrogate
@@ -410,8 +404,7 @@ class Plan:
 
 @dataclass
 class Method:
-    """Plain GRPO, and the skeleton of everything else: a method overrides the hook of its place, and nothing
-    more.
+    """Plain GRPO, and the skeleton of everything else: a method overrides the hook of its place.
 
     | place     | hook                       | acts on                                              |
     |-----------|----------------------------|------------------------------------------------------|
@@ -447,9 +440,8 @@ class Method:
     extra_pass: ClassVar[str] = ""  # another pass over a model that the method costs: "reference", "proxy"
     refill: ClassVar[bool] = False  # True: the loop samples until `select` has kept enough whole groups
     normalize: ClassVar[str] = "std"  # group_advantages' normalisation
-    limits: ClassVar[
-        dict[str, tuple]
-    ] = {  # allowed values of a field: (lowest, highest), or the words to choose from
+    # allowed values of a field: (lowest, highest), or the words to choose from
+    limits: ClassVar[dict[str, tuple]] = {
         "eps_low": (0, math.inf),
         "eps_high": (0, math.inf),
         "dual_clip": (1 + 1e-9, math.inf),  # at c = 1 every token with A < 0 would stand on the edge
@@ -498,15 +490,13 @@ class Method:
         return tk.reward
 
     def advantage(self, tk: Tokens) -> Tensor:
-        """Place 3, first half.  (B, T): `tk.adv` where given, else (2.1) broadcast over each response's
-        tokens."""
+        """Place 3, first half.  (B, T): `tk.adv` where given, else (2.1) for every token of a response."""
         if tk.adv is not None:
             return tk.adv
         return group_advantages(tk.reward, tk.group, self.normalize)[:, None].expand(tk.mask.shape)
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor | None:
-        """Place 3, second half.  (B, T) weights >= 0 on the surrogate; None: all 1.  `tk.mask` is what was
-        selected."""
+        """Place 3, second half.  (B, T) weights >= 0 on the surrogate, `tk.mask` as selected; None: all 1."""
         return None
 
     def keep(self, tk: Tokens, adv: Tensor) -> Tensor | None:
@@ -514,8 +504,7 @@ class Method:
         return None
 
     def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
-        """Whole-batch selections that `surrogate` or `penalty` need, as tensors whose first dimension is
-        B."""
+        """Whole-batch selections that `surrogate` or `penalty` need, tensors of B rows."""
         return {}
 
     def factor(self, tk: Tokens, adv: Tensor, marks: dict[str, Tensor] | None = None) -> Tensor:
@@ -575,8 +564,7 @@ def plan_update(tokens: Tokens, method: Method) -> Plan:
     """Everything that depends on the whole update batch, computed before any backward pass.
 
     `tokens` holds the batch's detached statistics (a graph, if there is one, is dropped).  Order: selection,
-    advantage, token mask, weight, marks.  Raises ValueError where the method needs a field that nobody
-    filled.
+    advantage, token mask, weight, marks.  Raises ValueError where the method needs a field that is None.
     """
     tk = tokens.detach().clean()
     missing = [name for name in method.needs if getattr(tk, name) is None]
@@ -596,9 +584,7 @@ def plan_update(tokens: Tokens, method: Method) -> Plan:
         tk.mask = tk.mask & kept
         adv = torch.where(tk.mask, adv, 0)
     entropy = float("nan") if tk.entropy is None else float(masked_mean(tk.entropy, tokens.mask))
-    metrics: dict[str, float] = {
-        "batch_entropy": entropy
-    }  # of all responses, also where some were not selected
+    metrics: dict[str, float] = {"batch_entropy": entropy}  # of all responses, selected or not
     weight = method.weight(tk, adv, metrics)
     marks = method.mark(tk, adv, metrics)
     weight = torch.ones_like(adv) if weight is None else torch.where(tk.mask, weight, 0).to(adv.dtype)
@@ -617,8 +603,7 @@ def plan_update(tokens: Tokens, method: Method) -> Plan:
 
 
 def _weight_metrics(weight: Tensor, mask: Tensor, every: Tensor, metrics: dict[str, float]) -> None:
-    """Mean and spread of the weights that are used, and the share of response tokens that the method
-    touched."""
+    """Mean and spread of the weights in use, and the share of response tokens that the method touched."""
     w = weight[mask].double()
     if not len(w):
         w = w.new_zeros(1)

@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,12 +60,8 @@ from grpo import (
     weighted_sum,
 )
 
-POSITIVE, COUNT, ABOVE, SHARE = (
-    (0, math.inf),
-    (1, math.inf),
-    (1e-9, math.inf),
-    (0, 1),
-)  # limits of hyperparameters
+# limits of hyperparameters
+POSITIVE, COUNT, ABOVE, SHARE = (0, math.inf), (1, math.inf), (1e-9, math.inf), (0, 1)
 FLOW = ("logp", "entropy", "p2", "p2logp")  # what the exact entropy change needs
 
 # ------------------------------------------------------------------------------------------------------------
@@ -117,8 +113,7 @@ def centred(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def covariance(tk: Tokens, adv: Tensor) -> Tensor:
-    """(A - mean A)(log p - mean log p) per token, (B, T) float64; its token mean is the batch's covariance.
-    (3.7)"""
+    """(A - mean A)(log p - mean log p) per token (3.7): (B, T) float64, whose mean is the covariance."""
     return centred(adv, tk.mask) * centred(tk.logp, tk.mask)
 
 
@@ -141,8 +136,7 @@ def _tell(method: Method, text: str) -> None:
 
 
 def acting(method: Method, tk: Tokens, adv: Tensor) -> Tensor:
-    """(B, T): the advantage that really acts on a token, I_clip · r · A, times its mismatch weight; 0 where
-    masked."""
+    """(B, T): the advantage that really acts, I_clip · r · A times the mismatch weight; 0 where masked."""
     force = adv * method.factor(tk, adv)
     if tk.mismatch is not None:
         force = force * tk.mismatch
@@ -194,8 +188,7 @@ class MixedCUTS(Method):
             self.needs, self.corrects = ("logp", "rollout_logp"), True
 
     def exploring(self, rows: Tensor) -> Tensor:
-        """(B,) bool: which of a prompt's responses explore; `share` of them, evenly spread, whatever the
-        group size."""
+        """(B,) bool: which of a prompt's responses explore: `share` of them, evenly spread."""
         return ((rows + 1) * self.share).floor() > (rows * self.share).floor()
 
     def behaviour(self, logits: Tensor, position: int, rows: Tensor) -> Tensor:
@@ -203,9 +196,8 @@ class MixedCUTS(Method):
         p = logits.softmax(-1)
         if position < self.warm:
             return p
-        value, index = (
-            (logits * self.progress.temperature).softmax(-1).topk(min(self.k, p.shape[-1]))
-        )  # (B, K)
+        plain = (logits * self.progress.temperature).softmax(-1)  # at temperature 1
+        value, index = plain.topk(min(self.k, p.shape[-1]))  # (B, K)
         inside = value > self.delta
         fallback = torch.ones_like(inside)
         if self.empty == "argmax":
@@ -227,22 +219,19 @@ class MixedCUTS(Method):
         if tk.rollout_logp is None:
             return None
         policy = tk.logp if tk.old_logp is None else tk.old_logp
-        metrics["behaviour_ratio"] = float(
-            masked_mean((policy - tk.rollout_logp).clamp(-20, 20).exp(), tk.mask)
-        )
+        ratio = (policy - tk.rollout_logp).clamp(-20, 20).exp()
+        metrics["behaviour_ratio"] = float(masked_mean(ratio, tk.mask))
         return mismatch_weight(policy, tk.rollout_logp, "tis") if self.correct else None
 
 
 def overlong_penalty(length: Tensor, longest: int, cache: int) -> Tensor:
-    """0 up to longest - cache, then linearly to -1 at longest, -1 beyond: continuous, non-increasing. (B,)
-    -> (B,)."""
+    """0 up to longest - cache, then linearly to -1 at longest, -1 beyond. (B,) -> (B,)."""
     return ((longest - cache - length) / cache).clamp(-1, 0)
 
 
 @dataclass
 class DAPO(Method):
-    """Clip-higher, dynamic sampling, overlong shaping, token mean. [paper] 2503.14476 §3; [code] verl-recipe
-    `dapo/`.
+    """Clip-higher, dynamic sampling, overlong shaping. [paper] 2503.14476 §3; [code] verl-recipe `dapo/`.
 
         keep a prompt iff 0 < #correct < G                    dynamic sampling; the loop refills groups  (3.6)
         R <- R + clip((overlong_max - overlong_cache - len)/overlong_cache, -1, 0)           overlong shaping
@@ -298,17 +287,15 @@ class DAPO(Method):
 
 @dataclass
 class Entrocraft(Method):
-    """Keep the responses that move entropy towards a falling band. [paper] 2604.26326 Algorithm 1; [code]
-    entrocraft.
+    """Keep the responses that move entropy towards a falling band. [paper] 2604.26326 Alg. 1; [code].
 
         s = I[H > hi] - I[H < lo];   keep response i iff s A_i >= 0;   mean over what is kept           (3.17)
         lo goes from `start` to `end` along the run, hi = lo + width
 
     H low: only A <= 0 teaches, which raises it; H high: only A >= 0. In the band, edges included, GRPO.
     `released`: the code does not filter but swaps the estimator, H > hi: A = max(R, 0) (RAFT++), H < lo: A =
-    min(R, 0) (NSR), and its rows stay in the denominator. Rewards in {0, 1} would silently switch its second
-    branch off, so R here is +1 for a correct and -1 for an incorrect response. Paper: (.6, .7) -> (.1, .2)
-    works best linearly.
+    min(R, 0) (NSR), and its rows stay in the denominator. Rewards in {0, 1} would switch its second branch
+    off, so R here is +1 for a correct and -1 for an incorrect response. Paper: (.6, .7) -> (.1, .2), linear.
     """
 
     start: float = 0.6
@@ -392,8 +379,7 @@ class WReinforce(Method):
 
 @dataclass
 class PSR(Method):
-    """Positive-sample reinforcement: A = 1 on correct responses, the others leave the batch (3.11). [code],
-    as above.
+    """Positive-sample reinforcement: A = 1 on correct responses, the others leave the batch (3.11). [code].
 
     The mean runs over the kept rows. It sharpens the policy fastest: the paper's negative control.
     """
@@ -401,31 +387,24 @@ class PSR(Method):
     key, place, paper = "psr", "selection", "2506.01347"
     idea = "learn from right responses only: the fastest collapse"
     needs = ("logp", "reward")
+    sign = 1
 
     def select(self, tk: Tokens) -> Tensor:
-        return tk.solved
+        return tk.solved == (self.sign > 0)
 
     def advantage(self, tk: Tokens) -> Tensor:
-        return torch.ones_like(tk.logp)
+        return torch.full_like(tk.logp, self.sign)
 
 
 @dataclass
-class NSR(Method):
-    """Negative-sample reinforcement: A = -1 on incorrect responses, the others leave the batch (3.11).
-    [code], as above.
+class NSR(PSR):
+    """Negative-sample reinforcement: A = -1 on incorrect responses, the others leave (3.11). [code].
 
     Parallel to w_reinforce with lam = 0, but larger: the mean runs over the kept rows.
     """
 
-    key, place, paper = "nsr", "selection", "2506.01347"
+    key, sign = "nsr", -1
     idea = "learn from wrong responses only: keeps entropy, learns slowly"
-    needs = ("logp", "reward")
-
-    def select(self, tk: Tokens) -> Tensor:
-        return ~tk.solved
-
-    def advantage(self, tk: Tokens) -> Tensor:
-        return -torch.ones_like(tk.logp)
 
 
 @dataclass
@@ -442,8 +421,7 @@ class DrGRPO(Method):
     aggregation: str = "seq_sum_norm"
     """how token losses become one number"""
     norm: float | None = None
-    """constant length, tokens; none: the longest response that sampling allows, 3000 (the paper's) outside a
-    loop"""
+    """constant length, tokens; none: the longest that sampling allows, outside a loop 3000 (the paper's)"""
 
     key, place, paper = "dr_grpo", "weight", "2503.20783"
     idea = "no division by the group's standard deviation, none by the response's length"
@@ -456,8 +434,7 @@ class DrGRPO(Method):
 
 
 def group_quantile(reward: Tensor, group: Tensor, K: float, interpolation: str = "lower") -> Tensor:
-    """The K-quantile of each group's rewards, broadcast to the (B,) rows: inf{x : F(x) >= K}, or interpolated
-    linearly."""
+    """(B,): the K-quantile of each row's group, inf{x : F(x) >= K}, or interpolated linearly."""
     index, size = group_index(group)
     order = reward.argsort(stable=True)
     order = order[index[order].argsort(stable=True)]  # by group, then by reward
@@ -478,8 +455,7 @@ class QAE(Method):
 
     Binary rewards: success rate <= 1 - K gives baseline 0, only successes teach; otherwise baseline 1, only
     failures. Paper: K = .4 with clip-higher, .6 when entropy collapses. Its README interpolates the quantile
-    (`linear`), which gives a fractional baseline near the switch. A does not sum to 0. All rewards equal: A =
-    0.
+    (`linear`), which gives a fractional baseline near the switch. A does not sum to 0. Equal rewards: A = 0.
     """
 
     K: float = 0.4
@@ -527,15 +503,13 @@ class PAR(Method):
     """E of `epoch`: the run is cut into so many equal epochs"""
 
     key, place, paper = "par", "weight", "2511.05993"
+    state = ("current",)
     idea = "multiply positive advantages by a lambda in [0, 1] that follows the entropy"
     needs = ("logp", "entropy")
     limits = {
-        "schedule": ("entropy", "stage", "epoch", "constant"),
-        "lam": SHARE,
-        "delta": SHARE,
-        "target": POSITIVE,
-        "epochs": COUNT,
-    }
+        "schedule": ("entropy", "stage", "epoch", "constant"), "lam": SHARE, "delta": SHARE,
+        "target": POSITIVE, "epochs": COUNT,
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -560,9 +534,6 @@ class PAR(Method):
             move = -self.delta if plan.entropy < self.target else self.delta
             self.current = min(max(round(self.current + move, 12), 0.0), 1.0)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"current": self.current}
-
 
 @dataclass
 class RandPosClip(Method):
@@ -570,8 +541,7 @@ class RandPosClip(Method):
 
         w = 0 on n = max(⌊ratio · N⌋, 1) tokens with A > 0 drawn uniformly, 1 elsewhere                 (3.10)
 
-    It performs like Clip-Cov, so the covariance may not be the point. The paper's fraction is unknown:
-    Clip-Cov's here.
+    It performs like Clip-Cov, so the covariance may not be the point. Its fraction is unknown: Clip-Cov's.
     """
 
     ratio: float = 2e-4
@@ -582,16 +552,19 @@ class RandPosClip(Method):
     limits = {"ratio": SHARE}
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
-        n = fraction_count(self, self.ratio, int(tk.mask.sum()))
-        picked = top(token_keys(tk, self.progress), tk.mask & (adv > 0), n)
-        metrics["selected"] = int(picked.sum())
+        return self.drop(tk, tk.mask & (adv > 0), self.ratio, metrics)
+
+    def drop(self, tk: Tokens, eligible: Tensor, ratio: float, metrics: dict[str, float]) -> Tensor:
+        """(B, T): 0 on a share `ratio` of all tokens, drawn among the eligible ones, 1 elsewhere."""
+        n = fraction_count(self, ratio, int(tk.mask.sum()))
+        picked = top(token_keys(tk, self.progress), eligible, n)
+        metrics.update(eligible=int(eligible.sum()), selected=int(picked.sum()))
         return torch.where(picked, 0.0, 1.0)
 
 
 @dataclass
-class ClipCov(Method):
-    """Drop a few tokens with high covariance of advantage and log-probability. [paper] 2505.22617 eq. 10-12;
-    [code] verl.
+class ClipCov(RandPosClip):
+    """Drop a few tokens of high covariance of A and log p. [paper] 2505.22617 eq. 10-12; [code] verl.
 
         c = (A - mean A)(log p - mean log p)                                                             (3.7)
         E = {lb < c < ub, not already removed by the PPO clip};  n = max(⌊ratio · N⌋, 1)
@@ -600,8 +573,7 @@ class ClipCov(Method):
     High c means confident positives and rare negatives: both lower H, so dropping some of them slows the
     collapse. The draw is random, not a top-k, and lb and ub are absolute numbers. Released code takes means
     and draws per micro-batch and rank with a floor of one token *each*; its scripts set eps_low = eps_high =
-    1. Paper: ratio 2e-4, which needs a batch of 5,000 tokens to mean anything. Nobody eligible, or all A
-    equal: nothing happens.
+    1. Paper: ratio 2e-4, which needs a batch of 5,000 tokens to mean anything. All A equal: nothing happens.
     """
 
     ratio: float = 2e-4
@@ -613,24 +585,19 @@ class ClipCov(Method):
     anneal: bool = False
     """let ratio fall to 0 over the run (2604.09676: annealed, the final policy is unbiased)"""
 
-    key, place, paper = "clip_cov", "weight", "2505.22617"
+    key, paper = "clip_cov", "2505.22617"
     idea = "drop a random few of the tokens whose covariance of advantage and log-prob is high"
-    limits = {"ratio": SHARE}
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
         cov = covariance(tk, adv)
         eligible = tk.mask & (cov > self.lb) & (cov < self.ub) & (self.factor(tk, adv) != 0)
         left = 1 - self.progress.step / max(self.progress.total, 1) if self.anneal else 1.0
-        n = fraction_count(self, self.ratio * left, int(tk.mask.sum()))
-        picked = top(token_keys(tk, self.progress), eligible, n)
-        metrics.update(eligible=int(eligible.sum()), selected=int(picked.sum()))
-        return torch.where(picked, 0.0, 1.0)
+        return self.drop(tk, eligible, self.ratio * left, metrics)
 
 
 @dataclass
 class HighEntropyTokens(Method):
-    """80/20: only the tokens where the policy hesitates. [paper] 2506.01939 eq. 6; [code]
-    `get_global_entropy_top_mask`.
+    """80/20: only the tokens where the policy hesitates. [paper] 2506.01939 eq. 6; [code].
 
         S = the k = max(1, ⌈rho · N⌉) tokens of largest H, ties drawn at random;  L = Σ_S l / |S|      (3.9)
 
@@ -681,8 +648,7 @@ class EntropyAdvantage(Method):
 
 @dataclass
 class STEER(Method):
-    """Shrink the tokens that move entropy most, in either direction. [second-hand] 2510.10150 eq. 6-9; [code]
-    STEER.
+    """Shrink the tokens that move entropy most, either way. [second-hand] 2510.10150 eq. 6-9; [code] STEER.
 
         Ω = -I_clip r A p (1 - p)(log p + H)                                                    theorem (3.13)
         M = |(A/π_old) p (1 - p)(log p + H)|  = |Ω| / p on-policy, without I_clip               released
@@ -709,11 +675,9 @@ class STEER(Method):
     idea = "the more a token would move entropy, the smaller its weight"
     needs = ("logp", "entropy")
     limits = {
-        "form": ("theorem", "released", "exact"),
-        "map": ("exp", "linear"),
-        "lambda_min": (1e-6, 1),
+        "form": ("theorem", "released", "exact"), "map": ("exp", "linear"), "lambda_min": (1e-6, 1),
         "w_max": COUNT,
-    }
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -747,8 +711,7 @@ class STEER(Method):
 
 @dataclass
 class OPEFO(Method):
-    """Balance the entropy flow of the batch: what raises H against what lowers it. [second-hand] 2605.11491
-    eq. 6-9.
+    """Balance what raises H in the batch against what lowers it. [second-hand] 2605.11491 eq. 6-9.
 
         f = A T,  T = C - p (log p + H)              exact: the true first-order change, our default    (3.14)
         f = -A (1 - p)² (log p + H)                  paper: the integrand of its Eq. 6 at the sampled token
@@ -783,17 +746,14 @@ class OPEFO(Method):
     """control: the same weights, dealt to random tokens"""
 
     key, place, paper = "opefo", "weight", "2605.11491"
+    state = ("error_sum",)
     idea = "weight entropy-raising and entropy-lowering tokens so that their flows cancel, or hold a target"
     needs = FLOW
     last = True  # in a composition it balances what the others leave
     limits = {
-        "form": ("exact", "paper", "theorem"),
-        "sides": ("both", "plus", "minus"),
-        "target_entropy": ABOVE,
-        "gain": POSITIVE,
-        "integral": POSITIVE,
-        "lam": (-1, 1),
-    }
+        "form": ("exact", "paper", "theorem"), "sides": ("both", "plus", "minus"), "target_entropy": ABOVE,
+        "gain": POSITIVE, "integral": POSITIVE, "lam": (-1, 1),
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -807,8 +767,7 @@ class OPEFO(Method):
             self.needs = ("logp", "entropy")
 
     def flow(self, tk: Tokens, adv: Tensor) -> Tensor:
-        """f of (3.14), (B, T), with the aggregation's share of each token inside: that is the flow of the
-        real loss."""
+        """f of (3.14), (B, T), times each token's share in the aggregation: the flow of the real loss."""
         name = {"exact": "exact", "paper": "opefo", "theorem": "steer_theorem"}[self.form]
         f = flow(tk, acting(self, tk, adv), name)
         if self.aggregation in ("token_mean", "token_sum"):
@@ -821,9 +780,8 @@ class OPEFO(Method):
         rising, falling = f.clamp(min=0).sum(dtype=torch.float64), -f.clamp(max=0).sum(dtype=torch.float64)
         if self.target_entropy is None or self.gain == 0:
             return set_point_lambda(rising, falling)
-        entropy -= (
-            self.target_entropy * self.integral * self.error_sum / self.gain
-        )  # adds integral · Σ errors to λ
+        past = self.integral * self.error_sum / self.gain  # adds integral · Σ errors to λ
+        entropy -= self.target_entropy * past
         return set_point_lambda(rising, falling, entropy, self.target_entropy, self.gain)
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
@@ -842,9 +800,6 @@ class OPEFO(Method):
             error, lam = (self.target_entropy - plan.entropy) / self.target_entropy, plan.metrics["lam"]
             if abs(lam) < 1 or error * lam < 0:  # where λ is clamped the sum does not wind up further
                 self.error_sum += error
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"error_sum": self.error_sum}
 
 
 def shuffle(w: Tensor, tk: Tokens, progress: Progress) -> Tensor:
@@ -880,6 +835,7 @@ class PAPO(Method):
     """keep the sum of w |A| equal to that of |A|"""
 
     key, place, paper = "papo", "weight", "2605.11775"
+    state = ("e_ref",)
     idea = "reconstruction: favour entropy-raising tokens while entropy falls, and the reverse"
     needs = FLOW
     limits = {"lam": (0, 0.999), "reference": ("ema", "first", "target"), "target": ABOVE}
@@ -905,9 +861,6 @@ class PAPO(Method):
             self.e_ref = plan.entropy
         elif self.reference == "ema":
             self.e_ref = 0.9 * self.e_ref + 0.1 * plan.entropy
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"e_ref": self.e_ref}
 
 
 @dataclass
@@ -945,8 +898,7 @@ class CWGRPO(Method):
 
 @dataclass
 class STARE(Method):
-    """Amplify surprising successes while entropy is low. [code] hp-luo/STARE `compute_stare_token_weights`;
-    2606.19236.
+    """Amplify surprising successes while entropy is low. [code] hp-luo/STARE; 2606.19236.
 
         gate = I[e < target]                                                                            (3.18)
         L+ = the ⌈fraction · |T+|⌉ tokens of largest surprisal -log p among T+ = {A > 0};  L- same for A < 0
@@ -972,6 +924,7 @@ class STARE(Method):
     """step of the adaptive W and M"""
 
     key, place, paper = "stare", "weight", "2606.19236"
+    state = ("W", "M")
     idea = "below an entropy target, amplify the most surprising tokens with positive advantage"
     needs = ("logp", "entropy")
     limits = {"fraction": SHARE, "up": COUNT, "down": SHARE, "variant": ("O1", "C2"), "rate": POSITIVE}
@@ -991,18 +944,15 @@ class STARE(Method):
         if not gate:
             return None
         w = torch.where(self._surprising(tk, tk.mask & (adv > 0)), self.W, torch.ones_like(adv))
-        return (
-            torch.where(self._surprising(tk, tk.mask & (adv < 0)), self.M, w) if self.variant == "C2" else w
-        )
+        if self.variant == "O1":
+            return w
+        return torch.where(self._surprising(tk, tk.mask & (adv < 0)), self.M, w)
 
     def after_step(self, plan: Plan) -> None:
         if self.adaptive:
             s = (plan.entropy < self.target) - (plan.entropy > self.target)
             self.W = min(max(self.W + self.rate * s, 1.0), 1.5)
             self.M = min(max(self.M - self.rate * s, 0.5), 1.0)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"W": self.W, "M": self.M}
 
 
 @dataclass
@@ -1032,15 +982,12 @@ class EntroPIC(Method):
     """the extra term is divided by: own (number of confident tokens, as released), all (N)"""
 
     key, place, paper = "entropic", "weight", "2511.15248"
+    state = ("error_sum",)
     idea = "PI controller: weigh successes and failures among confident tokens to hold an entropy"
     needs = ("logp", "entropy")
     limits = {
-        "kp": POSITIVE,
-        "ki": POSITIVE,
-        "threshold": SHARE,
-        "target": ABOVE,
-        "denominator": ("own", "all"),
-    }
+        "kp": POSITIVE, "ki": POSITIVE, "threshold": SHARE, "target": ABOVE, "denominator": ("own", "all"),
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -1053,9 +1000,8 @@ class EntroPIC(Method):
         scope = confident if self.denominator == "own" else tk.mask
         coef = self.coefficients(scope, adv.dtype)
         metrics.update(alpha=alpha, selected=int(confident.sum()))
-        metrics["tokens_touched"] = float(
-            masked_mean((confident & (adv != 0)).float() * (alpha != 0), tk.mask)
-        )
+        touched = confident & (adv != 0) & (alpha != 0)
+        metrics["tokens_touched"] = float(masked_mean(touched.float(), tk.mask))
         return {"extra": torch.where(confident, alpha * coef, 0)}
 
     def penalty(self, tk: Tokens, plan: Plan) -> Tensor:
@@ -1065,14 +1011,10 @@ class EntroPIC(Method):
     def after_step(self, plan: Plan) -> None:
         self.error_sum += plan.entropy - self.target
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"error_sum": self.error_sum}
-
 
 @dataclass
 class AEM(Method):
-    """Scale a response's advantage by how certain it is. Theory [second-hand], formula a [reconstruction]:
-    2605.00425.
+    """Scale a response's A by how certain it is. Theory [second-hand], formula [reconstruction]: 2605.00425.
 
         h_i = mean H of response i, min-max scaled over the batch;  g_i = exp(-k h_i)/mean exp(-k h)  (3.25)
 
@@ -1102,11 +1044,12 @@ class AEM(Method):
 # 4. Ratio: the shape of the surrogate in r = π/π_old.  With one update per rollout r = 1 and most do nothing
 
 
-def from_factor(method: Method, tk: Tokens, plan: Plan) -> Tensor:
-    """-factor · A · (π / sg π), (B, T): a surrogate given by its gradient. The last quotient has the value
-    1."""
-    once = (tk.logp - tk.logp.detach()).exp()
-    return -method.factor(tk, plan.adv, plan.marks) * plan.adv * once
+class FromFactor(Method):
+    """A method whose surrogate is given by its gradient, `factor` · A: -factor · A · (π / sg π), (B, T)."""
+
+    def surrogate(self, tk: Tokens, plan: Plan) -> Tensor:
+        once = (tk.logp - tk.logp.detach()).exp()  # value 1
+        return -self.factor(tk, plan.adv, plan.marks) * plan.adv * once
 
 
 @dataclass
@@ -1116,8 +1059,7 @@ class ClipHigher(Method):
         r in [1 - eps_low, 1 + eps_high]                                                                 (3.6)
 
     The upper clip stops rare tokens from rising: 1 + eps bounds p_new/p_old, so a token at .01 may add .002
-    and one at .9 may add .1. The lower clip raises entropy and the upper one lowers it, even with random
-    rewards (2509.26114).
+    and one at .9 may add .1. The lower clip raises entropy, the upper lowers it, even at random (2509.26114).
     """
 
     eps_high: float = 0.28
@@ -1136,8 +1078,7 @@ class CISPO(Method):
 
     Every token keeps a gradient, of weight min(r, cap). The paper has no lower bound in practice (eps_low = 1
     here) and does not disclose eps_high; TRL's example caps r at 5, which is our default 1 + 4 (TRL's
-    epsilon_high *is* the cap, verl's is cap - 1). Inside the range the gradient is PPO's; the loss value is
-    not.
+    epsilon_high *is* the cap, verl's is cap - 1). Inside the range the gradient is PPO's, the value not.
     """
 
     eps_low: float = 1.0
@@ -1196,7 +1137,7 @@ class GSPO(Method):
 
 
 @dataclass
-class CEGPPO(Method):
+class CEGPPO(FromFactor):
     """Give clipped tokens a bounded gradient back. [code] Kwai-Klear/CE-GPPO
     `compute_gppo_loss_general_beta`; 2509.20712.
 
@@ -1226,9 +1167,6 @@ class CEGPPO(Method):
         f = torch.where((adv > 0) & (r > 1 + self.eps_high), self.b2 * (1 + self.eps_high), f)
         return dual_clip_factor(f, adv, self.dual_clip)
 
-    def surrogate(self, tk: Tokens, plan: Plan) -> Tensor:
-        return from_factor(self, tk, plan)
-
 
 def dual_clip_factor(f: Tensor, adv: Tensor, c: float | None) -> Tensor:
     """The dual clip min(l, -c A) for A < 0 on a surrogate l = -f A: no gradient where f > c."""
@@ -1236,7 +1174,7 @@ def dual_clip_factor(f: Tensor, adv: Tensor, c: float | None) -> Tensor:
 
 
 @dataclass
-class HTPO(Method):
+class HTPO(FromFactor):
     """Eight rules for eight kinds of tokens. [code] xcyao00/HTPO `core_algos.py`; 2605.08283.
 
     Prompt hard iff group accuracy < hard; token high iff H >= the max(⌊high · len⌋, 1)-th largest of its own
@@ -1251,8 +1189,7 @@ class HTPO(Method):
     1/r, as in the code, grows up to e^20, where `log_ratio` clamps: neither clip bounds it, for A > 0. In the
     code the second row's r < 1 - eps_low branch has a plus sign, which lowers a successful token further and
     looks like a slip: `released_sign` restores it. Its `low` drop is strict, so it removes one token fewer
-    than the `high` one. On-policy only the drops act. Here a PPO-clipped token has loss 0 instead of a
-    constant: same gradient.
+    than the `high` one. On-policy only the drops act. Here a PPO-clipped token has loss 0, not a constant.
     """
 
     hard: float = 0.6
@@ -1279,11 +1216,8 @@ class HTPO(Method):
         sorted_h = torch.where(tk.mask, tk.entropy, -math.inf).sort(-1, descending=True).values
         k = (self.high * tk.lengths).long().clamp(min=1)
         high = tk.mask & (tk.entropy >= sorted_h.gather(-1, k[:, None] - 1))
-        return {
-            "high": high,
-            "hard": group_mean(tk.solved.double(), tk.group) < self.hard,
-            "correct": tk.solved,
-        }
+        hard = group_mean(tk.solved.double(), tk.group) < self.hard
+        return {"high": high, "hard": hard, "correct": tk.solved}
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
         m = self.mark(tk, adv, metrics)
@@ -1307,13 +1241,9 @@ class HTPO(Method):
         wrong = ~m["correct"][:, None] & m["high"]
         f = torch.where(wrong, torch.where(below, -(1 - self.eps_low), r), f)
         second = (m["hard"] & m["correct"])[:, None] & m["high"]
-        rule = torch.where(
-            above, -(1 + self.eps_high), torch.where(below, (-1 if self.released_sign else 1) / r, r)
-        )
+        rule = torch.where(below, (-1 if self.released_sign else 1) / r, r)
+        rule = torch.where(above, -(1 + self.eps_high), rule)
         return dual_clip_factor(torch.where(second, rule, f), adv, self.dual_clip)
-
-    def surrogate(self, tk: Tokens, plan: Plan) -> Tensor:
-        return from_factor(self, tk, plan)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1350,8 +1280,7 @@ class EntropyBonus(Method):
 
 @dataclass
 class AdaptiveEntropy(Method):
-    """An entropy bonus that switches itself. [paper] 2505.22312 eq. 3.1-3.2 (Skywork-OR1); [code]
-    `EntController`; TRL.
+    """An entropy bonus that switches itself. [paper] 2505.22312 eq. 3.1-3.2 (Skywork-OR1); [code]; TRL.
 
         alpha = c I[e <= target];   c <- c + delta if e < target,  c - delta if e > target;  from 0   (3.3)
 
@@ -1372,6 +1301,7 @@ class AdaptiveEntropy(Method):
     """paper (gate on this step's entropy), released (on the last one's)"""
 
     key, place, paper = "adaptive_entropy", "penalty", "2505.22312"
+    state = ("c", "enabled")
     idea = "entropy bonus whose coefficient grows while entropy is below a target"
     needs = ("logp", "entropy")
     limits = {"delta": POSITIVE, "variant": ("paper", "released")}
@@ -1406,9 +1336,6 @@ class AdaptiveEntropy(Method):
             s = 1 if self.enabled else -1
         self.c = min(max(self.c + s * self.delta, self.c_min), self.c_max)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"c": self.c, "enabled": self.enabled}
-
 
 @dataclass
 class RefKL(Method):
@@ -1417,7 +1344,7 @@ class RefKL(Method):
         L = L_pg + beta · mean kl(log π, log π_ref)                                                      (3.4)
 
     Our default k2 has the gradient of KL(π||π_ref); the paper's k3 has that of the reverse KL, grpo (2.13) to
-    (2.16). beta: .04 GRPO, .001 DeepSeek-R1 and verl, .05 open-instruct, 0 DAPO and TRL. 2505.22617 found
+    (2.16). beta: .04 GRPO, .001 DeepSeek-R1 and verl, .05 open-instruct, 0 DAPO and TRL. 2505.22617:
     entropy stable, accuracy worse.
     """
 
@@ -1458,6 +1385,7 @@ class ProRL(RefKL):
     """reset after so many evaluations without a new best score"""
 
     key, paper = "prorl", "2505.24864"
+    state = ("best", "waited")
     idea = "KL to a reference that is moved to the policy, optimizer cleared, when progress stalls"
     limits = {"every": POSITIVE, "patience": COUNT}
 
@@ -1476,14 +1404,26 @@ class ProRL(RefKL):
         self.best, self.waited = -math.inf, 0  # the next evaluation starts anew
         return True
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "waited": self.waited}
+
+class OnPicked(FromFactor):
+    """A loss with a penalty, times beta, on some tokens: it is part of their l, with the same denominator."""
+
+    beta: float
+
+    def pick(self, tk: Tokens, picked: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
+        """What `mark` returns for the picked tokens, (B, T) bool."""
+        metrics["selected"] = int(picked.sum())
+        metrics["tokens_touched"] = metrics["selected"] / max(int(tk.mask.sum()), 1)
+        return {"picked": picked}
+
+    def penalty(self, tk: Tokens, plan: Plan) -> Tensor:
+        d = torch.where(plan.marks["picked"], self.distance(tk, plan.marks["picked"]), 0)
+        return self.beta * weighted_sum(d, plan.coef)
 
 
 @dataclass
-class KLCov(Method):
-    """Hold back the tokens with the highest covariance. [paper] 2505.22617 eq. 13-14; [code] PRIME, verl
-    `kl_cov`.
+class KLCov(OnPicked):
+    """Hold back the tokens with the highest covariance. [paper] 2505.22617 eq. 13-14; [code] PRIME, verl.
 
         l = -r A (no clip);  l += beta · d(π, π_old) on the max(1, ⌊ratio · N⌋) tokens of top c (3.7)    (3.8)
 
@@ -1509,45 +1449,33 @@ class KLCov(Method):
     limits = {"ratio": SHARE, "beta": POSITIVE, "estimator": ("abs", "k2", "k3")}
 
     def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
-        n, cov = int(tk.mask.sum()), covariance(tk, adv)
-        k = fraction_count(self, self.ratio, n) if cov.any() else 0
-        picked = top(cov, tk.mask, k, token_keys(tk, self.progress))
-        metrics["selected"] = int(picked.sum())
-        metrics["tokens_touched"] = metrics["selected"] / max(n, 1)
-        return {"picked": picked}
+        cov = covariance(tk, adv)
+        k = fraction_count(self, self.ratio, int(tk.mask.sum())) if cov.any() else 0
+        return self.pick(tk, top(cov, tk.mask, k, token_keys(tk, self.progress)), metrics)
 
     def factor(self, tk: Tokens, adv: Tensor, marks: dict[str, Tensor] | None = None) -> Tensor:
         return clip_factor(tk.logp, tk.old_logp, adv, 1, math.inf)  # no clip
 
-    def surrogate(self, tk: Tokens, plan: Plan) -> Tensor:
-        return -log_ratio(tk.logp, tk.old_logp).exp() * plan.adv
-
-    def penalty(self, tk: Tokens, plan: Plan) -> Tensor:
+    def distance(self, tk: Tokens, picked: Tensor) -> Tensor:
         old = tk.logp.detach() if tk.old_logp is None else tk.old_logp
-        d = kl_penalty(old, tk.logp, self.estimator)  # y ~ π_old: k3 estimates KL(π_old||π)
-        return self.beta * weighted_sum(torch.where(plan.marks["picked"], d, 0), plan.coef)
+        return kl_penalty(old, tk.logp, self.estimator)  # y ~ π_old: k3 estimates KL(π_old||π)
 
 
 def proxy_log_prob(logits: Tensor, ids: Tensor, threshold: float = 0.02) -> Tensor:
-    """log q(y) of Lp-Reg's proxy: π without tokens below threshold · max π, renormalised; -inf where y is
-    filtered.
+    """log q(y) of Lp-Reg's proxy: π without tokens below threshold · max π, renormalised; they have -inf.
 
     logits (..., V), already divided by the temperature, ids (...) -> (...), detached.
     """
-    logp = (
-        logits.detach().float().log_softmax(-1)
-        if logits.dtype != torch.float64
-        else logits.detach().log_softmax(-1)
-    )
+    z = logits.detach()
+    logp = (z if z.dtype == torch.float64 else z.float()).log_softmax(-1)
     kept = logp >= logp.amax(-1, keepdim=True) + (math.log(threshold) if threshold > 0 else -math.inf)
     q = torch.where(kept, logp, -math.inf)
     return q.gather(-1, ids[..., None])[..., 0] - q.logsumexp(-1)
 
 
 @dataclass
-class LpReg(Method):
-    """Protect rare but not absurd tokens. [code] CarlanLark/Lp-Reg-dev `compute_policy_loss_lp_reg`;
-    2510.03222.
+class LpReg(OnPicked):
+    """Protect rare but not absurd tokens. [code] CarlanLark/Lp-Reg-dev; 2510.03222.
 
         q = π_old without tokens below threshold · max, renormalised (proxy_log_prob)                   (3.28)
         among A < 0 tokens the k = ⌊fraction · n⌋ of lowest log p, none if k <= 1; of these, if log p < log q:
@@ -1555,8 +1483,7 @@ class LpReg(Method):
 
     Filtered tokens (log q = -inf) are noise and left alone. On-policy every selected survivor has q > p and a
     push of 1/S - 1 on its log-probability, S the kept mass: upwards. Needs log q of the old policy, one more
-    reduction over the vocabulary. Selection is over the update batch; the penalty is part of a token's l and
-    has the surrogate's denominator.
+    reduction over the vocabulary. The penalty is part of a token's l: it has the surrogate's denominator.
     """
 
     fraction: float = 0.01
@@ -1583,25 +1510,15 @@ class LpReg(Method):
         if self.fraction > 0 and k <= 1:
             _tell(self, f"fraction {self.fraction:g} of {n} tokens with A < 0 is at most one: 0 are selected")
         picked = top(-tk.logp, negative, k if k > 1 else 0, token_keys(tk, self.progress))
-        picked = picked & (tk.logp < tk.proxy_logp)
-        metrics["selected"] = int(picked.sum())
-        metrics["tokens_touched"] = metrics["selected"] / max(int(tk.mask.sum()), 1)
-        return {"picked": picked}
+        return self.pick(tk, picked & (tk.logp < tk.proxy_logp), metrics)
 
     def factor(self, tk: Tokens, adv: Tensor, marks: dict[str, Tensor] | None = None) -> Tensor:
         picked = (marks or self.mark(tk, adv, {}))["picked"]
         free = clip_factor(tk.logp, tk.old_logp, adv, 1, math.inf)
         return torch.where(picked, free, super().factor(tk, adv))
 
-    def surrogate(self, tk: Tokens, plan: Plan) -> Tensor:
-        free = -log_ratio(tk.logp, tk.old_logp).exp() * plan.adv
-        return torch.where(plan.marks["picked"], free, super().surrogate(tk, plan))
-
-    def penalty(self, tk: Tokens, plan: Plan) -> Tensor:
-        picked = plan.marks["picked"]
-        proxy = torch.where(picked, tk.proxy_logp, tk.logp.detach())
-        d = kl_penalty(tk.logp, proxy, "k3")
-        return self.beta * weighted_sum(torch.where(picked, d, 0), plan.coef)
+    def distance(self, tk: Tokens, picked: Tensor) -> Tensor:
+        return kl_penalty(tk.logp, torch.where(picked, tk.proxy_logp, tk.logp.detach()), "k3")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1794,32 +1711,18 @@ def compose(methods: list[Method]) -> Method:
 # 7. Names: building a method from the words of a command line
 
 
-METHODS: dict[str, type[Method]] = {
-    c.key: c
-    for c in (
-        *(Method, EntropyBonus, AdaptiveEntropy, RefKL, ProRL, DAPO, ClipHigher, ClipCov, KLCov),
-        *(
-            HighEntropyTokens,
-            PAR,
-            RandPosClip,
-            WReinforce,
-            PSR,
-            NSR,
-            EntropyAdvantage,
-            STEER,
-            OPEFO,
-            PAPO,
-            CWGRPO,
-        ),
-        *(Entrocraft, STARE, EntroPIC, CISPO, DrGRPO, GSPO, QAE, HTPO, AEM, MixedCUTS, CEGPPO, LpReg),
-    )
-}
+# fmt: off
+METHODS: dict[str, type[Method]] = {c.key: c for c in (
+    Method, EntropyBonus, AdaptiveEntropy, RefKL, ProRL, DAPO, ClipHigher, ClipCov, KLCov, HighEntropyTokens,
+    PAR, RandPosClip, WReinforce, PSR, NSR, EntropyAdvantage, STEER, OPEFO, PAPO, CWGRPO, Entrocraft, STARE,
+    EntroPIC, CISPO, DrGRPO, GSPO, QAE, HTPO, AEM, MixedCUTS, CEGPPO, LpReg,
+)}
+# fmt: on
 
 
 @cache
 def hyperparameters(cls: type[Method]) -> list[tuple[str, Any, Any, str]]:
-    """(name, type, default, help) of every hyperparameter of a method; help is the docstring under the
-    field."""
+    """(name, type, default, help) of a method's hyperparameters; help is the docstring under the field."""
     helps: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
         body = ast.parse(inspect.getsource(base)).body[0].body
@@ -1843,8 +1746,7 @@ def _nearest(word: str, words: Iterable[str]) -> str:
 
 
 def convert(key: str, name: str, value: Any, kind: Any) -> Any:
-    """A value, often a word of a command line, in the type of its field; None for "none" where the field
-    allows it."""
+    """A value, often a word, in the type of its field; None for "none" where the field allows it."""
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     optional, kind = type(None) in kinds, next(k for k in kinds if k is not type(None))
     word = str(value).strip().lower()
@@ -1866,8 +1768,7 @@ def convert(key: str, name: str, value: Any, kind: Any) -> Any:
 
 
 def parse(spec: str) -> tuple[str, dict[str, str]]:
-    """ "opefo+clip_higher:form=exact,eps_high=.28" -> ("opefo+clip_higher", {"form": "exact", "eps_high":
-    ".28"})."""
+    """ "opefo+par:form=exact,eps_high=.28" -> ("opefo+par", {"form": "exact", "eps_high": ".28"})."""
     name, _, rest = spec.partition(":")
     options: dict[str, str] = {}
     for item in filter(None, rest.split(",")):
@@ -1889,8 +1790,7 @@ def lookup(name: str) -> type[Method]:
 
 
 def build(name: str, **hyperparameter: Any) -> Method:
-    """A method from its key, or several joined by "+", and its hyperparameters, strings converted to the
-    field's type.
+    """A method from its key, or several joined by "+", and hyperparameters, in their type or as strings.
 
     In a composition a hyperparameter goes to the member that has it; a shared one (clip range, aggregation)
     to all; "clip_cov.ratio" names the member. Raises ValueError on an unknown method or hyperparameter
@@ -2019,11 +1919,9 @@ class Effect:
 
 
 def effect(method: Method, tokens: Tokens, entropy_slope: Tensor | None = None) -> Effect:
-    """One backward pass to the leaves log p and H: the force of all hooks together, and what it does to
-    entropy.
+    """One backward pass to the leaves log p and H: the force of all hooks, and what it does to entropy.
 
-    entropy_slope (B, T): |∇_z H|² = Σ_v p_v² (log p_v + H)², by which a gradient on H moves H; entropy terms
-    only.
+    entropy_slope (B, T): |∇_z H|² = Σ_v p_v² (log p_v + H)², by which a gradient on H moves H.
     """
     logp, h = (x.detach().clone().requires_grad_() for x in (tokens.logp, tokens.entropy))
 
@@ -2040,28 +1938,22 @@ def effect(method: Method, tokens: Tokens, entropy_slope: Tensor | None = None) 
 
 
 def demonstration_methods(entropy: float, length: int) -> list[tuple[Method, str]]:
-    """Every method with its defaults, but for token fractions (scaled to a batch of some thousand tokens) and
-    targets (so that a batch of this entropy, nats, switches the method on), and the options that were
-    changed, in words."""
-    fraction, above, below = "ratio=.02", f"target={1.5 * entropy:.2g}", f"target={0.8 * entropy:.2g}"
+    """Every method, and in words how it departs from its defaults: token fractions for a batch of some
+    thousand tokens, and targets with which a batch of this entropy, nats, switches the method on."""
+    above = f"target={1.5 * entropy:.2g}"
     options = {
-        **{
-            "clip_cov": fraction + ",lb=.5",
-            "kl_cov": fraction,
-            "rand_pos_clip": fraction,
-            "lp_reg": "fraction=.1",
-        },
-        **{"adaptive_entropy": above, "stare": above, "entropic": above, "par": below},
-        **{"entrocraft": f"start={1.2 * entropy:.2g}", "papo": "reference=target," + above},
+        **{"clip_cov": "ratio=.02,lb=.5", "kl_cov": "ratio=.02", "rand_pos_clip": "ratio=.02"},
+        **{"lp_reg": "fraction=.1", "adaptive_entropy": above, "stare": above, "entropic": above},
+        **{"par": f"target={0.8 * entropy:.2g}", "entrocraft": f"start={1.2 * entropy:.2g}"},
+        **{"papo": "reference=target," + above},
     }
     methods = []
     for key in METHODS:
         name, given = parse(f"{key}:{options.get(key, '')}")
-        method = build(name, **given)
-        method.progress = Progress(max_length=length)
+        methods.append((build(name, **given), options.get(key, "")))
+        methods[-1][0].progress = Progress(max_length=length)
         if key == "adaptive_entropy":
-            method.c = 0.005  # as after one step below its target
-        methods.append((method, options.get(key, "")))
+            methods[-1][0].c = 0.005  # as after one step below its target
     return methods
 
 
@@ -2078,44 +1970,41 @@ def show_batch(
     them. entropy_slope: as in `effect`. network_score (B, T): entropy change per unit force in the network
     (entropy_math.network_flow with advantage 1) adds the column dH net; it leaves entropy terms out.
     """
-    entropy, policy = (
-        float(masked_mean(tokens.entropy, tokens.mask)),
-        "on" if tokens.old_logp is None else "off",
-    )
-    adv = torch.where(tokens.mask, Method().advantage(tokens), 0)
+    mask, on_policy = tokens.mask, tokens.old_logp is None
+    entropy = float(masked_mean(tokens.entropy, mask))
+    adv = torch.where(mask, Method().advantage(tokens), 0)
     base = effect(Method(), tokens, entropy_slope)
+    scores = [] if network_score is None else [torch.where(mask, network_score, 0)]
 
     def columns(e: Effect) -> list[float]:
-        out = [float(e.force[side].abs().sum() / base.force[side].abs().sum()) for side in (adv > 0, adv < 0)]
-        out.append(float(e.change.sum() / base.change.abs().sum()))
-        if network_score is not None:
-            net, whole = (torch.where(tokens.mask, x.force * network_score, 0) for x in (e, base))
-            out.append(float(net.sum() / whole.abs().sum()))
-        return out
+        out = [e.force[side].abs().sum() / base.force[side].abs().sum() for side in (adv > 0, adv < 0)]
+        out.append(e.change.sum() / base.change.abs().sum())
+        return [*map(float, out + [(e.force * s).sum() / (base.force * s).abs().sum() for s in scores])]
 
-    n = int(tokens.mask.sum())
-    print(f"{n} tokens of {len(adv)} responses, {policy}-policy, entropy {entropy:.3f} nats")
+    print(
+        f"{int(mask.sum())} tokens of {len(adv)} responses, {'on' if on_policy else 'off'}-policy, ", end=""
+    )
+    print(f"entropy {entropy:.3f} nats")
     print("touched: tokens treated unlike GRPO;  A > 0, A < 0: sum of |force| there, GRPO = 1")
     print("dH: predicted change of entropy, as a share of all flow (up and down) that GRPO causes")
-    if network_score is not None:
+    if scores:
         print("dH net: the same from the network flow, which knows the shared parameters and the optimizer")
-    print()
-    print(f"{'method':<20}{'place':<11}{'touched':>8}{'A > 0':>8}{'A < 0':>8}{'dH':>9}", end="")
-    print("  options" if network_score is None else f"{'dH net':>9}  options")
+    print(f"\n{'method':<20}{'place':<11}{'touched':>8}{'A > 0':>8}{'A < 0':>8}{'dH':>9}", end="")
+    print(f"{'dH net':>9}  options" if scores else "  options")
     effects = []
-    for method, note in methods or demonstration_methods(entropy, tokens.mask.shape[1]):
-        missing = [n for n in method.needs if getattr(tokens, n) is None]
-        if missing:
-            print(f"{method.key:<20}{method.place:<11} needs {missing[0]}")
+    for method, note in methods or demonstration_methods(entropy, mask.shape[1]):
+        row = f"{method.key:<20}{method.place:<11}"
+        if missing := [n for n in method.needs if getattr(tokens, n) is None]:
+            print(f"{row} needs {missing[0]}")
             continue
-        e = effect(method, tokens, entropy_slope)
-        plus, minus, *change = columns(e)
-        share = float(masked_mean(e.touched.double(), tokens.mask))
-        if not method.on_policy and policy == "on":
+        effects.append(effect(method, tokens, entropy_slope))
+        plus, minus, *change = columns(effects[-1])
+        share = float(masked_mean(effects[-1].touched.double(), mask))
+        if on_policy and not method.on_policy:
             note = "its clip or penalty acts with several updates per rollout only"
-        row = f"{method.key:<20}{method.place:<11}{share:>8.1%}{plus:>8.2f}{minus:>8.2f}"
-        print(row + "".join(f"{x:>+9.3f}" for x in change) + "  " + note)
-        effects.append(e)
+        print(
+            f"{row}{share:>8.1%}{plus:>8.2f}{minus:>8.2f}" + "".join(f"{x:>+9.3f}" for x in change), "", note
+        )
     if path:
         draw(tokens, adv, base, effects, path)
         print(f"\nfigure: {path}")
@@ -2123,37 +2012,42 @@ def show_batch(
 
 
 def draw(tokens: Tokens, adv: Tensor, base: Effect, effects: list[Effect], path: str) -> None:
-    """One row a method: its tokens on the plane (log p, A), darker where they count more, and the flow up and
-    down."""
+    """Per method its tokens on the plane (log p, A), darker where they count more, and its flows."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    m, rows = tokens.mask, len(effects)
+    m, rows = tokens.mask, (len(effects) + 1) // 2
     jitter = torch.rand(adv.shape, generator=torch.Generator().manual_seed(0)).to(adv) - 0.5
     x, y = tokens.logp.detach()[m], (adv + 0.3 * jitter)[m]
     scale = float(base.change.abs().sum())
-    size = {"figsize": (9, 0.95 * rows + 1), "width_ratios": (3, 2), "layout": "constrained"}
-    fig, axes = plt.subplots(rows, 2, sharex="col", squeeze=False, **size)
-    for (plane, bars), e in zip(axes, effects, strict=True):
+    flows = [
+        [float(x.sum()) / scale for x in (e.change.clamp(min=0), e.change.clamp(max=0))] for e in effects
+    ]
+    reach = 1.05 * max(max(up, -down) for up, down in flows)
+    size = {"figsize": (15, 0.95 * rows + 1), "width_ratios": (3, 2, 3, 2), "layout": "constrained"}
+    fig, axes = plt.subplots(rows, 4, sharex="col", squeeze=False, **size)
+    cells = [*axes[:, :2], *axes[:, 2:]]  # down the left column, then the right one
+    for (plane, bars), e, (up, down) in zip(cells, effects, flows, strict=False):
         weight = torch.where(base.force == 0, 1, e.force / base.force)[m].clamp(0, 2)
         order = e.touched[m].long().argsort(stable=True)  # touched tokens on top, and larger
-        area = 2 + 5 * e.touched[m][order].float()
         look = {"cmap": "YlGnBu", "vmin": -0.3, "vmax": 2, "linewidths": 0, "rasterized": True}
-        dots = plane.scatter(x[order], y[order], c=weight[order], s=area, **look)
+        dots = plane.scatter(x[order], y[order], 2 + 5 * e.touched[m][order].float(), weight[order], **look)
         plane.set_ylabel(e.method.key + "\nA", rotation=0, ha="right", va="center", fontsize=9)
-        up, down = (float(part.sum()) / scale for part in (e.change.clamp(min=0), e.change.clamp(max=0)))
         bars.barh([1, 0], [up, down], color=["0.7", "0.3"], height=0.7)
         bars.plot([up + down] * 2, [-0.5, 1.5], color="black", lw=2)
         bars.axvline(0, color="black", lw=0.5)
+        bars.set(xlim=(-reach, reach))
         bars.set_yticks([1, 0], ["up", "down"], fontsize=7)
-    axes[-1, 0].set_xlabel("log p of the sampled token, nats")
-    axes[-1, 1].set_xlabel("entropy flow, GRPO's total = 1; line: net")
+    for axis in [axis for cell in cells[len(effects) :] for axis in cell]:
+        axis.axis("off")
+    for plane, bars in (axes[-1, :2], axes[-1, 2:]):
+        plane.set_xlabel("log p of the sampled token, nats")
+        bars.set_xlabel("entropy flow over GRPO's; line: net")
     label = "weight relative to GRPO: 0 pale, 1 medium, 2 or more dark"
-    fig.colorbar(
-        dots, ax=axes[0, :], location="top", aspect=50, fraction=0.3, label=label, ticks=[0, 0.5, 1, 1.5, 2]
-    )
+    look = {"location": "top", "aspect": 60, "fraction": 0.3, "ticks": [0, 0.5, 1, 1.5, 2]}
+    fig.colorbar(dots, ax=axes[0, :], label=label, **look)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     fig.savefig(path, dpi=110)
     plt.close(fig)
@@ -2161,11 +2055,8 @@ def draw(tokens: Tokens, adv: Tensor, base: Effect, effects: list[Effect], path:
 
 def embedded_batches(steps: int = 20, network: bool = False) -> list[tuple[Tokens, Tensor, Tensor | None]]:
     """Two real batches of the embedded world: strictly on-policy after some steps of GRPO, and the same
-    responses four updates later, when the ratio has left 1.
-
-    Each with |∇_z H|² (B, T), and with `network` the change of entropy per unit force on each token in the
-    network, its preconditioner included.
-    """
+    responses four updates later, when the ratio has left 1. Each with |∇_z H|² (B, T), and with `network` the
+    change of entropy per unit force on each token in the network, its preconditioner included."""
     # Only here does this chapter look ahead to the loop: a demonstration needs something to demonstrate on.
     from pathlib import Path
 
@@ -2173,14 +2064,8 @@ def embedded_batches(steps: int = 20, network: bool = False) -> list[tuple[Token
     from train import Ledger, Run, Settings, response_logits, scored_in_slices
 
     model, tokenizer = warm_policy(WarmStart())
-    run = Run(
-        Settings(method="grpo", ledger="off"),
-        build("ref_kl", beta=0),
-        Path("."),
-        chain_task(),
-        model,
-        tokenizer,
-    )
+    settings, method = Settings(method="grpo", ledger="off"), build("ref_kl", beta=0)
+    run = Run(settings, method, Path("."), chain_task(), model, tokenizer)
     for _ in range(steps):
         run.train_step()
     batch, out = run.rollout(), []

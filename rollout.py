@@ -1111,13 +1111,53 @@ def _score(
     entropy_grad: bool,
     chunk: int | None,
 ) -> dict[str, Tensor]:
-    used = int((start + 1 + mask.sum(-1)).max())
-    hidden = model.get_decoder()(full_ids[:, : used - 1], use_cache=False).last_hidden_state  # (B, L', D)
     row, col = mask.nonzero(as_tuple=True)  # (N,)
     head = model.get_output_embeddings()
-    packed = hidden[row, start[row] + col]  # (N, D)
+    shared = None if chunk is None else _hidden_of_groups(model, full_ids, start, int(mask.sum(-1).max()))
+    if shared is not None:
+        packed = shared[row, col]  # (N, D)
+    else:
+        used = int((start + 1 + mask.sum(-1)).max())
+        hidden = model.get_decoder()(full_ids[:, : used - 1], use_cache=False).last_hidden_state  # (B, L', D)
+        packed = hidden[row, start[row] + col]
     stats = head_token_stats(packed, head.weight, ids[row, col], temperature, head.bias, chunk, entropy_grad)
     return vars(stats.map(lambda x: x.new_zeros(mask.shape).index_put((row, col), x)))
+
+
+def _hidden_of_groups(model: nn.Module, full_ids: Tensor, start: Tensor, length: int) -> Tensor | None:
+    """(B, length, D): the hidden states that predict the response tokens, every prompt read once for all of
+    its responses, as in sampling: the gradient flows back through the shared keys and values.
+
+    None where that saves nothing (fewer than two responses a prompt) or cannot be: layers that keep no plain
+    cache (sliding windows), recomputation (which switches the cache off), weights split over processes.
+    """
+    from transformers import DynamicCache
+
+    past = DynamicCache(config=model.config)
+    plain = all(type(layer).__name__ == "DynamicLayer" for layer in past.layers)
+    recomputes = model.training and getattr(model, "is_gradient_checkpointing", False)
+    if not plain or recomputes or hasattr(model, "through") or length < 2:
+        return None
+    width = int(start.max()) + 1
+    column = torch.arange(width, device=start.device)
+    prompt = torch.where(column <= start[:, None], full_ids[:, :width], -1)
+    prompt, owner = torch.unique(prompt, dim=0, return_inverse=True)  # (P, L), (B,)
+    if 2 * len(prompt) > len(owner):
+        return None
+    position = column - (width - (prompt >= 0).sum(-1, keepdim=True))  # padded on the left
+    attend = position >= 0
+    ids = torch.where(attend, prompt.gather(1, position.clamp(min=0)), 0)
+    ragged, decoder = not bool(attend.all()), model.get_decoder()
+    how = {"attention_mask": attend.long(), "position_ids": position.clamp(min=0)} if ragged else {}
+    last = decoder(ids, past_key_values=past, use_cache=True, **how).last_hidden_state[:, -1]  # (P, D)
+    past.batch_select_indices(owner)
+    column = start[:, None] + torch.arange(1, length, device=start.device)  # (B, length - 1)
+    ids = full_ids.gather(1, column.clamp(max=full_ids.shape[1] - 1))
+    if ragged:
+        attend = torch.cat([attend[owner], torch.ones_like(ids, dtype=torch.bool)], 1).long()
+        how = {"attention_mask": attend, "position_ids": column}
+    rest = decoder(ids, past_key_values=past, use_cache=True, **how).last_hidden_state
+    return torch.cat([last[owner][:, None], rest], 1)
 
 
 def through(model: nn.Module, f: Callable[..., Any], *args: Any) -> Any:
@@ -1631,6 +1671,7 @@ _DETERMINES = (
     WarmStart,
     supervised,
     _score,
+    _hidden_of_groups,
     response_mask,
 )
 

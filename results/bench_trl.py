@@ -2,20 +2,22 @@
 
     python results/bench_trl.py            needs the extra `trl`; writes results/bench_trl.txt
 
-Both trainers take the same steps: 32 chain problems x 16 responses of at most 11 tokens at temperature 1, plain
-GRPO, strictly on-policy, float32, AdamW, gradient clipping, the same verifier, the same kind of model with the
-same start weights, two threads.  TRL's own defaults that would only cost time here are switched off: bfloat16,
-gradient checkpointing, logging, and its evaluation and saving are never reached.  The two alternate step by
-step, so that both see the same machine; medians over the steps after three for warming up.  "rollout" is
-sampling and verifying, "update" is the rest of the step: loss, backward pass, clipping, AdamW.
+Both trainers take the same steps: 32 chain problems x 16 responses of at most 11 tokens at temperature 1,
+plain GRPO, strictly on-policy, AdamW, gradient clipping, the same verifier, the same kind of model with
+the same start weights, two threads.  TRL runs twice: as a user gets it (bfloat16 autocast and gradient
+checkpointing are its defaults) and tuned (both off, float32 like ours).  It never logs, saves or evaluates.
+The two trainers alternate step by step, so that both see the same machine; medians over the steps after
+three for warming up.  "rollout" is sampling and verifying, "update" is the rest of the step: loss, backward
+pass, clipping, AdamW.
 
 The roofline is the time that the step's multiplications and additions would take at the speed of a large
-float32 matrix product on the same threads: 2 N FLOPs per token read in sampling (N parameters without the
-embedding, prompts once, since their cache is shared) and 6 N per token of the update.  What lies above it is
-overhead: at a tiny model nearly everything.
+float32 matrix product on the same threads: 2 N FLOPs per token read in sampling and 6 N per token of the
+update, N the parameters (the tied embedding multiplies as the head), prompts counted once a group.  What lies
+above it is overhead: at a tiny model nearly everything.
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -43,7 +45,7 @@ def policy(name):
     return MODELS[name].build(tokenizer, 0).eval(), tokenizer
 
 
-def trl_trainer(name, task, steps, callback):
+def trl_trainer(name, task, steps, callback, tuned):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -56,15 +58,15 @@ def trl_trainer(name, task, steps, callback):
     config = GRPOConfig(
         output_dir="/tmp/bench_trl", max_steps=steps, per_device_train_batch_size=PROMPTS * GROUP,
         num_generations=GROUP, gradient_accumulation_steps=1, max_completion_length=task.max_new_tokens,
-        learning_rate=3e-4, lr_scheduler_type="constant", beta=0.0, temperature=1.0, top_p=1.0, bf16=False,
-        gradient_checkpointing=False, use_cpu=True, report_to="none", save_strategy="no", logging_steps=10**6,
-        disable_tqdm=True, adam_beta2=0.95, seed=0, dataloader_num_workers=0,
+        learning_rate=3e-4, lr_scheduler_type="constant", temperature=1.0, use_cpu=True, report_to="none",
+        save_strategy="no", logging_steps=10**6, disable_tqdm=True, adam_beta2=0.95, seed=0,
+        **({"bf16": False, "gradient_checkpointing": False} if tuned else {}),
     )  # fmt: skip
     data = Dataset.from_list([{"prompt": p.prompt} for p in task.train])
     return GRPOTrainer(model, reward, config, data, processing_class=tokenizer, callbacks=[callback])
 
 
-def measure(name, steps):
+def measure(name, steps, tuned):
     """{who: {phase: [seconds]}} and the mean number of tokens that a step trains on."""
     from transformers import TrainerCallback
 
@@ -88,7 +90,7 @@ def measure(name, steps):
             times["ours"]["rollout"].append(row["seconds_rollout"])
             tokens.append(row["tokens"])
 
-    trainer = trl_trainer(name, task, steps, Alternate())
+    trainer = trl_trainer(name, task, steps, Alternate(), tuned)
     generate = trainer._generate_and_score_completions
 
     def timed(*args, **kwargs):
@@ -134,25 +136,26 @@ def main():
     lines = [f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}, "
              f"{args.threads} threads; python results/bench_trl.py --steps {args.steps[0]} {args.steps[1]} "
              f"--threads {args.threads}"]  # fmt: skip
-    for name, steps in zip(MODELS, args.steps):
-        times, tokens = measure(name, steps + WARM_UP)
+    for (name, steps), tuned in itertools.product(zip(MODELS, args.steps), (False, True)):
+        times, tokens = measure(name, steps + WARM_UP, tuned)
         parameters = sum(x.numel() for x in policy(name)[0].parameters())
-        bound = roofline(name, tokens)
+        *bound, peak = roofline(name, tokens)
         body = []
-        for k, phase in enumerate(("rollout", "update", "step")):
+        for phase, limit in zip(("rollout", "update", "step"), (*bound, sum(bound))):
             trl_s, our_s = (statistics.median(times[who][phase]) for who in ("trl", "ours"))
-            spread = sorted(a / b for a, b in zip(times["trl"][phase], times["ours"][phase]))
-            quarter = spread[len(spread) // 4], spread[3 * len(spread) // 4]
-            limit = bound[k] if k < 2 else bound[0] + bound[1]
-            ratio = f"{trl_s / our_s:.2f} ({quarter[0]:.2f} to {quarter[1]:.2f})"
-            body.append([phase, f"{trl_s * 1e3:.1f}", f"{our_s * 1e3:.1f}", ratio, f"{limit * 1e3:.1f}",
-                         f"{limit / our_s:.0%}"])  # fmt: skip
+            ratios = sorted(a / b for a, b in zip(times["trl"][phase], times["ours"][phase]))
+            middle = (
+                f"{trl_s / our_s:.2f} ({ratios[len(ratios) // 4]:.2f} to {ratios[3 * len(ratios) // 4]:.2f})"
+            )
+            cells = (f"{x * 1e3:.1f}" for x in (trl_s, our_s, limit))
+            body.append([phase, *cells, middle, f"{limit / our_s:.0%}"])
         lines.append(
-            f"\n{name}: {parameters:,} parameters, {tokens:.0f} response tokens a step, {steps} steps each, "
-            f"large matrix product {bound[2] / 1e9:.0f} GFLOP/s"
+            f"\n{name}, TRL {'tuned' if tuned else 'as it comes'}: {parameters:,} parameters, {tokens:.0f} "
+            f"response tokens a step, {steps} steps each; large matrix product {peak / 1e9:.0f} GFLOP/s"
         )
-        head = ["", "TRL ms", "ours ms", "TRL / ours (middle half)", "roofline ms", "ours at roofline"]
+        head = ["", "TRL ms", "ours ms", "roofline ms", "TRL / ours (middle half)", "roofline / ours"]
         lines.append(aligned(head, body))
+        print("\n".join(lines[-2:]), flush=True)
     text = "\n".join(lines) + "\n"
     print(text)
     (Path(__file__).parent / "bench_trl.txt").write_text(text)

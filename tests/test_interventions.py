@@ -1727,6 +1727,17 @@ def test_missing_fields_are_named(key):
         plan_update(replace(tokens(), **{need: None}), build(key))
 
 
+@every_method
+@both_policies
+def test_the_fields_that_a_method_names_are_all_that_it_reads(key, off):
+    logits, tokens = make(38, off=off)
+    tk = tokens()
+    for method in (active(key), build(key)):
+        named = {*method.needs, "ids", "mask", "reward", "correct", "group", "logp", "old_logp"}
+        bare = Tokens(**{k: v if k in named else None for k, v in vars(tk).items()})
+        assert close(gradient(logits, bare, method), gradient(logits, tk, method))
+
+
 # ----------------------------------------------------------------------------------------------------------
 # The demonstration
 

@@ -250,7 +250,8 @@ def test_the_gradient_does_not_depend_on_the_token_budget(spec, budget):
         got = accumulate_gradient(model, batch, method, Settings(tokens_per_micro_batch=tokens))
         grads.append((gradient(model), got.force, got.flow))
     for a, b in zip(*grads):
-        assert float((a - b).norm()) <= 1e-10 * max(float(a.norm()), 1e-30)
+        # float64, but the norm layers of transformers compute in float32
+        assert float((a - b).norm()) <= 1e-7 * max(float(a.norm()), 1e-30)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -760,3 +760,29 @@ def test_the_warm_policy_is_broad(tmp_path):
         assert 0.15 <= got["pass@1"] <= 0.35, got["pass@1"]
         assert got["pass@k"] >= 0.85, got["pass@k"]
     shutil.rmtree(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Prompts shared by their responses
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, [[3, 5, 7], [9, 10, 11]]])
+def test_scoring_with_shared_prompts_is_scoring_without(prompts):
+    """Statistics and gradients, ragged prompts and equal ones, rows in any order; and it does share."""
+    tokenizer = tiny_tokenizer()
+    model = sharpen(TinyModel(32, 64, 2, 1).build(tokenizer, 0)).double()
+    out = sample(model, prompts, 5, 6, 1, 0, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(out.ids), generator=torch.Generator().manual_seed(1))
+    full, start = (x[order] for x in out.full_ids(0))
+    ids, mask = out.ids[order], out.mask[order]
+    assert rollout._hidden_of_groups(model, full, start, 6) is not None
+    assert rollout._hidden_of_groups(model, full[:1], start[:1], 6) is None, "one response: nothing to share"
+    results = []
+    for chunk in (2**22, None):  # None never shares
+        model.zero_grad()
+        stats = score(model, full, start, ids, mask, 0.9, True, chunk)
+        (stats.logp.square().sum() + stats.entropy.sum()).backward()
+        grad = torch.cat([p.grad.flatten() for p in model.parameters()])
+        results.append((stats.logp, stats.entropy, stats.p2, grad))
+    for a, b in zip(*results):
+        assert float((a - b).detach().norm()) <= 1e-6 * float(b.detach().norm())  # norms are float32 inside

@@ -493,8 +493,8 @@ def watched(engine, model, prompt, dtype):
 train.check_push = watched
 if {stale}:
     rollout.VllmEngine.push = lambda self, named: list(named)
-flags = "--engine vllm --steps 3 --prompts 8 --group-size 8 --eval-every 3 --eval-samples 2 --lr 3e-3 --threads 1"
-code = train.main(["--method", "opefo", *flags.split(), "--quiet", "--out", "a"])
+flags = "--engine vllm --steps 3 --prompts 8 --group-size 8 --eval-every 3 --eval-samples 2 --threads 1"
+code = train.main(["--method", "opefo", *flags.split(), "--lr", "3e-3", "--quiet", "--out", "a"])
 print(json.dumps({{"code": code, "pushes": pushes}}))
 if code == 0:
     from rollout import VllmEngine, TorchEngine, tiny_tokenizer, check_push, load_model
