@@ -448,12 +448,14 @@ class Method:
         "aggregation": AGGREGATIONS,
     }
     without: ClassVar[tuple[str, ...]] = ()  # inherited hyperparameters that this method has no use for
-    state: ClassVar[tuple[str, ...]] = ()  # attributes that live across steps and are saved: plain numbers
+    state: ClassVar[dict[str, Any]] = {}  # numbers that live across steps: name -> start, or a field's name
     given: ClassVar[tuple[str, ...]] = ()  # hyperparameters that somebody set, be it to their default
     corrects: ClassVar[bool] = False  # its weight is the correction (2.17): Tokens.mismatch is refused
 
     def __post_init__(self) -> None:
         self.progress = Progress()
+        for name, start in self.state.items():
+            setattr(self, name, getattr(self, start) if isinstance(start, str) else start)
         for cls in reversed(type(self).__mro__):
             for name, allowed in cls.__dict__.get("limits", {}).items():
                 self._check(name, getattr(self, name), allowed)
@@ -520,7 +522,8 @@ class Method:
         return clipped_surrogate(tk.logp, tk.old_logp, plan.adv, self.eps_low, self.eps_high, self.dual_clip)
 
     def penalty(self, tk: Tokens, plan: Plan) -> Tensor | None:
-        """Place 5.  A scalar added to the loss: this micro-batch's share of a sum over `plan.coef_all`."""
+        """Place 5.  A scalar added to the loss: this micro-batch's share of a sum over `plan.coef_all`, or
+        over `plan.coef` where it is part of the loss of selected tokens."""
         return None
 
     # -- state and needs -------------------------------------------------------------------------------------

@@ -355,8 +355,7 @@ class Entrocraft(Method):
 
 @dataclass
 class WReinforce(Method):
-    """REINFORCE on +lam and -1. [paper] 2506.01347; [code] RLVR-Decomposed
-    `compute_psr_nsr_outcome_advantage`.
+    """REINFORCE on +lam and -1. [paper] 2506.01347; [code] TianHongZXY/RLVR-Decomposed.
 
         A = lam if the response is correct, -1 if not; no baseline, no division                         (3.11)
 
@@ -470,8 +469,8 @@ class QAE(Method):
 
     def advantage(self, tk: Tokens) -> Tensor:
         r = tk.reward if tk.reward.dtype == torch.float64 else tk.reward.float()
-        _, size = group_index(tk.group)
-        n = size[group_index(tk.group)[0]].to(r.dtype)
+        index, size = group_index(tk.group)
+        n = size[index].to(r.dtype)
         var = group_mean((r - group_mean(r, tk.group)) ** 2, tk.group) * n / (n - 1).clamp(min=1)
         gap = r - group_quantile(r, tk.group, self.K, self.interpolation)  # (3.23)
         return (gap / (var.sqrt() + 1e-6))[:, None].expand(tk.mask.shape)
@@ -503,17 +502,13 @@ class PAR(Method):
     """E of `epoch`: the run is cut into so many equal epochs"""
 
     key, place, paper = "par", "weight", "2511.05993"
-    state = ("current",)
+    state = {"current": "lam"}
     idea = "multiply positive advantages by a lambda in [0, 1] that follows the entropy"
     needs = ("logp", "entropy")
     limits = {
         "schedule": ("entropy", "stage", "epoch", "constant"), "lam": SHARE, "delta": SHARE,
         "target": POSITIVE, "epochs": COUNT,
     }  # fmt: skip
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.current = self.lam
 
     def now(self) -> float:
         """λ of the coming update."""
@@ -658,8 +653,7 @@ class STEER(Method):
     Released code divides by max(max M, .02), has lambda_min = .8 (paper .7; the default follows), takes min
     and max over micro-batches of 8 responses and H from the old policy. `exact` puts the true first-order
     change A T in the place of Ω. With one outlier as the maximum, most weights lie within 1 % of 1: watch
-    weight_std. max
-    |Ω| = 0 gives w = 1.
+    weight_std. Where max |Ω| = 0, w = 1.
     """
 
     form: str = "theorem"
@@ -726,8 +720,8 @@ class OPEFO(Method):
     it one (entropy_math, section 6). No code is released; the per-token reading of Eq. 6 is inferred.
     Controls: `sides` plus or minus weights only one side, `lam` fixes λ (0 is GRPO), `shuffled_sign` deals
     the same weights to random tokens. P + Q = 0 gives λ = 0; one empty side gives λ = ±1, which switches the
-    other side off (metric lam shows it). λ is invariant to A -> sA, s > 0, and changes sign with A.
-    Off-policy, f has the acting advantage I_clip r A.
+    other side off (metric lam shows it). While λ is clamped, Σ takes up no error that pushes further. λ is
+    invariant to A -> sA, s > 0, and changes sign with A. Off-policy, f has the acting advantage I_clip r A.
     """
 
     form: str = "exact"
@@ -739,14 +733,14 @@ class OPEFO(Method):
     gain: float = 2.0
     """strength of the pull to target_entropy; 0: pure balance"""
     integral: float = 0.0
-    """weight of the sum of past relative errors, which removes the set point's offset; needs a target"""
+    """weight of the sum of past relative errors, which removes the offset; needs target_entropy and gain"""
     lam: float | None = None
     """a static lambda instead of the computed one; 0 is plain GRPO; none: computed"""
     shuffled_sign: bool = False
     """control: the same weights, dealt to random tokens"""
 
     key, place, paper = "opefo", "weight", "2605.11491"
-    state = ("error_sum",)
+    state = {"error_sum": 0.0}
     idea = "weight entropy-raising and entropy-lowering tokens so that their flows cancel, or hold a target"
     needs = FLOW
     last = True  # in a composition it balances what the others leave
@@ -757,7 +751,6 @@ class OPEFO(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.error_sum = 0.0
         if self.integral and (self.target_entropy is None or self.gain == 0):
             raise ValueError(
                 f"opefo: integral={self.integral} sums errors to target_entropy={self.target_entropy} at "
@@ -835,14 +828,14 @@ class PAPO(Method):
     """keep the sum of w |A| equal to that of |A|"""
 
     key, place, paper = "papo", "weight", "2605.11775"
-    state = ("e_ref",)
+    state = {"e_ref": None}
     idea = "reconstruction: favour entropy-raising tokens while entropy falls, and the reverse"
     needs = FLOW
     limits = {"lam": (0, 0.999), "reference": ("ema", "first", "target"), "target": ABOVE}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.e_ref: float | None = self.target if self.reference == "target" else None
+        self.e_ref = self.target if self.reference == "target" else None
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
         e = metrics["batch_entropy"]
@@ -924,14 +917,10 @@ class STARE(Method):
     """step of the adaptive W and M"""
 
     key, place, paper = "stare", "weight", "2606.19236"
-    state = ("W", "M")
+    state = {"W": "up", "M": "down"}
     idea = "below an entropy target, amplify the most surprising tokens with positive advantage"
     needs = ("logp", "entropy")
     limits = {"fraction": SHARE, "up": COUNT, "down": SHARE, "variant": ("O1", "C2"), "rate": POSITIVE}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.W, self.M = self.up, self.down
 
     def _surprising(self, tk: Tokens, side: Tensor) -> Tensor:
         n = int(side.sum())
@@ -982,16 +971,12 @@ class EntroPIC(Method):
     """the extra term is divided by: own (number of confident tokens, as released), all (N)"""
 
     key, place, paper = "entropic", "weight", "2511.15248"
-    state = ("error_sum",)
+    state = {"error_sum": 0.0}
     idea = "PI controller: weigh successes and failures among confident tokens to hold an entropy"
     needs = ("logp", "entropy")
     limits = {
         "kp": POSITIVE, "ki": POSITIVE, "threshold": SHARE, "target": ABOVE, "denominator": ("own", "all"),
     }  # fmt: skip
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.error_sum = 0.0
 
     def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
         error = metrics["batch_entropy"] - self.target
@@ -1059,7 +1044,8 @@ class ClipHigher(Method):
         r in [1 - eps_low, 1 + eps_high]                                                                 (3.6)
 
     The upper clip stops rare tokens from rising: 1 + eps bounds p_new/p_old, so a token at .01 may add .002
-    and one at .9 may add .1. The lower clip raises entropy, the upper lowers it, even at random (2509.26114).
+    and one at .9 may add .1. Lower clips raise entropy, upper ones lower it, at random rewards too
+    (2509.26114).
     """
 
     eps_high: float = 0.28
@@ -1138,8 +1124,7 @@ class GSPO(Method):
 
 @dataclass
 class CEGPPO(FromFactor):
-    """Give clipped tokens a bounded gradient back. [code] Kwai-Klear/CE-GPPO
-    `compute_gppo_loss_general_beta`; 2509.20712.
+    """Give clipped tokens a bounded gradient back. [code] Kwai-Klear/CE-GPPO; 2509.20712.
 
         A < 0, r < 1 - eps_low:   l = -b1 (1 - eps_low) (r/sg r) A      rare failures: lowers H         (3.27)
         A > 0, r > 1 + eps_high:  l = -b2 (1 + eps_high) (r/sg r) A     rare successes: raises H
@@ -1301,7 +1286,7 @@ class AdaptiveEntropy(Method):
     """paper (gate on this step's entropy), released (on the last one's)"""
 
     key, place, paper = "adaptive_entropy", "penalty", "2505.22312"
-    state = ("c", "enabled")
+    state = {"c": 0.0, "enabled": True}
     idea = "entropy bonus whose coefficient grows while entropy is below a target"
     needs = ("logp", "entropy")
     limits = {"delta": POSITIVE, "variant": ("paper", "released")}
@@ -1310,7 +1295,7 @@ class AdaptiveEntropy(Method):
         super().__post_init__()
         if self.c_min > self.c_max:
             raise ValueError(f"adaptive_entropy: c_min={self.c_min} is above c_max={self.c_max}: swap them")
-        self.c, self.enabled = min(max(0.0, self.c_min), self.c_max), True
+        self.c = min(max(0.0, self.c_min), self.c_max)
 
     def alpha(self, entropy: float) -> float:
         """The coefficient that acts at this step, given the batch's entropy."""
@@ -1344,8 +1329,8 @@ class RefKL(Method):
         L = L_pg + beta · mean kl(log π, log π_ref)                                                      (3.4)
 
     Our default k2 has the gradient of KL(π||π_ref); the paper's k3 has that of the reverse KL, grpo (2.13) to
-    (2.16). beta: .04 GRPO, .001 DeepSeek-R1 and verl, .05 open-instruct, 0 DAPO and TRL. 2505.22617:
-    entropy stable, accuracy worse.
+    (2.16). beta: .04 GRPO, .001 DeepSeek-R1 and verl, .05 open-instruct, 0 DAPO and TRL. 2505.22617 saw
+    entropy stay and accuracy fall.
     """
 
     beta: float = 0.04
@@ -1385,13 +1370,9 @@ class ProRL(RefKL):
     """reset after so many evaluations without a new best score"""
 
     key, paper = "prorl", "2505.24864"
-    state = ("best", "waited")
+    state = {"best": -math.inf, "waited": 0}
     idea = "KL to a reference that is moved to the policy, optimizer cleared, when progress stalls"
     limits = {"every": POSITIVE, "patience": COUNT}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.best, self.waited = -math.inf, 0
 
     def reset_reference(self, step: int, score: float | None) -> bool:
         if self.every:
@@ -1428,9 +1409,9 @@ class KLCov(OnPicked):
         l = -r A (no clip);  l += beta · d(π, π_old) on the max(1, ⌊ratio · N⌋) tokens of top c (3.7)    (3.8)
 
     d: abs |log r| (released, default), k2, k3 = r - 1 - log r (estimates KL(π_old||π), as in the paper).
-    **With one update per rollout log r is 0 and so is every d's gradient: nothing happens.**  If old_logp
-    came from a second forward pass, abs would turn its rounding noise into gradients ±beta/N of random sign;
-    on strict steps leave old_logp None. The penalty is part of a token's l, so it has the surrogate's
+    **With one update per rollout log r is 0 and so is every d's gradient: nothing happens.** If old_logp came
+    from a second forward pass, abs would turn its rounding noise into gradients ±beta/N of random sign; on
+    strict steps leave old_logp None. The penalty is part of a token's l, so it has the surrogate's
     denominator. All A or all log p equal: nobody is picked. Paper: ratio 2e-3 (7B), 2e-4 (32B), beta 1.
     PRIME's 0.2 is in percent; verl's config has ratio 2e-4 and beta 0.1.
     """
@@ -1564,9 +1545,8 @@ def _shared_values(members: list[Method], surrogate: Method) -> dict[str, Any]:
         set_by = {m.key: getattr(m, name) for m in users if name in m.given or getattr(m, name) != default}
         if len(set(set_by.values())) > 1:
             text = ", ".join(f"{k} has {v}" for k, v in set_by.items())
-            raise ValueError(
-                f"{'+'.join(m.key for m in members)}: conflicting {name}: {text}; set {name} explicitly"
-            )
+            who = "+".join(m.key for m in members)
+            raise ValueError(f"{who}: conflicting {name}: {text}; set {name} explicitly")
         values[name] = next(iter(set_by.values()), default)
         if values[name] != default and name in surrogate.without:
             who = f"{next(iter(set_by))} sets {name}, which the surrogate of {surrogate.key} does not use"
@@ -1686,8 +1666,7 @@ class Composite(Method):
         return next(own, self.progress.max_length)
 
     def reset_reference(self, step: int, score: float | None) -> bool:
-        resets = [m.reset_reference(step, score) for m in self.members]  # each sees every score
-        return any(resets)
+        return any([m.reset_reference(step, score) for m in self.members])  # a list: each sees every score
 
     def after_step(self, plan: Plan) -> None:
         for m in self.members:
@@ -1727,18 +1706,11 @@ def hyperparameters(cls: type[Method]) -> list[tuple[str, Any, Any, str]]:
     for base in reversed(cls.__mro__[:-1]):
         body = ast.parse(inspect.getsource(base)).body[0].body
         for item, text in pairwise(body):
-            if (
-                isinstance(item, ast.AnnAssign)
-                and isinstance(text, ast.Expr)
-                and isinstance(text.value, ast.Constant)
-            ):
-                helps[item.target.id] = text.value.value
+            if isinstance(item, ast.AnnAssign) and isinstance(text, ast.Expr):
+                helps[item.target.id] = ast.literal_eval(text.value)
     kinds = typing.get_type_hints(cls)
-    return [
-        (f.name, kinds[f.name], f.default, helps.get(f.name, ""))
-        for f in fields(cls)
-        if f.name not in cls.without
-    ]
+    used = [f for f in fields(cls) if f.name not in cls.without]
+    return [(f.name, kinds[f.name], f.default, helps.get(f.name, "")) for f in used]
 
 
 def _nearest(word: str, words: Iterable[str]) -> str:
@@ -1757,9 +1729,7 @@ def convert(key: str, name: str, value: Any, kind: Any) -> Any:
     if kind is bool and word in ("true", "1", "yes", "on", "false", "0", "no", "off"):
         return word in ("true", "1", "yes", "on")
     if kind in (int, float) and not isinstance(value, bool):
-        with contextlib.suppress(
-            TypeError, ValueError, OverflowError
-        ):  # reported below, like all that does not fit
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # reported below
             number = kind(value)
             if not math.isnan(number) and (isinstance(value, str) or number == value):
                 return number
@@ -1803,11 +1773,9 @@ def build(name: str, **hyperparameter: Any) -> Method:
         prefix, _, n = full.rpartition(".")
         having = [m for m in members if n in known[m] and prefix in ("", m)]
         if not having:
-            names = dict.fromkeys(x for m in members for x in known[m])
-            near = _nearest(n, names)
-            raise ValueError(
-                f"{name} has no hyperparameter {full!r}: did you mean {near}? ({', '.join(names)})"
-            )
+            words = dict.fromkeys(x for m in members for x in known[m])
+            text = f"did you mean {_nearest(n, words)}? ({', '.join(words)})"
+            raise ValueError(f"{name} has no hyperparameter {full!r}: {text}")
         if len(having) > 1 and n not in SHARED:
             raise ValueError(f"{name}: {n} belongs to {' and '.join(having)}: write {having[0]}.{n}={value}")
         for m in having:

@@ -7,11 +7,13 @@ shows the collapse in a minute.
     the embedded world   "chain": reach a target in one to three arithmetic steps; 6,348 problems, most with
                          dozens of right answers
     tokenizer, model     a real `transformers` tokenizer and a real Llama, made in code: the 7 B path, smaller
+    other people's       any causal LM of `transformers`, any JSONL of problems and answers
     warm start           supervised learning on random right chains: a policy often wrong and very diverse
     masks                the first EOS belongs to the response and nothing after it does
     sampling             batched, KV-cached, from the exact softmax at a temperature: no top-p, no top-k
     vLLM                 the same from a production engine in this process, and a check that pushes arrived
     scoring              log π, H, Σp², Σp² log p of every response token, through entropy_math's chunked head
+    grading              is this answer that answer, decided within 1.5 s whatever the answer is
 
 Left out, compared with a production engine: stop strings, paged attention, and continuous batching beyond
 dropping rows that ended.  Run `python rollout.py` to see problems, answers, and where the policy is unsure.
@@ -31,9 +33,10 @@ import random
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from functools import cache
@@ -1181,16 +1184,22 @@ def through(model: nn.Module, f: Callable[..., Any], *args: Any) -> Any:
 #   - The last complete \boxed{} counts, whatever stood in others.  A last box that never closes is no answer.
 #   - A list without brackets or in braces is a set: order does not matter, the number of elements does.  In
 #     round or square brackets order matters, and so does the kind of bracket: (1, 2] is not [1, 2].
-#   - A comma before exactly three digits separates thousands (1,234), any other separates answers: `1,2`
-#     is the set of 1 and 2, not 1.2, and `5, 6` is not 6.
-#   - `x = 5` is 5, but `1 = 5` is not.  +5, (5) and {5} are 5.  50\% is 50, and it is one half, since
+#   - `100, 200` is a set; `1,234`, without a space and with exactly three digits behind, is right whichever
+#     of the two readings is the reference.  `1,2` is the set of 1 and 2, not 1.2, and `5, 6` is not 6.
+#   - 1 ± 2 is the set of 3 and -1.  A set of one is its element: +5, (5) and {5} are 5.
+#   - `x = 5` and `5 = x` are 5, but `1 = 5` and `1 + 1 = 5` are not.  50\% is 50, and it is one half, since
 #     problems ask for both; .5 against a reference of 50 is wrong.
+#   - Units behind a number are not compared.  \text{} behind a number is a unit; bare letters are one only if
+#     nobody multiplies by them: `6 cm` is 6, but `6m` is six times m.
 #   - Two integers or fractions must be equal.  Where one is a decimal, a relative difference of 1e-4 is
-#     allowed, of 1e-2 where the reference has a power of ten (measured quantities in minerva).
+#     allowed (but from an integer less than one half), of 1e-2 where the reference has a power of ten
+#     (measured quantities in minerva).
 #
-# A check by text or numbers takes 20 to 50 µs, by algebra 8 to 40 ms.
+# Text and numbers are compared in this process, without a time limit: nothing longer than LONGEST_WRITTEN
+# gets there, and no pattern may backtrack more than quadratically.
 
 LONGEST_ANSWER = 500  # characters; the longest reference of the six benchmarks has 204
+LONGEST_WRITTEN = 2000  # the same before LaTeX's decoration is taken off
 TAIL = 20_000  # characters of a completion that are looked at
 
 
@@ -1204,28 +1213,40 @@ def last_boxed(text: str) -> str | None:
         found = re.match(r"[-+]?[\w.]+", rest)
         return found[0] if found else None
     depth = 0
-    for i, c in enumerate(rest):
-        depth += (c == "{") - (c == "}") if not (i and rest[i - 1] == "\\") else 0
+    for token in re.finditer(r"\\.|[{}]", rest, re.DOTALL):  # \{ and \} are letters, but \\ ends before a }
+        depth += (token[0] == "{") - (token[0] == "}")
         if depth == 0:
-            return rest[1:i]
+            return rest[1 : token.start()]
     return None
 
 
 NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|\d|/\d+)?"
 
 
+LONE = re.compile(  # 42 in "42, as wanted", but not in "5 and 6" or "2 sin x"
+    r"[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?=[,;:]?\s+(?!and\b|or\b|sin|cos|tan|log|ln|pi|sqrt)[a-z]{2})"
+)
+
+
 def extract(completion: str) -> str | None:
     """The answer that a completion gives: its last box, else what follows its last "answer is" or "answer:",
-    else its last formula or number.  None where there is none."""
-    text = completion[-TAIL:]
+    else its last formula or number.  None where there is none, or one of over LONGEST_WRITTEN characters."""
+    answer = _extract(completion[-TAIL:])
+    return answer if answer is not None and len(answer) <= LONGEST_WRITTEN else None
+
+
+def _extract(text: str) -> str | None:
     if "\\boxed" in text or "\\fbox" in text:
         return last_boxed(text)
-    said = list(re.finditer(r"(?i)answer\s*(?:is|:|=)\s*:?\s*", text))
+    said = list(re.finditer(r"(?i)answer\**\s*(?:is|:|=)\s*:?[\s*`]*", text))
     if said:
-        line = text[said[-1].end() :].strip().split("\n")[0]
-        math = re.match(r"\$([^$]+)\$|\\\((.+?)\\\)", line)
+        rest = text[said[-1].end() :]
+        math = re.match(r"\$\$?([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", rest, re.DOTALL)
         if math:
-            return math[1] or math[2]
+            return next(g for g in math.groups() if g)
+        line = rest.split("\n")[0].replace("**", "").replace("`", "").strip()
+        if lone := LONE.match(line):
+            return lone[0]
         return re.split(r"(?<=[\w)}\]])\.(?:\s|$)", line)[0].strip() or None
     formulas = list(
         re.finditer(r"\$([^$]{1,500})\$|\\\((.{1,500}?)\\\)|(-?\d[\d,]*(?:\.\d+)?(?:/\d+)?)", text)
@@ -1233,31 +1254,58 @@ def extract(completion: str) -> str | None:
     return next((g for g in formulas[-1].groups() if g), None) if formulas else None
 
 
-UNITS = (
-    "degrees? minutes? seconds? hours? days? weeks? months? years? inches|inch feet|foot yards? miles? "
-    "meters? cm mm km m kg mg ml units? square cubic dollars? cents? points? students? people ways? mph kpc "
-    "pc nm ev hz angstroms?"
+# Bare words and letters that are units, not products.  At most one: in a run of them `5mmmm...` would have
+# exponentially many readings.
+UNIT = re.compile(
+    r"(?<=[\d})])(?:square|cubic)?(?:(?i:degree|minute|second|hour|day|week|month|year|inche?|foot|feet|yard|"
+    r"mile|meter|unit|dollar|cent|point|student|people|way)s?|cm|mm|kg|mph|kpc|Hz|eV|[Aa]ngstroms?)"
+    r"(?:\^\{?\d\}?)?$"
 )
-UNIT = re.compile(r"(?<=[\d})])(?:" + "|".join(UNITS.split()) + r")+(?:\^\{?\d\}?)?$", re.IGNORECASE)
+# \text{ cm}^2, \mathrm{m}/\mathrm{s}: any text that ends a number, but for what changes the number
+TEXT = r"\\(?:text|mbox|mathrm|textrm)"
+UNIT_TEXT = re.compile(
+    r"(?:(?<=[\d)%])|(?<=\d\})|(?<=\\pi)|(?<=\\pi\}))"
+    rf"(?: ?[*/]? ?{TEXT} ?\{{(?! ?(?:[eidx]|[ap]\.?m\.?|thousand|.illion|dozen) ?\}})[^{{}}]*\}}"
+    r"(?: ?\^ ?\{? ?-?\d ?\}?)?)+[ .]*$",
+    re.IGNORECASE,
+)
+WRAPPED = re.compile(
+    r"\\(?:text(?:bf|it|rm)?|mbox|math(?:rm|bf|it|sf)|boldsymbol|bm|rm|operatorname)\s*\{([^{}]*)\}"
+)
+UNICODE = str.maketrans({
+    "−": "-", "–": "-", "~": " ", "×": "*", "·": "*", "÷": "/", "π": "\\pi ", "∞": "\\infty ", "∪": "\\cup ",
+    "²": "^2", "³": "^3", "½": "\\frac{1}{2}", "≤": "\\le ", "≥": "\\ge ", "°": "^\\circ ", "\x00": None,
+    "£": None, "€": None, "`": None,
+})  # fmt: skip
 
 
 def clean(answer: str) -> str:
-    """An answer without LaTeX's decoration: two ways of writing the same thing become the same string."""
-    s = answer.replace("\x00", "").replace("\\$", "").strip().strip("$").strip()
+    """An answer without LaTeX's decoration: two ways of writing the same thing become the same string.
+
+    ± is \\pm; a `;` parts what a comma and a space parted before three digits, since all spaces go."""
+    s = " ".join(answer.translate(UNICODE).replace("\\$", "").replace("\\pounds", "").split())
+    s = s.replace("**", "").strip("$ ")
     s = re.sub(
         r"(?<!\\)\\(?:left|right|[bB]igg?[lr]?|displaystyle|quad|limits|,|!|;|:|>|\s)(?![a-zA-Z])", "", s
     )
-    s = s.replace("~", " ").replace("−", "-").replace("\\cdot", "*").replace("\\times", "*").replace("$", "")
-    s = re.sub(r"\\[dt]frac", r"\\frac", s)
-    s = re.sub(r"\\(?:text|textbf|mbox|mathrm|mathbf|textit|rm|operatorname)\s*\{([^{}]*)\}", r" \1 ", s)
+    s = s.replace("\\cdot", "*").replace("\\times", "*").replace("$", "")
+    s = s.replace("\\varnothing", "\\emptyset")
+    s = re.sub(r"\\[dtc]frac", r"\\frac", s)
+    s = re.sub(r"\\pm(?![a-zA-Z])", "±", s).replace(">=", "\\ge ").replace("<=", "\\le ")
+    s = re.sub(r"√ ?(\d+|\w)", r"\\sqrt{\1}", s)
+    s = re.sub(rf"{TEXT} ?\{{ ?percent ?\}}|(?<=\d) ?percent$", r"\\%", s)
+    s = UNIT_TEXT.sub("", s)
+    s = WRAPPED.sub(r" \1 ", s)
     s = re.sub(r"\\frac\s*([^\s{\\])\s*([^\s{\\])", r"\\frac{\1}{\2}", s)  # \frac12
     s = re.sub(r"\\frac\s*([^\s{\\])\s*\{", r"\\frac{\1}{", s)
     s = re.sub(r"(\\frac\s*\{[^{}]*\})\s*([^\s{\\])", r"\1{\2}", s)
     s = re.sub(r"\\sqrt\s*(\w)", r"\\sqrt{\1}", s)
-    s = re.sub(r"\^\s*\{?\s*\\?(?:circ|prime)\s*\}?(?:\s*[CF]$)?|°", "", s)  # degrees; 1950^\circ C
+    s = re.sub(r"\^ ?\{? ?\\?(?:circ|prime) ?\}?(?: ?[CF]$)?", "", s)  # degrees; 1950^\circ C
     s = re.sub(r"^\\\(|\\\)$|^\\\[|\\\]$", "", s).strip()
-    s = re.sub(r"\s+", "", re.sub(r"\s+(?:and|or)\s+", ",", s))
-    s = re.sub(r"(\d),(?=\{?\}?\d{3}(?!\d))", r"\1,", s).replace("{,}", ",").rstrip(".,;")
+    s = re.sub(r"(?<![\d/}])(\d+) (\d+/\d+)(?!\d)", r"(\1+\2)", s)  # 2 1/2
+    s = re.sub(r"(?<=\d), (?=[1-9]\d\d(?!\d))", ";", re.sub(r" +(?:and|or) +", ", ", s))
+    s = re.sub(r"\s+", "", s)
+    s = s.replace("{,}", ",").rstrip(".,;\\")
     s = UNIT.sub("", s).replace("\\%", "%")
     return s[1:] if s.startswith("+") else s
 
@@ -1273,6 +1321,9 @@ def number(s: str) -> tuple[Fraction, str] | None:
         sign, a, b, c, d = found.groups()
         top, bottom = int(a or c), int(b or d)
         return (Fraction(top, bottom) * (-1 if sign else 1), "exact") if bottom else None
+    if found := re.fullmatch(r"(-?\d+)\.(\d*)\\overline\{(\d+)\}", s):
+        once, both = found[1] + found[2], found[1] + found[2] + found[3]
+        return Fraction(int(both) - int(once), 10 ** len(found[2]) * (10 ** len(found[3]) - 1)), "exact"
     found = re.fullmatch(
         r"(-?(?:\d+\.?\d*|\.\d+))(?:(?:\*10\^|[eE])\{?([-+]?\d{1,3})\}?)?|(-?)10\^\{?(-?\d{1,3})\}?", s
     )
@@ -1295,11 +1346,19 @@ def parts(s: str) -> tuple[str, list[str]] | None:
     inner = s[len(opening) : -len(closing)]
     if opening in ("(", "[", "{", "\\{") and closing in (")", "]", "}", "\\}") and _balanced(inner):
         elements, kind = _split(inner, (",", ";")), opening[-1] + closing[-1]
-        if kind == "{}" or len(elements) > 1:
+        if kind == "{}":
+            return kind, _signs(elements)
+        if len(elements) > 1:
             return kind, elements
         return ("{}", elements) if kind in ("()", "[]") and opening != "[" else None  # (5) is 5
-    elements = _split(s, (",", ";"))
+    elements = _signs(_split(s, (",", ";")))
     return ("{}", elements) if len(elements) > 1 else None
+
+
+def _signs(elements: list[str]) -> list[str]:
+    """a ± b as the two that it stands for; where several signs go together that is left to algebra."""
+    pairs = [[e.replace("±", "+"), e.replace("±", "-")] if e.count("±") == 1 else [e] for e in elements]
+    return [e.removeprefix("+") for pair in pairs for e in pair]
 
 
 def _balanced(s: str) -> bool:
@@ -1343,20 +1402,24 @@ def same_number(candidate: str, reference: str) -> bool | None:
         scaled = (x, y)
     exact = how == ref == "exact"
     slack = Fraction(0 if exact else 1, 100 if ref == "power" else 10_000)
+    if ref == "exact" and y.denominator == 1 and abs(x - y) >= Fraction(1, 2) and scaled == (x, y):
+        return False  # 30031.0 is not 30030
     return any(abs(p - q) <= slack * abs(q) for p, q in ((x, y), scaled))
 
 
+NAME = re.compile(r"[a-zA-Z](?:_\{?\w+\}?)?(?:\([a-zA-Z](?:,[a-zA-Z])*\))?")  # x, x_1, f(x, y)
+
+
 def right_side(s: str, other: str) -> str:
-    """What a lone `x = ` or `x \\in ` in front says is the answer, unless the other side has one too."""
+    """What a lone `x = ` or `x \\in ` in front says is the answer, or `= x` behind, unless the other side has
+    one too."""
     for sign in ("\\in", "="):
         if sign in s and sign not in other:
             left, _, right = s.partition(sign)
-            if (
-                right
-                and sign not in right
-                and re.fullmatch(r"[a-zA-Z](?:_\{?\w+\}?)?(?:\([a-zA-Z](?:,[a-zA-Z])*\))?", left)
-            ):
+            if right and sign not in right and NAME.fullmatch(left):
                 return right
+            if sign == "=" and left and NAME.fullmatch(right):
+                return left
     return s
 
 
@@ -1364,15 +1427,24 @@ def undecided(candidate: str, reference: str) -> bool | list[tuple[str, str]]:
     """True or False where text and numbers tell; else pairs of which all must be equal by algebra.
 
     Both are answers, not completions.  Elements of sets that are equal as text or number pair up first; what
-    remains is left to algebra as two sets."""
+    remains is left to algebra as two sets.  `100,200` is read as one number, then as two."""
+    if max(len(candidate), len(reference)) > LONGEST_WRITTEN:
+        return candidate == reference
     a, b = clean(candidate), clean(reference)
+    x, y = (re.sub(r"(?<=\d),(?=[1-9]\d\d(?!\d))", ";", s) for s in (a, b))
+    found = _undecided(a, b)
+    for pair in dict.fromkeys([(x, b), (a, y), (x, y)]):
+        if found is False and pair != (a, b):
+            found = _undecided(*pair)
+    return found
+
+
+def _undecided(a: str, b: str) -> bool | list[tuple[str, str]]:
     a, b = right_side(a, b), right_side(b, a)
-    if a.casefold() == b.casefold() and a:
+    if a and a.casefold() == b.casefold():
         return True
-    if not a or len(a) > LONGEST_ANSWER:
+    if not a or not b or len(a) > LONGEST_ANSWER:
         return False
-    if "=" not in b and any(same_number(x, a.split("=")[-1]) is False for x in a.split("=")):
-        return False  # 1 = 5
     whole = same_number(a, b)
     if whole is not None:
         return whole
@@ -1380,30 +1452,49 @@ def undecided(candidate: str, reference: str) -> bool | list[tuple[str, str]]:
     if (x := re.fullmatch(choice, a)) and (y := re.fullmatch(choice, b)):
         return x[1] == y[1]
     left, right = parts(a), parts(b)
+    if left and len(left[1]) == 1:
+        return undecided(left[1][0], b)
+    if right and len(right[1]) == 1:
+        return undecided(a, right[1][0])
     if left is None and right is None:
-        if re.fullmatch(r"[A-Za-z'-]{2,}", b) and re.fullmatch(r"[A-Za-z'-]*", a):
+        if re.fullmatch(r"[A-Za-z'-]{3,}", b) and re.fullmatch(r"[A-Za-z'-]*", a):
             return False  # two words
+        if number(a) and re.search(r"\d[a-zA-Z]+$", b):
+            return False  # 2 is not 2m: math-verify would take m for a unit
+        sides = a.split("=") if "=" not in b else []
+        values = [x for x in sides if x and not re.search(r"[a-zA-Z]", re.sub(r"\\(?:frac|sqrt|pi)", "", x))]
+        if len(sides) > 1 and values:  # a + b = 5 is 5; of 1 + 1 = 5 both sides would have to be
+            return _all(undecided(x, b) for x in values)
         return [(a, b)]
     (kind, ours), (other, theirs) = left or ("{}", [a]), right or ("{}", [b])
     if kind != other or len(ours) != len(theirs):
         return False
-    return _pair(ours, theirs, ordered=kind != "{}")
+    if kind != "{}":
+        return _all(undecided(x, y) for x, y in zip(ours, theirs))
+    return _matched(ours, theirs)
 
 
-def _pair(ours: list[str], theirs: list[str], ordered: bool) -> bool | list[tuple[str, str]]:
-    """The elements of two lists against each other."""
-    if ordered:
-        found = [undecided(a, b) for a, b in zip(ours, theirs)]
-        if any(f is False for f in found):
+def _all(found: Iterable[bool | list[tuple[str, str]]]) -> bool | list[tuple[str, str]]:
+    """Whether all are so, or what must be for that."""
+    pairs: list[tuple[str, str]] = []
+    for f in found:
+        if f is False:
             return False
-        return [pair for f in found if f is not True for pair in f] or True
+        pairs += [] if f is True else f
+    return pairs or True
+
+
+def _matched(ours: list[str], theirs: list[str]) -> bool | list[tuple[str, str]]:
+    """The elements of two sets of one size against each other."""
     rest, open_ours = list(theirs), []
     for a in ours:
-        hit = next((b for b in rest if undecided(a, b) is True), None)
-        if hit is None:
+        found = [undecided(a, b) for b in rest]
+        if True in found:
+            del rest[found.index(True)]
+        elif any(found):
             open_ours.append(a)
         else:
-            rest.remove(hit)
+            return False  # nothing that is left could be equal to it
     if not rest:
         return True
     return [("\\{" + ",".join(open_ours) + "\\}", "\\{" + ",".join(rest) + "\\}")]
@@ -1412,17 +1503,15 @@ def _pair(ours: list[str], theirs: list[str], ordered: bool) -> bool | list[tupl
 def _algebra_server() -> None:
     """Runs in a process of its own, from its source text alone, so that it imports neither torch nor us.
 
-    Reads one JSON line {candidate, reference, seconds, memory} at a time and answers 1 or 0.  Every check is
-    done by a fork, which may be killed: what it did to memory, time or sympy's caches dies with it.
+    Reads one JSON line {candidate, reference, seconds, memory} at a time and answers 1 or 0, or once "! why"
+    where it cannot work at all.  Every check is done by a fork, which may be killed: what it did to memory,
+    time or sympy's caches dies with it.  Where the system sets no limit on memory, the time limit remains.
     """
+    import contextlib
     import json
     import os
-    import resource
-    import select
     import signal
     import sys
-
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     def equal(candidate: str, reference: str) -> bool:
         how = {
@@ -1432,23 +1521,31 @@ def _algebra_server() -> None:
         gold, target = (parse("$" + text + "$", **how) for text in (reference, candidate))
         return bool(gold and target and verify(gold, target, timeout_seconds=None))
 
-    for a, b in (
-        ("\\frac{1}{2}", "0.5"),
-        ("x^2-1", "(x-1)(x+1)"),
-        ("\\{1,\\sqrt{2}\\}", "\\{\\sqrt{2},1\\}"),
-    ):
-        equal(a, b)  # grammar and caches are warm before the first fork
+    warm = ("\\frac{1}{2}", "0.5"), ("x^2-1", "(x-1)(x+1)"), ("\\{1,\\sqrt{2}\\}", "\\{\\sqrt{2},1\\}")
+    try:
+        import resource
+        import select
+
+        from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+        fork = os.fork
+        if not all([equal(a, b) for a, b in warm]):  # grammar and caches are warm before the first fork
+            raise RuntimeError(f"equal expressions were found different among {warm}")
+    except Exception as error:
+        print("!", type(error).__name__, " ".join(str(error).split()), flush=True)
+        return
     for line in sys.stdin:
         job = json.loads(line)
         out, end = os.pipe()
-        child = os.fork()
+        child = fork()
         if child == 0:
             try:
-                with open("/proc/self/statm") as file:
-                    used = int(file.read().split()[0]) * resource.getpagesize()
-                limit = used + job["memory"]
-                resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+                seconds = int(job["seconds"]) + 2  # ends it even if the one that would kill it is gone
+                resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
                 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                with contextlib.suppress(OSError, ValueError), open("/proc/self/statm") as file:
+                    limit = int(file.read().split()[0]) * resource.getpagesize() + job["memory"]
+                    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
                 sys.setrecursionlimit(3000)
                 os.write(end, b"1" if equal(job["candidate"], job["reference"]) else b"0")
             finally:
@@ -1466,10 +1563,11 @@ class Grader:
     """Grades completions; where algebra is needed, in `workers` processes.
 
     Every check has `seconds` of wall time and `memory` bytes beyond what the process has mapped, then it is
-    killed and counts as wrong: `grade_all` never raises and never waits longer than that per check.  Results
-    are kept by (answer, reference), up to `remember` of them.  The processes start with the object and take
-    4 s to import math-verify in the background; Ctrl-C does not reach them, and they end with this process,
-    however that ends.  Raises ImportError where math-verify is missing.
+    killed and counts as wrong: no completion makes `grade_all` raise or wait longer than that per check.  Any
+    thread may call it.  Results are kept by (answer, reference), up to `remember` of them.  The processes
+    start with the object and need STARTUP to import math-verify, in the background; Ctrl-C does not reach
+    them, and they end with this process, however that ends.  Raises ImportError where math-verify is missing,
+    and RuntimeError at the first algebra where it is broken: else such answers would be wrong in silence.
     """
 
     def __init__(
@@ -1482,7 +1580,8 @@ class Grader:
         if importlib.util.find_spec("math_verify") is None:
             raise ImportError("grading mathematics needs math-verify: pip install 'entropy-flow[llm]'")
         self.limits = {"seconds": seconds, "memory": memory}
-        self.remember, self.known = remember, {}  # type: int, dict[tuple[str, str], bool]
+        self.remember, self.lock = remember, threading.Lock()
+        self.known: dict[tuple[str, str], bool] = {}
         self.idle: queue.Queue[subprocess.Popen[str]] = queue.Queue()
         self.threads = ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1))
         for _ in range(self.threads._max_workers):
@@ -1500,13 +1599,15 @@ class Grader:
     def grade_all(self, completions: Sequence[str], answers: Sequence[str]) -> list[bool]:
         """Whether each completion gives its answer, in order."""
         pairs = [(extract(c), a) for c, a in zip(completions, answers)]
-        new = [p for p in dict.fromkeys(pairs) if p[0] is not None and p not in self.known]
-        for pair, right in zip(new, self.threads.map(self._check, new)):
-            self.known[pair] = right
-        out = [p[0] is not None and self.known[p] for p in pairs]
-        while len(self.known) > self.remember:
-            del self.known[next(iter(self.known))]
-        return out
+        with self.lock:  # copied, as another thread may throw them out
+            right = {p: self.known.get(p) for p in pairs if p[0] is not None}
+        new = [p for p, known in right.items() if known is None]
+        right.update(zip(new, self.threads.map(self._check, new)))
+        with self.lock:
+            self.known.update((p, right[p]) for p in new)
+            while len(self.known) > self.remember:
+                del self.known[next(iter(self.known))]
+        return [right.get(p, False) for p in pairs]
 
     def _check(self, pair: tuple[str, str]) -> bool:
         try:
@@ -1518,19 +1619,25 @@ class Grader:
         return all(self._algebra(a, b) for a, b in open_pairs)
 
     def _algebra(self, candidate: str, reference: str) -> bool:
+        texts = [s.replace("±", "\\pm ").replace(";", ",") for s in (candidate, reference)]
+        job = {"candidate": texts[0], "reference": texts[1], **self.limits}
         server = self.idle.get()
         try:
-            job = {"candidate": candidate, "reference": reference, **self.limits}
-            server.stdin.write(json.dumps(job) + "\n")
-            server.stdin.flush()
+            with suppress(OSError):
+                server.stdin.write(json.dumps(job) + "\n")
+                server.stdin.flush()
             said = server.stdout.readline()
-        except OSError:
-            said = ""
-        if not said:  # the server itself is gone: someone killed it
-            server.kill()
-            server.wait()
-            server = self._start()
-        self.idle.put(server)
+            if not said or said.startswith("!"):  # the server itself is gone: someone killed it, or see below
+                server.kill()
+                server.wait()
+                server = self._start()
+        finally:
+            self.idle.put(server)
+        if said.startswith("!"):
+            raise RuntimeError(
+                f"grading mathematics: math-verify does not work here: {said[1:].strip()}\n"
+                "  install it again: pip install --force-reinstall 'entropy-flow[llm]'"
+            )
         return said.strip() == "1"
 
     def close(self) -> None:

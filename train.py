@@ -419,6 +419,7 @@ def shard(model: nn.Module, dtype: torch.dtype, device: torch.device, offload: b
         "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+        "reshard_after_forward": True,  # the root too: after a pass without backward, parameters are shards
     }
     for module in list(model.modules()):
         if type(module).__name__ in (model._no_split_modules or ()):
@@ -606,7 +607,7 @@ def accumulate_gradient(
 
 
 def mismatch_of(tk: Tokens, settings: Settings) -> Tensor | None:
-    """(B, T) weights (2.18) or (2.19) against the engine's own probabilities; None: not corrected."""
+    """(B, T) weights, grpo (2.18) or (2.19), against the engine's own probabilities; None: not corrected."""
     if settings.mismatch in ("off", "auto"):
         return None
     old = tk.logp.detach() if tk.old_logp is None else tk.old_logp
@@ -616,8 +617,8 @@ def mismatch_of(tk: Tokens, settings: Settings) -> Tensor | None:
 
 def mismatch_metrics(tk: Tokens, settings: Settings) -> dict[str, float]:
     """How far the engine's probabilities are from the trainer's, over the tokens of the whole batch, with
-    ρ = π_old / π_engine (2.17): mean and largest |log ρ|, the share of an ideal sample that the weighted one
-    is worth, ESS = (Σρ)² / (n Σρ²), and k3 of KL(π_engine || π_old)."""
+    ρ = π_old / π_engine, grpo (2.17): mean and largest |log ρ|, the share of an ideal sample that the
+    weighted one is worth, ESS = (Σρ)² / (n Σρ²), and k3 of KL(π_engine || π_old)."""
     if settings.mismatch in ("off", "auto") or not bool(tk.mask.any()):
         return {}
     old = tk.logp.detach() if tk.old_logp is None else tk.old_logp
@@ -1291,16 +1292,18 @@ def with_adapters(model: nn.Module, rank: int) -> nn.Module:
 
 
 def vllm_engine(
-    settings: Settings, task: Task, model: nn.Module, tokenizer: Any, device: torch.device
+    settings: Settings, task: Task, model: nn.Module, tokenizer: Any, device: torch.device, ranks: Ranks
 ) -> Engine:
     """vLLM on the model that the run starts from; the embedded one is written to a folder for it."""
     s = settings
     with tempfile.TemporaryDirectory() as folder:
-        if not s.model:
+        folder = ranks.all(folder)[0]  # of the first rank, which alone writes models
+        if not s.model and ranks.first:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+        ranks.all(None)
         try:
-            return VllmEngine(
+            engine = VllmEngine(
                 s.model or folder,
                 tokenizer,
                 device=device,
@@ -1313,6 +1316,8 @@ def vllm_engine(
             )
         except (ImportError, ValueError) as error:
             raise UserError(str(error)) from None
+        ranks.all(None)  # all have read the folder
+        return engine
 
 
 def make_run(
@@ -1672,8 +1677,11 @@ def train(args: argparse.Namespace) -> int:
 def check_plan(settings: Settings, method: Method, device: torch.device, ranks: Ranks) -> None:
     """Raise UserError where a method, the engine and the number of processes do not go together."""
     s, where = settings, f"--method {settings.method}:"
-    if s.engine == "vllm" and type(method).sample is not Method.sample:
-        raise UserError(f"{where} chooses tokens itself, which vLLM does not let it; use --engine torch")
+    if type(method).sample is not Method.sample and (s.engine == "vllm" or s.mismatch != "off"):
+        raise UserError(
+            f"{where} chooses tokens itself, which vLLM does not let it and --mismatch would undo; "
+            "use --engine torch --mismatch off"
+        )
     if s.lora and type(method).reset_reference is not Method.reset_reference:
         raise UserError(f"{where} makes the policy its reference, which with --lora is the model as it was")
     if s.ledger == "full" and sharded(s, device, ranks):
@@ -1727,8 +1735,10 @@ def compare(
     with stop_on_signal() as stop, contextlib.ExitStack() as at_the_end:
         for spec, settings, method in plans:
             task, model, tokenizer = prepare(settings, device, ranks, quiet)
+            if not ranks.first:
+                sys.stderr = sys.__stderr__  # from here on a process may fail alone, and says so itself
             if settings.engine == "vllm" and engine is None:
-                engine = vllm_engine(settings, task, model, tokenizer, device)
+                engine = vllm_engine(settings, task, model, tokenizer, device, ranks)
                 at_the_end.callback(engine.close)
             place = folder if len(plans) == 1 else folder / label_of(spec)
             run = make_run(settings, method, place, task, model, tokenizer, engine, device, ranks)
@@ -1862,7 +1872,7 @@ def trl_trainer() -> type:
       the logits of one micro-batch exist at once.
     - TRL shuffles the responses of one generation, which tears groups apart where it makes several updates.
       Here rows stay in prompt order.
-    - Advantages are the method's (2.1), and so are clip range, aggregation and penalties: a GRPOConfig
+    - Advantages are the method's, grpo (2.1), and so are clip range, aggregation and penalties: a GRPOConfig
       setting that would be overruled is refused.  `beta` only makes TRL keep a reference model, for methods
       that need one.
     - A response is right if its reward, summed over the reward functions, is positive.  One that no function

@@ -189,7 +189,10 @@ def test_trl_update_has_the_gradient_of_our_loop(spec, layout, tmp_path):
 
 
 def test_trl_trains_saves_and_resumes_a_method_with_its_state(tmp_path):
-    spec, settings = "opefo:target_entropy=2.0,integral=.5", {"save_strategy": "steps", "save_steps": 1}
+    spec, settings = (
+        "opefo:target_entropy=2.0,gain=.1,integral=.05",
+        {"save_strategy": "steps", "save_steps": 1},
+    )
     args = trl_config(tmp_path, steps=2, learning_rate=1e-3, **settings)
     trainer = trainer_on(tmp_path, spec, args)  # TRL's own AdamW
     start = [p.detach().clone() for p in trainer.model.parameters()]

@@ -1,0 +1,1073 @@
+"""The study: every method of the repository on the embedded world, against the frontier of plain GRPO.
+
+    python results/study.py --jobs 2        run what is missing, most important first; resumes after a kill
+    python results/study.py --list          the runs, in order, and which are done; --only PATTERN picks some
+    python results/study.py --report        tables and figures from what is done: study.txt, study_*.png
+
+Written before the first run, and not changed after it but where a line says so:
+
+Questions.
+  1. Which methods keep entropy, which keep pass@32, and which beat plain GRPO with a smaller learning rate?
+  3. What is OPEFO's balance worth against its controls, and in runs five times as long?
+  4. Does R = -a e^H + b hold here, and for which methods?
+  5. What do updates per rollout, the number of training problems and the clip thresholds do?
+  6. What do random rewards do to entropy?
+  (Question 2, how well each theory predicts the change of entropy, is results/honesty.txt.)
+
+Problems.  TEST: held-out problems number 97 to 480 in hash order, 384; the first 96 are those of all
+earlier tables and are left out, since settings were chosen while looking at them.  384 because the standard
+error of a pass@32 near .93 is then .013, as is that of a difference of two policies on the same problems.
+HARD: of the held-out problems sorted by number of solutions, number 97 to 224, for the same reason; it
+overlaps TEST.  Warm starts 10, 11, 12: never used before.  A pair is a warm start and a seed of sampling.
+
+A run.  300 rollouts of 32 prompts x 16 responses at the default settings, ledger off, one thread.  Then 32
+samples for each TEST and HARD problem at test temperatures .5, .6, .8, 1, 1.2.  Kept per problem: how many
+are right, how many right ones are different.  On the way: 16 samples of the first 256 TEST problems every 25
+steps (75 in long runs).  Methods whose clip or penalty needs a ratio (`on_policy = False`) run with 4 updates
+per rollout, beside GRPO with 4.  "Scaled" settings: fractions and targets of the papers made to fit a batch
+of 5,000 tokens and an entropy that falls from .64 to .24: token fractions 2 %, targets .45 nats.  No other
+tuning.
+
+Statistics of question 1.  All are differences within a pair, in the mean over problems.
+  D1  test temperature 1: pass@32 of the method minus that of the line of plain GRPO through its learning
+      rates (3e-5 to 6e-4, and the warm start as learning rate 0) at the method's own pass@1; piecewise linear
+      in pass@1, constant beyond the last point (which favours GRPO).  Changed after the first ten runs: a
+      point that another one beats in both pass@1 and pass@32, on average over pairs, is no frontier and is
+      left out; 6e-4 turned out so, and would have bent the line down between two better rates.
+  D2  the same for the number of distinct right answers among 32.
+  D3  every policy may choose its test temperature: pass@32 at a pass@1 of .9 times that of default GRPO at
+      temperature 1 in this pair, interpolated along each policy's curve over temperatures; minus the same of
+      plain GRPO at that learning rate which is best for it on average over pairs.  A policy whose curve does
+      not reach that pass@1 "does not reach".
+Interval: 95 %, bootstrap over pairs and over problems (problems drawn once for all pairs), spread around the
+mean widened by sqrt(n/(n-1)) for n pairs, since a bootstrap of few pairs is too narrow by that factor.
+Decision, from 3 pairs on: "beats" if the interval lies above 0, "loses" if below, else none shown.  With
+about 50 methods, one or two false calls of each kind are expected by chance; a star marks what also survives
+Holm's correction over all methods of the table (t test over pairs, spread pooled over methods, 20 degrees of
+freedom or more).
+"Keeps entropy": at the end at least half of the warm start's.  "Keeps pass@32": not shown to be below the
+warm start's (same interval, differences within pairs); both at step 300, test temperature 1.  (This sentence
+was added when only the warm starts had been measured.)
+The other questions.  3: D1 to D3 of the controls in the same way, and each control minus plain OPEFO in the
+same pair; long runs: end values, and D1 against the line of the long GRPO runs; the two methods other than
+OPEFO with the largest D1 after the first seed join them.  4: least squares on the
+evaluations of one run (R = pass@1); a, b, R², and the RMSE of the first half's fit on the second half.
+5 and 6: end values, mean and standard deviation over pairs.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import csv
+import fcntl
+import fnmatch
+import gzip
+import json
+import math
+import multiprocessing
+import random
+import signal
+import statistics
+import string
+import subprocess
+import sys
+import time
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from entropy_math import check_entropy_law, fit_entropy_law
+from eval import aligned, distinct_correct, pass_at_k, style
+from interventions import METHODS, OPEFO, Method
+from rollout import Problem, Task, TorchEngine, WarmStart, answer, chain_task, warm_policy
+from train import Run, Settings, parse_spec, seeded
+
+HERE = Path(__file__).resolve().parent
+RAW = HERE / "study.jsonl.gz"
+WARM, SEEDS, STEPS, LONG = (10, 11, 12), (0, 1), 300, 1500
+TEMPERATURES = (0.5, 0.6, 0.8, 1.0, 1.2)
+SAMPLES = 32
+DIGITS = string.digits + string.ascii_letters  # one character a count
+
+# ------------------------------------------------------------------------------------------------------------
+# 1. The runs
+
+
+@dataclass(frozen=True)
+class Item:
+    """One run.  `extra` is what a spec cannot say: problems=32, reward=random, control=advantage_sign."""
+
+    spec: str
+    warm: int
+    seed: int = 0
+    steps: int = STEPS
+    extra: str = ""
+
+    @property
+    def key(self) -> str:
+        return f"{self.name} steps={self.steps} warm={self.warm} seed={self.seed}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.spec} [{self.extra}]" if self.extra else self.spec
+
+
+RATES = ("grpo:lr=3e-5", "grpo:lr=5e-5", "grpo:lr=1e-4", "grpo:lr=2e-4", "grpo", "grpo:lr=6e-4")
+FOUR = "updates_per_rollout=4"
+OFF_RATES = (f"grpo:{FOUR},lr=3e-5", f"grpo:{FOUR},lr=1e-4", f"grpo:{FOUR}")
+DEFAULTS = tuple(k if c().on_policy else f"{k}:{FOUR}" for k, c in METHODS.items() if k != "grpo")
+SCALED = (
+    "clip_cov:ratio=.02,lb=.5",
+    "rand_pos_clip:ratio=.02",
+    f"kl_cov:{FOUR},ratio=.02",
+    "adaptive_entropy:target=.45",
+    "par:target=.45",
+    "entropic:target=.45,denominator=all",
+    "stare:target=.45,adaptive=true",
+    "papo:reference=target,target=.45",
+    "entropy_bonus:alpha=.01",
+    "lp_reg:fraction=.1",
+)
+SET = "opefo:target_entropy=.45"
+CONTROLS = (
+    (SET, ""),
+    ("opefo:shuffled_sign=true", ""),
+    ("opefo:lam=.25", ""),
+    ("opefo", "control=advantage_sign"),
+    ("opefo:sides=plus", ""),
+    ("opefo:sides=minus", ""),
+    ("opefo:form=paper", ""),
+    (f"{SET},shuffled_sign=true", ""),
+    (SET, "control=advantage_sign"),
+    ("opefo:form=theorem", ""),
+    ("opefo:target_entropy=.35", ""),
+    ("opefo:target_entropy=.55", ""),
+    ("opefo:lr=6e-4", ""),
+    (f"{SET},lr=6e-4", ""),
+    ("opefo:lr=1e-4", ""),
+)
+EIGHT = "grpo:updates_per_rollout=8"
+FACTORS = (
+    ("grpo:updates_per_rollout=2", ""),
+    (EIGHT, ""),
+    *(("grpo", f"problems={n}") for n in (32, 128, 512)),
+    *((f"{EIGHT},{clip}", "") for clip in ("eps_high=.1", "eps_high=.5", "eps_low=.1", "eps_low=.5")),
+    (f"{EIGHT},eps_low=.99,eps_high=99", ""),
+)
+RANDOM = (
+    "grpo",
+    EIGHT,
+    f"{EIGHT},eps_low=.99,eps_high=99",
+    f"{EIGHT},eps_high=99",
+    f"{EIGHT},eps_low=.99",
+    "opefo",
+)
+LONG_RUNS = ("grpo", "opefo", SET, "grpo:lr=1e-4", "grpo:lr=3e-5", "opefo:lr=1e-4")
+
+
+CORE = (
+    *RATES,
+    *("opefo", SET, "steer", "nsr", "psr", "w_reinforce", "par", "qae", "ref_kl"),
+    *(f"grpo:{FOUR}", f"clip_higher:{FOUR}"),
+)
+
+
+def items() -> list[Item]:
+    """All runs, most important first; whoever stops early has answered the most."""
+    core = [(s, "") for s in CORE]
+    first = [(s, "") for s in (*RATES, *OFF_RATES, *DEFAULTS)]
+    rest = [*CONTROLS[:9], *((s, "reward=random") for s in RANDOM[:3]), *FACTORS[:5]]
+    scaled = [(s, "") for s in SCALED]
+    last = [*scaled, *CONTROLS[9:], *FACTORS[5:], *((s, "reward=random") for s in RANDOM[3:])]
+    out = [Item("warm", w, 0, 0) for w in WARM]
+    out += [Item(s, w, extra=e) for w in WARM for s, e in core]
+    out += [Item(s, WARM[0], extra=e) for s, e in [*first, *rest]]
+    out += [Item(s, w, extra=e) for w in WARM[1:] for s, e in first]
+    out += [Item(s, w, extra=e) for w in WARM[1:] for s, e in rest]
+    out += [Item(s, WARM[0], steps=LONG) for s in LONG_RUNS[:4]]
+    out += [Item(s, w, 1, extra=e) for w in WARM for s, e in core]
+    out += [Item(s, w, extra=e) for w in WARM for s, e in last]
+    out += [Item(s, w, steps=LONG) for w in WARM[1:] for s in LONG_RUNS[:4]]
+    out += [Item(s, w, 1, extra=e) for w in WARM for s, e in [*first, *CONTROLS[:6]]]
+    out += [Item(s, w, 1, extra=e) for w in WARM for s, e in [*scaled, *CONTROLS[6:]]]
+    out += [Item(s, w, steps=LONG) for w in WARM for s in LONG_RUNS[4:]]
+    return list(dict.fromkeys(out))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. One run
+
+
+class ByAdvantageSign(OPEFO):
+    """Control: OPEFO's λ, but on the sign of the advantage: 1 - λ on successes, 1 + λ on failures."""
+
+    def weight(self, tk: Any, adv: Tensor, metrics: dict[str, float]) -> Tensor:
+        super().weight(tk, adv, metrics)
+        return 1 - metrics["lam"] * adv.sign()
+
+
+def with_extra(extra: str, task: Task, method: Method, seed: int) -> tuple[Task, Method]:
+    """Task and method as `Item.extra` changes them, for training only: evaluation has all problems, true
+    rewards."""
+    name, _, value = extra.partition("=")
+    if name == "problems":
+        order = torch.randperm(len(task.train), generator=seeded(seed, 0, "problems")).tolist()
+        task = replace(task, train=tuple(task.train[i] for i in order[: int(value)]))
+    elif name == "reward":
+        task = replace(task, verify=coin(seeded(seed, 0, "coin").initial_seed()))
+    elif name == "control":
+        method = ByAdvantageSign(**{f.name: getattr(method, f.name) for f in fields(method)})
+    elif extra:
+        raise ValueError(f"extra={extra!r} is unknown: choose problems=, reward=random or control=")
+    return task, method
+
+
+# The three places that know the library's interface.
+
+
+def coin(seed: int) -> Any:
+    """A verifier that tosses a fair coin for every response, whatever it says."""
+    toss = random.Random(seed)
+    return lambda responses, problems: [toss.random() < 0.5 for _ in responses]
+
+
+def new_run(settings: Settings, method: Method, task: Task, model: nn.Module, tokenizer: Any) -> Run:
+    return Run(settings, method, Path("."), task, model, tokenizer)
+
+
+def draw(model: nn.Module, tokenizer: Any, task: Task, n: int, temperature: float, g: torch.Generator) -> Any:
+    """`answer`: takes problems, gives a Rollout with texts, correct and entropy."""
+    engine = TorchEngine(model, tokenizer)
+    return lambda problems: answer(engine, task, problems, n, temperature, generator=g, entropy=True)
+
+
+@cache
+def problems() -> tuple[Task, tuple[Problem, ...], tuple[Problem, ...]]:
+    """The task, TEST and HARD."""
+    return chain_task(), chain_task(480).test[96:], chain_task(224).hard[96:]
+
+
+def measure(
+    model: nn.Module, tokenizer: Any, which: tuple[Problem, ...], n: int, temperature: float, seed: int
+) -> dict[str, Any]:
+    """How many of n are right and different right, a character a problem; entropy (nats), length (tokens)."""
+    task = problems()[0]
+    ask = draw(model, tokenizer, task, n, temperature, torch.Generator().manual_seed(seed))
+    right, distinct, nats, tokens = [], [], 0.0, 0
+    step = 1024 // n
+    for i in range(0, len(which), step):
+        out = ask(which[i : i + step])
+        for j, row in enumerate(out.correct.view(-1, n).tolist()):
+            right.append(sum(row))
+            distinct.append(distinct_correct(task, out.texts[j * n : (j + 1) * n], row))
+        nats += float(torch.where(out.mask, out.entropy, 0).sum(dtype=torch.float64))
+        tokens += int(out.mask.sum())
+    code = ["".join(DIGITS[c] for c in counts) for counts in (right, distinct)]
+    length = tokens / len(which) / n
+    return {"right": code[0], "distinct": code[1], "entropy": nats / tokens, "length": length}
+
+
+def glimpse(model: nn.Module, tokenizer: Any, step: int, seed: int, n: int = 16) -> dict[str, float]:
+    """pass@1, pass@16, distinct right and entropy on the first 256 TEST problems, on the way."""
+    out = measure(model, tokenizer, problems()[1][:256], n, 1.0, seeded(seed, step, "study").initial_seed())
+    right, distinct = ([DIGITS.index(c) for c in out[k]] for k in ("right", "distinct"))
+    return {
+        "step": step,
+        "entropy": out["entropy"],
+        "pass@1": sum(right) / n / len(right),
+        "pass@16": sum(pass_at_k(n, c, n) for c in right) / len(right),
+        "distinct": sum(distinct) / len(distinct),
+    }
+
+
+CURVES = ("entropy", "reward", "flow_up", "flow_down", "grad_norm", "lam", "clip_fraction", "weight_std")
+CURVES += ("length",)
+
+
+def thin(rows: list[dict[str, Any]], width: int) -> dict[str, list[float]]:
+    """Means of every `width` steps of the metrics that the tables and figures need."""
+    out = {}
+    for key in CURVES:
+        if key in rows[-1]:
+            bins = [rows[i : i + width] for i in range(0, len(rows), width)]
+            cut = [[r[key] for r in b if r.get(key) is not None] for b in bins]
+            out[key] = [float(f"{sum(c) / len(c):.5g}") if c else None for c in cut]
+    return out
+
+
+def commit() -> str:
+    """The commit of the code that runs."""
+    call = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(call, capture_output=True, text=True).stdout.strip()
+
+
+def work(item: Item) -> dict[str, Any]:
+    """Train, evaluate, and return the record of one run."""
+    begin, why = time.time(), ""
+    warnings.simplefilter("ignore")  # a fraction below one token: what such a default does is the question
+    model, tokenizer = warm_policy(WarmStart(seed=item.warm))
+    task, test, hard = problems()
+    rows, glimpses, width = [], [], max(item.steps // 60, 1)
+    seed = 10 * item.warm + item.seed
+    if item.steps:
+        base = Settings(seed=seed, steps=item.steps, ledger="off", threads=1, device="cpu")
+        settings, method = parse_spec(item.spec, base)
+        run = new_run(settings, *reversed(with_extra(item.extra, task, method, seed)), model, tokenizer)
+        every = max(item.steps // (12 if item.steps <= STEPS else 20), 1)
+        glimpses.append(glimpse(model, tokenizer, 0, seed))
+        try:
+            while run.step < item.steps:
+                rows.append(run.train_step())
+                due = run.step % every == 0
+                if due:
+                    glimpses.append(glimpse(model, tokenizer, run.step, seed))
+                run.maybe_reset(glimpses[-1]["pass@1"] if due else None)
+                if run.skipped_in_row >= 10:
+                    why = "ten updates in a row were not finite"
+                    break
+        except FloatingPointError as error:
+            why = str(error)
+    final: dict[str, Any] = {}
+    if not why:
+        for t in TEMPERATURES:
+            s = seeded(seed, item.steps, f"final {t}").initial_seed()
+            final[str(t)] = {
+                "test": measure(model, tokenizer, test, SAMPLES, t, s),
+                "hard": measure(model, tokenizer, hard, SAMPLES, t, s),
+            }
+    return {
+        **{f.name: getattr(item, f.name) for f in fields(item)},
+        "key": item.key,
+        "why": why,
+        "skipped": sum(r.get("skipped", 0) for r in rows),
+        "width": width,
+        "curves": thin(rows, width) if rows else {},
+        "glimpses": [{k: float(f"{v:.5g}") for k, v in g.items()} for g in glimpses],
+        "final": final,
+        "seconds": round(time.time() - begin, 1),
+        "commit": commit(),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. The file: one gzip member a run, so that appending is atomic enough and a torn end can be cut off
+
+
+def members(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """(end, text) of every complete gzip member."""
+    at = 0
+    while at < len(data):
+        one = zlib.decompressobj(wbits=31)
+        try:
+            text = one.decompress(data[at:])
+        except zlib.error:
+            return
+        if not one.eof:
+            return
+        at = len(data) - len(one.unused_data)
+        yield at, text
+
+
+def load(path: Path = RAW) -> dict[str, dict[str, Any]]:
+    """Every finished run by its key."""
+    data = path.read_bytes() if path.exists() else b""
+    records = (json.loads(line) for _, text in members(data) for line in text.splitlines())
+    return {r["key"]: r for r in records}
+
+
+def append(record: dict[str, Any], path: Path = RAW) -> None:
+    """Add one run; what a kill left half written is cut off first."""
+    data = path.read_bytes() if path.exists() else b""
+    end = max((at for at, _ in members(data)), default=0)
+    packer = zlib.compressobj(9, wbits=31)
+    member = packer.compress(json.dumps(record).encode() + b"\n") + packer.flush()
+    with open(path, "r+b" if path.exists() else "wb") as file:  # not replaced: `run_all` holds a lock on it
+        file.truncate(end)
+        file.seek(end)
+        file.write(member)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+SECONDS_PER_STEP, SECONDS_OTHER = 0.19, 17.0  # measured on one thread of a quiet machine
+
+
+def cost(todo: list[Item]) -> float:
+    return sum(i.steps * SECONDS_PER_STEP + SECONDS_OTHER for i in todo)
+
+
+def begin_worker() -> None:
+    torch.set_num_threads(1)
+
+
+def run_all(todo: list[Item], jobs: int) -> None:
+    """Run the items in order in `jobs` processes of one thread; every finished one is written at once."""
+    lock = open(RAW, "ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"{RAW.name}: another call is running; wait for it or stop it")
+    print(f"{len(todo)} runs, about {cost(todo) / jobs / 60:.0f} minutes with {jobs} processes", flush=True)
+    start, spent = time.time(), 0.0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
+    with multiprocessing.get_context("spawn").Pool(jobs, begin_worker) as pool:
+        for n, record in enumerate(pool.imap_unordered(work, todo), 1):
+            append(record)
+            spent += cost([Item(*(record[f.name] for f in fields(Item)))])
+            pace = (time.time() - start) / spent
+            left = (cost(todo) - spent) * pace / 60
+            end = record["final"].get("1.0", {}).get("test", {"right": "0", "entropy": float("nan")})
+            score = sum(map(DIGITS.index, end["right"])) / SAMPLES / len(end["right"])
+            print(
+                f"{time.strftime('%H:%M:%S')} {n}/{len(todo)} {record['seconds']:.0f} s, {left:.0f} min left"
+                f"  H {end['entropy']:.3f} pass@1 {score:.3f}  {record['key']} {record['why']}",
+                flush=True,
+            )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. Statistics: arrays whose last axis is the bootstrap over problems, with the true mean at index 0
+
+DRAWS = 1000
+MEASURES = ("pass@1", "pass@32", "distinct")
+AT_ONE = TEMPERATURES.index(1.0)
+Pair = tuple[int, int]
+
+
+def counts(record: dict[str, Any], which: str) -> np.ndarray:
+    """(5 temperatures, 3 measures, problems) of one run; with 32 samples pass@32 is whether any is right."""
+    parts = [record["final"][str(t)][which] for t in TEMPERATURES]
+    right, distinct = (
+        np.array([[DIGITS.index(c) for c in p[k]] for p in parts]) for k in ("right", "distinct")
+    )
+    return np.stack([right / SAMPLES, right > 0, distinct], 1)
+
+
+@cache
+def draws(n: int) -> np.ndarray:
+    """(n problems, 1 + DRAWS) weights: equal ones, then bootstrap samples of the problems."""
+    rng = np.random.default_rng(0)
+    drawn = rng.multinomial(n, np.full(n, 1 / n), DRAWS).T / n
+    return np.concatenate([np.full((n, 1), 1 / n), drawn], 1)
+
+
+def line(xs: np.ndarray, ys: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Piecewise linear interpolation through points (k, draws) at x (draws,), constant beyond both ends."""
+    order = xs.argsort(0)
+    xs, ys = np.take_along_axis(xs, order, 0), np.take_along_axis(ys, order, 0)
+    i = np.clip((xs <= x).sum(0), 1, len(xs) - 1)
+    b = np.arange(len(x))
+    low, high = xs[i - 1, b], xs[i, b]
+    share = np.clip((x - low) / np.where(high > low, high - low, 1), 0, 1)
+    return ys[i - 1, b] * (1 - share) + ys[i, b] * share
+
+
+@dataclass
+class Estimate:
+    """A mean over pairs with its 95 % interval; per-pair values for the pooled spread."""
+
+    values: np.ndarray  # (pairs,)
+    low: float = math.nan
+    high: float = math.nan
+    note: str = ""
+    holm: bool = False
+
+    @property
+    def mean(self) -> float:
+        return float(self.values.mean()) if len(self.values) else math.nan
+
+    @property
+    def call(self) -> str:
+        if self.note or len(self.values) < 3:
+            return self.note or "too few pairs"
+        star = "*" if self.holm else ""
+        return "beats" + star if self.low > 0 else "loses" + star if self.high < 0 else "-"
+
+    def text(self, digits: int = 3) -> str:
+        if self.note:
+            return self.note
+        form = f"+.{digits}f"
+        gap = f" [{self.low:{form}}, {self.high:{form}}]" if len(self.values) > 1 else ""
+        return f"{self.mean:{form}}{gap}"
+
+
+def estimate(d: np.ndarray) -> Estimate:
+    """From differences (pairs, 1 + draws): bootstrap over pairs, and over problems by the columns."""
+    n = len(d)
+    if n < 2:
+        return Estimate(d[:, 0])
+    pick = np.random.default_rng(1).integers(n, size=(DRAWS, n))
+    means = d[pick, np.arange(1, DRAWS + 1)[:, None]].mean(1)  # (draws,)
+    wide = math.sqrt(n / (n - 1)) * (np.quantile(means, [0.025, 0.975]) - means.mean())
+    return Estimate(d[:, 0], *(float(d[:, 0].mean() + w) for w in wide))
+
+
+def holm(estimates: list[Estimate]) -> None:
+    """Mark what survives Holm's correction over the list; t test with the spread pooled over methods."""
+    usable = [e for e in estimates if not e.note and len(e.values) > 1]
+    freedom = sum(len(e.values) - 1 for e in usable)
+    if freedom < 20:  # below that the normal distribution is no stand-in for Student's
+        return
+    spread = math.sqrt(sum(float(((e.values - e.mean) ** 2).sum()) for e in usable) / freedom)
+    z = [abs(e.mean) / max(spread, 1e-12) * math.sqrt(len(e.values)) for e in usable]
+    p = [2 * (1 - statistics.NormalDist().cdf(v)) for v in z]
+    for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        if p[i] * (len(p) - rank) > 0.05:
+            break
+        usable[i].holm = True
+
+
+class Study:
+    """The finished runs, and the statistics of the docstring on them."""
+
+    def __init__(self, records: dict[str, dict[str, Any]]):
+        self.records = records
+        self.runs: dict[tuple[str, int], dict[Pair, dict[str, Any]]] = {}
+        for r in records.values():
+            name = Item(*(r[f.name] for f in fields(Item))).name
+            self.runs.setdefault((name, r["steps"]), {})[r["warm"], r["seed"]] = r
+        self.cache: dict[tuple[str, str], np.ndarray] = {}
+
+    def pairs(self, name: str, steps: int = STEPS) -> dict[Pair, dict[str, Any]]:
+        """The runs that ended with a working policy; the warm starts are runs of 0 steps."""
+        steps = 0 if name == "warm" else steps
+        return {q: r for q, r in sorted(self.runs.get((name, steps), {}).items()) if r["final"]}
+
+    def warm(self, q: Pair) -> dict[str, Any]:
+        return self.runs["warm", 0][q[0], 0]
+
+    def means(self, record: dict[str, Any], which: str = "test") -> np.ndarray:
+        """(5 temperatures, 3 measures, 1 + draws)."""
+        key = (record["key"], which)
+        if key not in self.cache:
+            c = counts(record, which)
+            self.cache[key] = c @ draws(c.shape[-1])
+        return self.cache[key]
+
+    def grpo_points(self, q: Pair, steps: int) -> dict[str, np.ndarray]:
+        """Warm start and plain GRPO at every learning rate, for one pair; empty if a rate is missing."""
+        rates = RATES if steps == STEPS else [s for s in LONG_RUNS if s.startswith("grpo")]
+        found = {s: self.pairs(s, steps)[q] for s in rates if q in self.pairs(s, steps)}
+        points = {"warm": self.warm(q), **found}
+        return {s: self.means(r)[AT_ONE] for s, r in points.items()} if len(found) == len(rates) else {}
+
+    def on_line(self, steps: int) -> list[str]:
+        """The rates (and the warm start) that no other one beats in both pass@1 and pass@32 on average."""
+        pairs = [p for q in self.pairs("grpo", steps) if (p := self.grpo_points(q, steps))]
+        mean = {s: np.mean([p[s][:2, 0] for p in pairs], 0) for s in pairs[0]}
+        return [s for s, m in mean.items() if not any((o > m).all() for o in mean.values())]
+
+    def line_points(self, q: Pair, steps: int) -> list[np.ndarray]:
+        """The points (3 measures, 1 + draws) of the frontier of plain GRPO in one pair."""
+        points = self.grpo_points(q, steps)
+        return [points[s] for s in self.on_line(steps)] if points else []
+
+    def distance(self, name: str, measure: int, steps: int = STEPS) -> Estimate:
+        """D1 (measure 1) and D2 (measure 2)."""
+        out = []
+        for q, r in self.pairs(name, steps).items():
+            points = self.line_points(q, steps)
+            if points:
+                at = np.stack(points)  # (points, 3, draws)
+                own = self.means(r)[AT_ONE]
+                out.append(own[measure] - line(at[:, 0], at[:, measure], own[0]))
+        return estimate(np.array(out)) if out else Estimate(np.array([]), note="no pair yet")
+
+    def at_level(self, record: dict[str, Any], level: np.ndarray) -> np.ndarray | None:
+        """pass@32 at a given pass@1 along the policy's curve over temperatures; None if it does not reach."""
+        m = self.means(record)
+        return None if m[:, 0, 0].max() < level[0] else line(m[:, 0], m[:, 1], level)
+
+    def level(self, q: Pair) -> np.ndarray:
+        return 0.9 * self.means(self.pairs("grpo")[q])[AT_ONE, 0]
+
+    @cached_property
+    def best_rate(self) -> str:
+        """The learning rate of plain GRPO that is best for D3, on average over the pairs."""
+        score = {}
+        for s in RATES:
+            at = [self.at_level(self.pairs(s)[q], self.level(q)) for q in self.common if q in self.pairs(s)]
+            if at and all(v is not None for v in at):
+                score[s] = statistics.mean(float(v[0]) for v in at)
+        return max(score, key=score.__getitem__, default="grpo")
+
+    @cached_property
+    def common(self) -> list[Pair]:
+        """The pairs for which the whole line of plain GRPO is there."""
+        return [q for q in self.pairs("grpo") if self.grpo_points(q, STEPS)]
+
+    def over_temperatures(self, name: str) -> Estimate:
+        """D3."""
+        out, lost = [], 0
+        runs = {q: r for q, r in self.pairs(name).items() if q in self.common}
+        for q, r in runs.items():
+            own = self.at_level(r, self.level(q))
+            if own is None:
+                lost += 1
+            else:
+                out.append(own - self.at_level(self.pairs(self.best_rate)[q], self.level(q)))
+        if lost:
+            return Estimate(np.array([]), note=f"does not reach ({lost} of {len(runs)})")
+        return estimate(np.array(out)) if out else Estimate(np.array([]), note="no pair yet")
+
+    def minus(self, name: str, other: Any, measure: int, steps: int = STEPS) -> Estimate:
+        """Differences within pairs, test temperature 1; `other` gives a run for a pair, or None."""
+        d = [
+            self.means(r)[AT_ONE, measure] - self.means(o)[AT_ONE, measure]
+            for q, r in self.pairs(name, steps).items()
+            if (o := other(q)) is not None
+        ]
+        return estimate(np.array(d)) if d else Estimate(np.array([]), note="no pair yet")
+
+    def ends(self, name: str, steps: int = STEPS) -> dict[str, list[float]]:
+        """Values at the end, test temperature 1, one per pair."""
+        out: dict[str, list[float]] = {k: [] for k in ("entropy", *MEASURES, "hard pass@32", "kept")}
+        for q, r in self.pairs(name, steps).items():
+            test, hard = self.means(r)[AT_ONE, :, 0], self.means(r, "hard")[AT_ONE, :, 0]
+            entropy, start = (x["final"]["1.0"]["test"]["entropy"] for x in (r, self.warm(q)))
+            for key, v in zip(out, (entropy, *test, hard[1], entropy / start)):
+                out[key].append(float(v))
+        return out
+
+    def curve(self, name: str, key: str, steps: int = STEPS) -> tuple[np.ndarray, np.ndarray]:
+        """Steps, and the mean over pairs of a training metric or of pass@1, pass@16, distinct."""
+        runs = list(self.pairs(name, steps).values())
+        if key in CURVES:
+            rows = [r["curves"][key] for r in runs]
+            return (np.arange(len(rows[0])) + 0.5) * runs[0]["width"], np.mean(rows, 0)
+        rows = [[g[key] for g in r["glimpses"]] for r in runs]
+        return np.array([g["step"] for g in runs[0]["glimpses"]]), np.mean(rows, 0)
+
+    def curve_eval(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Entropy and pass@1 of the evaluations on the way, means over pairs."""
+        rows = [r["glimpses"] for r in self.pairs(name).values()]
+        h, r = (np.mean([[g[k] for g in row] for row in rows], 0) for k in ("entropy", "pass@1"))
+        return h, r
+
+    def broken(self) -> list[str]:
+        return [f"{k}: {r['why']}" for k, r in self.records.items() if r["why"]]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 5. Tables
+
+
+def short(name: str) -> str:
+    return name.replace("updates_per_rollout=", "x").replace("target_entropy", "set")
+
+
+def tabled(head: list[str], body: list[list[str]]) -> str:
+    return aligned(head, body) if body else "no run yet"
+
+
+def spread(values: list[float], form: str = ".3f") -> str:
+    if not values:
+        return "-"
+    tail = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{tail}"
+
+
+def ends_table(study: Study, names: list[str], steps: int = STEPS) -> str:
+    head = ["", "n", "entropy", *MEASURES, "hard pass@32"]
+    body = []
+    for name in names:
+        e = study.ends(name, steps)
+        if e["entropy"]:
+            body.append([short(name), str(len(e["entropy"])), *(spread(e[k]) for k in list(e)[:-1])])
+    return tabled(head, body)
+
+
+def table_one(study: Study, names: list[str]) -> str:
+    """What every method keeps, and its distances from the frontier; the best D1 first."""
+    rows = []
+    for name in names:
+        kept, keeps = study.ends(name)["kept"], study.minus(name, study.warm, 1)
+        d = [study.distance(name, 1), study.distance(name, 2), study.over_temperatures(name)]
+        rows.append((name, kept, keeps, d))
+    for column in zip(*(d for *_, d in rows)):
+        holm(list(column))
+    rows.sort(key=lambda r: -r[3][0].mean if r[3][0].mean == r[3][0].mean else math.inf)
+    head = ["", "n", "H kept", "", "pass@32 - start", ""]
+    for d in ("D1: pass@32", "D2: distinct", "D3: over temperatures"):
+        head += [d, ""]
+    body = []
+    for name, kept, keeps, d in rows:
+        if not kept:
+            continue
+        word = "" if len(kept) < 3 else "lost" if keeps.high < 0 else "kept"
+        line_ = [short(name), str(len(kept)), f"{statistics.mean(kept):.0%}"]
+        line_ += ["keeps" if statistics.mean(kept) >= 0.5 else "", keeps.text(), word]
+        for x, digits in zip(d, (3, 2, 3)):
+            line_ += [x.text(digits), "" if x.note else x.call]
+        body.append(line_)
+    return tabled(head, body)
+
+
+def table_controls(study: Study) -> str:
+    """Every control minus plain OPEFO, within pairs."""
+    head = ["minus opefo, same pair", "n", *MEASURES]
+    body = []
+    for name in CONTROL_NAMES:
+        if name != "opefo" and study.pairs(name):
+            d = [study.minus(name, study.pairs("opefo").get, m) for m in range(3)]
+            cells = [x.text(digits) for x, digits in zip(d, (3, 3, 2))]
+            body.append([short(name), str(len(d[0].values)), *cells])
+    return tabled(head, body)
+
+
+def table_long(study: Study) -> str:
+    body = []
+    for name in LONG_RUNS:
+        if study.pairs(name, LONG):
+            best = study.curve(name, "pass@1", LONG)
+            peak = f"{best[1].max():.3f} at {best[0][best[1].argmax()]}"
+            body.append([short(name), study.distance(name, 1, LONG).text(), peak])
+    return (
+        ends_table(study, list(LONG_RUNS), LONG)
+        + "\n\n"
+        + tabled(["", f"D1 against GRPO at {LONG} steps", "highest mean pass@1 on the way, at step"], body)
+    )
+
+
+def law_of(record: dict[str, Any]) -> tuple[float, float, float, float] | None:
+    """a, b, R² and the RMSE of the first half's law on the second half; None where entropy does not move."""
+    h, r = ([g[k] for g in record["glimpses"]] for k in ("entropy", "pass@1"))
+    try:
+        law, check = fit_entropy_law(h, r), check_entropy_law(h, r, 0.5)
+    except ValueError:
+        return None
+    return law.a, law.b, law.r2, check.rmse
+
+
+def table_law(study: Study, names: list[tuple[str, int]]) -> str:
+    rows = []
+    for name, steps in names:
+        fits = [f for r in study.pairs(name, steps).values() if (f := law_of(r))]
+        if fits:
+            label = short(name) + (f", {steps} steps" if steps != STEPS else "")
+            rows.append([label, str(len(fits)), *(spread([f[i] for f in fits]) for i in range(4))])
+    rows.sort(key=lambda r: -float(r[4].split()[0]))
+    return tabled(["", "n", "a", "b", "R²", "RMSE, 2nd half from 1st"], rows)
+
+
+def table_factors(study: Study, names: list[str]) -> str:
+    """End values, with what happened in training: mean reward of the last tenth, clipped share of tokens."""
+    body = []
+    for name in names:
+        e, runs = study.ends(name), study.pairs(name).values()
+        if e["entropy"]:
+            reward = [statistics.mean(r["curves"]["reward"][-6:]) for r in runs if r["curves"]]
+            clips = [c for r in runs if (c := r["curves"].get("clip_fraction"))]
+            clipped = [statistics.mean(c) for c in clips]
+            cells = [spread(e[k]) for k in ("entropy", *MEASURES)]
+            body.append([short(name), str(len(runs)), *cells, spread(reward), spread(clipped, ".4f")])
+    return tabled(["", "n", "entropy", *MEASURES, "reward in training", "clipped share"], body)
+
+
+def factor_names(study: Study) -> list[str]:
+    """Question 5's runs, the baselines they are compared with in front."""
+    return ["warm", "grpo", *named(FACTORS[:1]), f"grpo:{FOUR}", f"clip_higher:{FOUR}", *named(FACTORS[1:])]
+
+
+def named(pairs: Any) -> list[str]:
+    return [Item(s, 0, extra=e).name for s, e in pairs]
+
+
+METHOD_NAMES = [*OFF_RATES, *DEFAULTS, *SCALED, SET]
+CONTROL_NAMES = ["opefo", *named(CONTROLS)]
+RANDOM_NAMES = named((s, "reward=random") for s in RANDOM)
+
+
+def report(study: Study) -> str:
+    """results/study.txt."""
+    n, of = len(study.records), len(items())
+    laws = [(s, STEPS) for s in (*RATES, *METHOD_NAMES)] + [(s, LONG) for s in LONG_RUNS]
+    calls = len([m for m in METHOD_NAMES if study.pairs(m)])
+    parts = [
+        f"{n} of {of} runs are done.  n: pairs of a warm start and a sampling seed.  a ± b: mean and",
+        "standard deviation over pairs.  [a, b]: 95 % interval.  xN: N updates per rollout; set: OPEFO's",
+        "target entropy.  The questions, problems and statistics are in the head of study.py.",
+        *([f"Broken runs: {'; '.join(study.broken())}"] if study.broken() else ["No run broke off."]),
+        "",
+        "1. Which methods keep entropy and pass@32, and which beat the frontier of plain GRPO?",
+        "",
+        "Plain GRPO: the warm start and six learning rates, step 300, test temperature 1",
+        ends_table(study, ["warm", *RATES]),
+        "",
+        f"Distance from the frontier; {len(study.common)} pairs have the whole line of GRPO.  For D3 plain",
+        f"GRPO's best learning rate is that of {study.best_rate}.  {calls} methods and settings: at 5 %",
+        f"{0.05 * calls:.1f} false calls a column are expected; * survives Holm's correction; - none shown.",
+        f"On the line: {', '.join(study.on_line(STEPS) if study.common else ())}.",
+        table_one(study, METHOD_NAMES),
+        "",
+        "End values",
+        ends_table(study, METHOD_NAMES),
+        "",
+        "2. How well does each theory predict the entropy change?  See results/honesty.txt.",
+        "",
+        "3. What is OPEFO's balance worth against its controls, and in long runs?",
+        "",
+        table_one(study, CONTROL_NAMES),
+        "",
+        ends_table(study, CONTROL_NAMES),
+        "",
+        table_controls(study),
+        "",
+        f"Long runs: {LONG} steps",
+        table_long(study),
+        "",
+        "4. Does R = -a e^H + b hold?  Fits over the evaluations of one run (R: pass@1); the best R² first",
+        "",
+        table_law(study, laws),
+        "",
+        "5. Updates per rollout, number of training problems, clip thresholds",
+        "",
+        table_factors(study, factor_names(study)),
+        "",
+        "6. Random rewards: a fair coin instead of the verifier; evaluation is true",
+        "",
+        table_factors(study, RANDOM_NAMES),
+    ]
+    return "\n".join(x.rstrip() for part in parts for x in part.split("\n")) + "\n"
+
+
+def write_csv(study: Study) -> None:
+    """End values of every run at every test temperature: the numbers behind tables and figures."""
+    with gzip.open(HERE / "study.csv.gz", "wt", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(["run", "warm", "seed", "steps", "temperature", "set", *MEASURES, "entropy", "length"])
+        for (name, steps), runs in study.runs.items():
+            for (w, s), r in runs.items():
+                for which in ("test", "hard") if r["final"] else ():
+                    for t, m in zip(TEMPERATURES, study.means(r, which)[:, :, 0]):
+                        more = r["final"][str(t)][which]
+                        numbers = (*m, more["entropy"], more["length"])
+                        out.writerow([name, w, s, steps, t, which, *(f"{x:.5g}" for x in numbers)])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 6. Figures; their numbers are in study.txt, study.csv.gz and, for curves, study.jsonl.gz
+
+
+OFFSET = {"textcoords": "offset points"}
+
+
+def figure(width: float, height: float, rows: int, columns: int, **how: Any) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(width, height), layout="constrained")
+    axes = fig.subplots(rows, columns, squeeze=False, **how)
+    for ax in axes.flat:
+        ax.grid(alpha=0.25)
+    return fig, axes
+
+
+def save(fig: Any, name: str) -> None:
+    fig.savefig(HERE / f"study_{name}.png", dpi=110)
+
+
+def mean_point(study: Study, name: str) -> np.ndarray:
+    """(5 temperatures, 3 measures), mean over the pairs that have the whole line; NaN if one is missing,
+    since means over different warm starts cannot be compared."""
+    runs = study.pairs(name)
+    if not all(q in runs or name == "warm" for q in study.common):
+        return np.full((len(TEMPERATURES), len(MEASURES)), np.nan)
+    found = [study.warm(q) if name == "warm" else runs[q] for q in study.common]
+    return np.mean([study.means(r)[..., 0] for r in found], 0)
+
+
+def draw_frontier(study: Study) -> None:
+    """Left: temperature 1, all methods; right: curves over test temperatures."""
+    fig, axes = figure(13, 5.6, 1, 2, sharey=True)
+    left, right = axes[0]
+    all_rates = ("warm", *RATES)
+    points = np.array([mean_point(study, s)[AT_ONE] for s in all_rates])
+    solid = points[[all_rates.index(s) for s in study.on_line(STEPS)]]
+    left.plot(solid[:, 0], solid[:, 1], "k-", lw=2, label="plain GRPO: start and learning rates")
+    left.plot(points[:, 0], points[:, 1], "ko")
+    for s, p in zip(("start", *(s.partition("lr=")[2] or "3e-4" for s in RATES)), points):
+        left.annotate(s, p[:2], xytext=(-4, -14), fontsize=8, weight="bold", **OFFSET)
+    look = {"beats": ("#009e73", "^"), "loses": ("#d55e00", "v")}
+    for name in dict.fromkeys((*METHOD_NAMES, "opefo:form=paper")):
+        p, call = mean_point(study, name)[AT_ONE], study.distance(name, 1).call
+        color, marker = look.get(call, ("0.6", "o"))
+        left.plot(*p[:2], marker=marker, color=color, ms=6, ls="")
+        if call in look:
+            left.annotate(short(name), p[:2], xytext=(4, 3), fontsize=7, color=color, **OFFSET)
+    for call, (color, marker) in {**look, "no difference shown": ("0.6", "o")}.items():
+        left.plot([], [], marker=marker, color=color, ls="", label=call)
+    left.set_ylim(points[:, 1].min() - 0.12, 1.0)  # what lies below is in the tables
+    left.set(title=f"Test temperature 1, step {STEPS}, means over pairs", xlabel="pass@1", ylabel="pass@32")
+    left.legend(fontsize=8, loc="lower left")
+    shown = [s for s in ("warm", *RATES, *best_three(study)) if not np.isnan(mean_point(study, s)).any()]
+    for i, name in enumerate(shown):
+        m = mean_point(study, name)
+        if name in RATES or name == "warm":
+            shade = str(0.75 - 0.12 * i)
+            right.plot(m[:, 0], m[:, 1], ".-", color=shade, lw=1.2, label="GRPO" if i == 1 else None)
+            right.annotate(name.partition("lr=")[2] or name, m[0, :2], fontsize=7, color=shade)
+        else:
+            right.plot(m[:, 0], m[:, 1], marker="o", ms=4, label=short(name), **style(i - 6))
+    right.set(title="Test temperatures .5 (right end) to 1.2 (left end)", xlabel="pass@1")
+    right.legend(fontsize=8, loc="lower left")
+    save(fig, "frontier")
+
+
+def best_three(study: Study) -> list[str]:
+    """OPEFO, its set point, and the three other methods with the largest D3."""
+    others = [s for s in METHOD_NAMES if s not in ("opefo", SET)]
+    score = {s: e.mean for s in others if not (e := study.over_temperatures(s)).note}
+    return ["opefo", SET, *sorted(score, key=score.__getitem__, reverse=True)[:3]]
+
+
+def forest(ax: Any, names: list[str], estimates: list[Estimate], title: str, reach: float) -> None:
+    """One line a method: the mean, its interval, and every pair as a tick; a number where it is far off."""
+    colors = {"beats": "#009e73", "loses": "#d55e00"}
+    ax.axvline(0, color="black", lw=1)
+    for y, e in enumerate(estimates):
+        if e.note or abs(e.mean) > reach:
+            text = e.note or f"{e.mean:+.2f}, outside"
+            ax.text(0, y, f" {text} ", fontsize=7, va="center", ha="left" if e.note else "right", color="0.3")
+            continue
+        color = colors.get(e.call.rstrip("*"), "0.35")
+        ax.plot(e.values, [y] * len(e.values), "|", color=color, ms=6, alpha=0.5)
+        ax.plot([e.low, e.high], [y, y], color=color, lw=2)
+        ax.plot(e.mean, y, "o", color=color, ms=5)
+    ax.set_yticks(range(len(names)), [short(n) for n in names], fontsize=8)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_xlim(-reach, reach)
+    ax.set_title(title, fontsize=10)
+
+
+def draw_distances(study: Study, names: list[str], file: str) -> None:
+    names = [n for n in names if study.distance(n, 1).values.size]
+    names.sort(key=lambda n: -study.distance(n, 1).mean)
+    fig, axes = figure(14, 1.4 + 0.21 * max(len(names), 6), 1, 3, sharey=True)
+    for ax, m in zip(axes[0], (1, 2, 0)):
+        e = [study.distance(n, m) if m else study.over_temperatures(n) for n in names]
+        title = {1: "D1: pass@32 above GRPO's line", 2: "D2: distinct right above GRPO's line"}
+        title = title.get(m, "D3: pass@32 at matched pass@1, best temperatures")
+        forest(ax, names, e, title, 2.5 if m == 2 else 0.15)
+    save(fig, file)
+
+
+def draw_entropy(study: Study) -> None:
+    """Left: entropy along the runs; right: what share of the warm start's entropy every method keeps."""
+    names = [n for n in dict.fromkeys(("grpo", *METHOD_NAMES)) if study.pairs(n)]
+    kept = {n: study.ends(n)["kept"] for n in names}
+    names.sort(key=lambda n: statistics.mean(kept[n]))
+    fig, axes = figure(13, 1.4 + 0.2 * max(len(names), 20), 1, 2)
+    left, right = axes[0]
+    few = ("grpo", "grpo:lr=5e-5", "opefo", SET, "nsr", "psr", "steer", "ref_kl")
+    for i, n in enumerate(n for n in few if study.pairs(n)):
+        left.plot(*study.curve(n, "entropy"), label=short(n), **style(i))
+    left.set(title="Entropy of the training batch, mean over pairs", xlabel="step", ylabel="nats per token")
+    left.set_ylim(bottom=0)
+    left.legend(fontsize=8)
+    for y, n in enumerate(names):
+        right.barh(y, statistics.mean(kept[n]), color="black" if n == "grpo" else "0.7")
+        right.plot(kept[n], [y] * len(kept[n]), "|", color="#d55e00", ms=6)
+    right.axvline(0.5, color="black", lw=0.8, ls=":")
+    right.set_yticks(range(len(names)), [short(n) for n in names], fontsize=7)
+    right.set_ylim(-0.6, len(names) - 0.4)
+    right.set(title="Entropy at the end / at the start (ticks: pairs)")
+    save(fig, "entropy")
+
+
+def draw_curves(study: Study, panels: dict[str, tuple[list[str], int]], file: str) -> None:
+    """One row a panel: entropy, pass@1 and pass@16 along the runs."""
+    panels = {t: ([n for n in names if study.pairs(n, steps)], steps) for t, (names, steps) in panels.items()}
+    panels = {t: v for t, v in panels.items() if v[0]}
+    if not panels:
+        return
+    fig, axes = figure(14, 3.8 * len(panels), len(panels), 3)
+    for row, (title, (names, steps)) in zip(axes, panels.items()):
+        for ax, key in zip(row, ("entropy", "pass@1", "pass@16")):
+            for i, n in enumerate(names):
+                label = f"{short(n)} (n={len(study.pairs(n, steps))})"
+                ax.plot(*study.curve(n, key, steps), label=label, **style(i))
+            ax.set(title=f"{title}: {key}", xlabel="step")
+            ax.set_ylim(0, None if key == "entropy" else 1)
+        row[0].legend(fontsize=7)
+    save(fig, file)
+
+
+def draw_law(study: Study) -> None:
+    """pass@1 against e^H: GRPO at its learning rates with the fitted law, and four interventions."""
+    fig, axes = figure(13, 4.8, 1, 2, sharey=True)
+    for ax, names, title in (
+        (axes[0][0], list(RATES), "Plain GRPO"),
+        (axes[0][1], ["grpo", "opefo", SET, "nsr", "steer", "psr"], "Interventions"),
+    ):
+        for i, n in enumerate(n for n in names if study.pairs(n)):
+            h, r = study.curve_eval(n)
+            ax.plot(np.exp(h), r, marker="o", ms=3, label=short(n), **style(i))
+        ax.set(title=f"{title}: the law would be one straight line", xlabel="$e^H$, H in nats on TEST")
+        ax.legend(fontsize=8)
+    axes[0][0].set_ylabel("pass@1")
+    save(fig, "law")
+
+
+def write_report() -> None:
+    study = Study(load())
+    text = report(study)
+    (HERE / "study.txt").write_text(text)
+    print(text)
+    write_csv(study)
+    if study.common:  # one warm start has all learning rates of plain GRPO
+        draw_frontier(study)
+        draw_distances(study, METHOD_NAMES, "distances")
+        draw_distances(study, CONTROL_NAMES, "controls")
+    draw_entropy(study)
+    draw_law(study)
+    draw_curves(study, {f"{LONG} steps": (list(LONG_RUNS), LONG)}, "long")
+    rates = ["grpo", *named(FACTORS[:1]), f"grpo:{FOUR}", EIGHT]
+    draw_curves(
+        study,
+        {
+            "updates per rollout": (rates, STEPS),
+            "training problems": (["grpo", *named(FACTORS[2:5])], STEPS),
+            "clip, 8 updates": ([EIGHT, *named(FACTORS[5:])], STEPS),
+            "random rewards": (RANDOM_NAMES, STEPS),
+        },
+        "factors",
+    )
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--jobs", type=int, default=2, help="processes, one thread each (default: 2)")
+    p.add_argument("--only", default="*", help="run or list the keys that match this shell pattern")
+    p.add_argument("--list", action="store_true", help="show the runs and which are done")
+    p.add_argument("--report", action="store_true", help="write tables and figures from what is done")
+    args = p.parse_args()
+    done = load()
+    chosen = [i for i in items() if fnmatch.fnmatch(i.key, args.only)]
+    todo = [i for i in chosen if i.key not in done]
+    if args.list:
+        for i in chosen:
+            print("done" if i.key in done else "    ", i.key)
+        hours = cost(todo) / 3600
+        print(f"{len(chosen) - len(todo)} of {len(chosen)} done; left: {hours:.1f} hours of one core")
+    elif args.report:
+        write_report()
+    else:
+        run_all(todo, args.jobs)
+
+
+if __name__ == "__main__":
+    main()
