@@ -170,6 +170,7 @@ def _samples(problems: Sequence[Problem], out: Rollout, k: int, each: int = 4) -
             "response": out.texts[i],
             "correct": bool(out.correct[i]),
             "truncated": bool(out.truncated[i]),
+            "tokens": int(out.mask[i].sum()),
         }
         for i in picks
     ]
@@ -1401,7 +1402,7 @@ def open_engine(args: argparse.Namespace, model: str, rendered: Callable[[Any], 
     the model's context together with a response.  Raises ValueError naming the flag."""
     from transformers import AutoConfig, AutoTokenizer
 
-    device, trust = pick_device(args.device), args.trust_remote_code
+    device, trust = usable_device(args.device), args.trust_remote_code
     try:
         if args.engine == "torch":
             policy, tokenizer = load_model(model, args.dtype, trust, "sdpa", device)
@@ -1430,7 +1431,7 @@ def open_engine(args: argparse.Namespace, model: str, rendered: Callable[[Any], 
     )  # fmt: skip
 
 
-def pick_device(name: str) -> torch.device:
+def usable_device(name: str) -> torch.device:
     try:
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         torch.empty(1, device=device)
@@ -1446,7 +1447,7 @@ def benchmark(args: argparse.Namespace) -> None:
         name: whole_benchmark(name, source, args.limit)
         for name, source in sources(args.benchmark, args.data or []).items()
     }
-    args.dtype = args.dtype or ("float32" if pick_device(args.device).type == "cpu" else "bfloat16")
+    args.dtype = args.dtype or ("float32" if usable_device(args.device).type == "cpu" else "bfloat16")
     out = own_folder(Path(args.out or "runs/benchmarks"))
     results: dict[str, dict[str, dict]] = {}
     for model in args.model:

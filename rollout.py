@@ -263,16 +263,28 @@ def load_model(
     source, trust = (str(here) if here.exists() else name), {"trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(source, **trust)
+        capped = getattr(config.get_text_config(), "final_logit_softcapping", None)
         for key, value in config.to_dict().items():
             if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
                 setattr(config, key, 0.0)
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **trust)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, use_safetensors=True, attn_implementation=attention, **trust
-        )
+        if not capped:
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                attn_implementation=attention,
+                **trust,
+            )
     except Exception as error:  # missing, gated, damaged, pickled: a dozen classes of three libraries
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"{name}: cannot be loaded as a causal LM ({reason}){_load_hint(reason)}") from None
+    if capped:
+        raise ValueError(
+            f"{name}: its logits are not hidden state times output head (soft-capping at {capped:g}); not "
+            "supported"
+        )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{name}: its tokenizer has no EOS token, so no response could end; set eos_token")
     if tokenizer.pad_token_id is None:
@@ -304,7 +316,7 @@ def _check_head(name: str, model: nn.Module) -> None:
     if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2):
         raise ValueError(
             f"{name}: its logits are not hidden state times output head (they differ by up to "
-            f"{float((ours - theirs).abs().max()):.2g}: soft-capping or scaling); not supported"
+            f"{float((ours - theirs).abs().max()):.2g}: scaling or capping); not supported"
         )
 
 

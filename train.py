@@ -31,7 +31,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import difflib
 import hashlib
 import json
 import math
@@ -62,7 +61,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import interventions
 from entropy_math import adam_preconditioner, entropy_directional_change, network_flow, token_stats
-from eval import draw, evaluate, table
+from eval import Parser, draw, evaluate, table, usable_device
 from grpo import Method, Plan, Progress, Tokens, batch_loss, mismatch_weight, plan_update, token_flow
 from rollout import (
     PROMPT_TEMPLATE,
@@ -1058,8 +1057,12 @@ class Run:
         mine = slice(r.rank, None, r.world)
         task = replace(self.task, test=self.task.test[mine], hard=self.task.hard[mine])
         result = evaluate(self.engine, task, s.eval_samples, s.temperature, seed=seed + r.rank)
-        for sample in result.pop("samples"):
-            self._append("samples.jsonl", {"step": self.step, **sample})
+        samples = result.pop("samples")
+        correct, tokens = (torch.tensor([x[key] for x in samples]) for key in ("correct", "tokens"))
+        chance = seeded(s.seed, self.step, "samples")
+        rewards = REWARDS[s.reward](correct, tokens, self.task.max_new_tokens, chance).tolist()
+        for sample, reward in zip(samples, rewards):
+            self._append("samples.jsonl", {"step": self.step, **sample, "reward": reward})
         if r.world == 1:
             return result
         parts, out = r.all((len(task.test), len(task.hard), result)), dict(result)
@@ -1403,20 +1406,6 @@ GROUPS = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """Complains in one line that names the flag and the nearest, instead of a page of usage."""
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
-        found, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, 1, 0)
-            self.error(f"{unknown[0]}: unknown; did you mean {near[0]}?")
-        return found
-
-    def error(self, message: str) -> Any:
-        self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}  (--help shows all flags)\n")
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line.  Flags that were not given are absent, so that --resume can tell them from
     defaults."""
@@ -1564,15 +1553,10 @@ def pick_device(name: str) -> torch.device:
     if "LOCAL_RANK" in os.environ and name in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # torchrun: one GPU a process
         return torch.device("cuda", torch.cuda.current_device())
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name}: not usable here ({reason}); try --device cpu") from None
-    return device
+        return usable_device(name)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 @contextlib.contextmanager
@@ -1790,7 +1774,10 @@ def main(argv: list[str] | None = None) -> int:
                 if spec.endswith(":help"):
                     print(method_help(spec[: -len(":help")]))
                     return 0
-            return train(args)
+            code = train(args)
+            if dist.is_initialized():  # else a thread of gloo's may abort the process at its exit
+                dist.destroy_process_group()
+            return code
         except UserError as error:
             print(f"train.py: error: {error}", file=sys.stderr)
             return 2

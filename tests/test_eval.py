@@ -167,7 +167,8 @@ def test_evaluate_is_right_on_known_results_however_it_is_batched(monkeypatch, r
     assert got["k"] == 4 and all(t == 0.5 and n == 4 for _, n, t in asked)
     assert sum(n for n, _, _ in asked) == 3
     assert [s["correct"] for s in got["samples"][:4]] == correct[0]
-    assert set(got["samples"][0]) == {"prompt", "answer", "response", "correct", "truncated"}
+    assert [s["tokens"] for s in got["samples"][:4]] == lengths[0]
+    assert set(got["samples"][0]) == {"prompt", "answer", "response", "correct", "truncated", "tokens"}
 
 
 def test_evaluate_repeats_with_its_seed_and_changes_nothing_else():

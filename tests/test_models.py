@@ -128,10 +128,17 @@ def soft_capped(folder):
     Gemma2ForCausalLM(config).save_pretrained(folder)
 
 
+def scaled(folder):
+    from transformers import CohereConfig, CohereForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    CohereForCausalLM(CohereConfig(**shape, vocab_size=259, logit_scale=16.0)).save_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     "spoil, words",
     [(no_config, "config.json"), (only_pickles, "safetensors"), (damaged, "cannot be loaded"),
-     (no_eos, "EOS"), (soft_capped, "soft-capping")],
+     (no_eos, "EOS"), (soft_capped, "soft-capping"), (scaled, "scaling")],
 )  # fmt: skip
 def test_what_is_no_usable_model_is_refused_with_the_reason(model_folder, tmp_path, spoil, words):
     for file in model_folder.iterdir():
@@ -287,7 +294,8 @@ def test_a_language_model_trains_and_its_checkpoint_loads(lm, model_folder):
     before, after = weights_of(model_folder), weights_of(folder / "checkpoint")
     assert before.keys() == after.keys() and any(not torch.equal(before[k], after[k]) for k in before)
     samples = [json.loads(x) for x in (folder / "samples.jsonl").read_text().splitlines()]
-    assert "Reason step by step" in samples[0]["prompt"] and "correct" in samples[0]
+    assert "Reason step by step" in samples[0]["prompt"] and not any(s["correct"] for s in samples)
+    assert {s["reward"] for s in samples} == {0.0, 1.0}, "--reward random is not what was written"
 
 
 def test_gradient_checkpointing_and_budget_change_no_number(lm):

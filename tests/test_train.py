@@ -557,6 +557,7 @@ def check_folder(folder, steps):
     assert (folder / "entropy.png").read_bytes().startswith(PNG)
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert {s["step"] for s in samples} >= {0, steps} and all(isinstance(s["response"], str) for s in samples)
+    assert all(s["reward"] == s["correct"] for s in samples)
     model = AutoModelForCausalLM.from_pretrained(folder / "checkpoint")
     tokenizer = AutoTokenizer.from_pretrained(folder / "checkpoint")
     ids = torch.tensor([tokenizer("1 2 3 4 -> 10", add_special_tokens=False)["input_ids"]])
