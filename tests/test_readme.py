@@ -7,6 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
+import eval
 import interventions
 import train
 
@@ -44,12 +45,15 @@ def test_the_table_of_methods_is_the_one_the_code_gives():
     )
 
 
+def commands(program: str) -> list[str]:
+    found = re.findall(rf"{re.escape(program)} ?([^#\n`|]*)", README.read_text())
+    return [c.strip() for c in found if c.strip()]
+
+
 def test_every_train_command_of_the_readme_parses():
-    commands = re.findall(
-        r"^\s*(?:pip install .* && )?python train\.py ([^#\n`]*)", README.read_text(), re.MULTILINE
-    )
-    assert len(commands) >= 5
-    for command in (c for c in commands if c.strip() != "--help"):
+    found = [c for c in commands("python train.py") if c != "--help"]
+    assert len(found) >= 10
+    for command in found:
         args = train.parser().parse_args(shlex.split(command))
         settings = train.Settings(**train.given_settings(args))
         for spec in getattr(args, "method", []):
@@ -57,9 +61,30 @@ def test_every_train_command_of_the_readme_parses():
                 train.parse_spec(spec, settings)
 
 
+def test_every_eval_command_of_the_readme_parses():
+    found = commands("python eval.py")
+    assert len(found) >= 8
+    for command in found:
+        eval.parser().parse_args(shlex.split(command))
+
+
+def test_every_pytest_command_of_the_readme_selects_a_test():
+    found = re.findall(r"pytest (tests/test_\w+\.py) -k (\w+|\"[^\"]+\")", README.read_text())
+    assert len(found) >= 8
+    for file, words in found:
+        names = re.findall(r"^def (test_\w+)", (ROOT / file).read_text(), re.MULTILINE)
+        for word in words.strip('"').split(" or "):
+            assert any(word in name for name in names), f"README.md: pytest {file} -k {words} selects nothing"
+
+
 def test_files_named_in_the_readme_exist():
     for name in re.findall(r"\]\(((?!http)[^)#]+)\)", README.read_text()):
         assert (ROOT / name).exists(), f"README.md links to {name}, which does not exist"
+
+
+def test_one_version():
+    number = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert f"\nversion: {number}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from rollout import (
     chain_solutions,
     chain_task,
     chain_verify,
+    nucleus,
     response_mask,
     sample,
     score,
@@ -276,6 +277,26 @@ def test_chi_square_rejects_a_slightly_wrong_temperature():
     exact = enumerate_sequences(model, prompt, 3, 1, 1.0)
     drawn = [tuple(r[m].tolist()) for r, m in zip(out.ids, out.mask)]
     assert chi_square_p([drawn.count(s) for s in exact], list(exact.values())) < 1e-4
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_top_p_biases_the_policy_gradient_and_no_weight_brings_the_tail_back(seed):
+    """Expectations of the policy gradient over y ~ nucleus, exactly, for a softmax of eight tokens."""
+    g = torch.Generator().manual_seed(seed)
+    z, reward = torch.randn(8, generator=g).double(), torch.rand(8, generator=g).double()
+    p, q = z.softmax(-1), nucleus(z[None], 0.7)[0].softmax(-1)
+    score_of = torch.eye(8) - p  # row y: ∇_z log p_y
+    true = torch.func.jacrev(lambda z: z.softmax(-1) @ reward)(z)
+
+    def expected(sampled, weight):
+        return (sampled * weight * (reward - sampled @ reward)) @ score_of
+
+    ones, back = torch.ones(8).double(), torch.where(q > 0, p / q, 0)
+    assert torch.allclose(expected(p, ones), true, atol=1e-12)  # without top-p there is no bias
+    assert (expected(q, ones) - true).norm() > 0.2 * true.norm()
+    assert (expected(q, back) - true).norm() > 0.1 * true.norm()
+    kept = q > 0
+    assert (q @ score_of)[kept].min() > 0 > (q @ score_of)[~kept].max()  # what is kept rises, whatever it earns
 
 
 def test_sampling_uses_only_its_generator(model):
