@@ -296,7 +296,7 @@ def test_top_p_biases_the_policy_gradient_and_no_weight_brings_the_tail_back(see
     assert (expected(q, ones) - true).norm() > 0.2 * true.norm()
     assert (expected(q, back) - true).norm() > 0.1 * true.norm()
     kept = q > 0
-    assert (q @ score_of)[kept].min() > 0 > (q @ score_of)[~kept].max()  # what is kept rises, whatever it earns
+    assert (q @ score_of)[kept].min() > 0 > (q @ score_of)[~kept].max()  # kept tokens rise unrewarded
 
 
 def test_sampling_uses_only_its_generator(model):
