@@ -15,7 +15,8 @@ entropy_math.py` measures that in half a minute.
     H = -Σ p log p, in nats   y  sampled token         A  advantage    η  learning rate ("per unit η": dH/η)
     p2 = Σ p²                 p2logp = Σ p² log p      C = p2logp + H p2 = Cov_p(p, log p)
 
-Left out: which states are visited. A state's own distribution is followed, not the drift of the trajectories.
+Left out: where advantages come from (chapter 2), and which states are visited: a state's own distribution is
+followed, not the drift of the trajectories.
 Sources, by arXiv id: 2505.22617 (covariance, law), 2510.10150 (STEER), 2605.11491 (OPEFO), 2602.03392 (S*),
 2605.11775 (the two parts of 2.4). "Measured" means measured by us, in results/honesty.txt.
 """

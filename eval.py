@@ -48,7 +48,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from entropy_math import entropy_change, fit_entropy_law
+from entropy_math import check_entropy_law, entropy_change
 from rollout import (
     PROMPT_TEMPLATE,
     Engine,
@@ -257,6 +257,7 @@ def to_samples(part: Part, k: int, first: int = 0) -> Groups:
 
 
 def ngrams(ids: Sequence[int], n: int) -> Counter:
+    """How often each run of n tokens occurs."""
     return Counter(tuple(ids[i : i + n]) for i in range(len(ids) - n + 1))
 
 
@@ -404,6 +405,7 @@ STYLES = [
 
 
 def style(i: int) -> dict[str, Any]:
+    """Colour and dash of the i-th curve."""
     color, dash = STYLES[i % len(STYLES)]
     return {"color": color, "linestyle": dash}
 
@@ -454,9 +456,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
         ax.grid(alpha=0.25)
     _draw_flows(bottom.subplots(lines, columns, squeeze=False), runs)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.png")
-    fig.savefig(part, dpi=110)
-    part.replace(path)
+    save(fig, path)
 
 
 def _draw_flows(axes: Any, runs: dict[str, list[dict[str, Any]]]) -> None:
@@ -656,6 +656,7 @@ def baseline(members: Sequence[Record], groups: dict[str, list[Record]]) -> str 
 
 
 def value(row: dict[str, Any], key: str) -> float:
+    """A number of a row of a log; NaN where there is none."""
     x = row.get(key)
     return float(x) if isinstance(x, int | float) else math.nan
 
@@ -682,14 +683,17 @@ def comparison(groups: dict[str, list[Record]]) -> list[dict[str, Any]]:
 
 
 def number(x: float, digits: int = 3, sign: str = "") -> str:
+    """A cell of a table; a dash where there is no number."""
     return f"{x:{sign}.{digits}f}" if x is not None and math.isfinite(x) else "–"
 
 
 def plus_minus(mean: float, se: float, digits: int = 3) -> str:
+    """The cell "mean ± standard error", without the error where there is none."""
     return number(mean, digits) + (f" ± {se:.{digits}f}" if math.isfinite(se) else "")
 
 
 def with_interval(row: dict[str, Any], key: str) -> str:
+    """The cell "difference [low, high]" of a key."""
     text = number(row.get(f"{key} diff", math.nan), sign="+")
     low, high = row.get(f"{key} low", math.nan), row.get(f"{key} high", math.nan)
     return text + (f" [{low:+.3f}, {high:+.3f}]" if math.isfinite(low) else "")
@@ -956,15 +960,15 @@ def law_row(label: str, kind: str, H: Sequence[float], R: Sequence[float], share
     try:
         if len(H) < n + 2:
             raise ValueError(f"{len(H)} points; the fit needs {n}, and two to predict")
-        a, b, r2 = law = fit_entropy_law(H[:n], R[:n])
+        law, rmse, last, n = check_entropy_law(H, R, share)
     except ValueError as error:
         return row | {"why": str(error)}
     rest = np.asarray(R[n:])
     error = law.predict(H[n:]).numpy() - rest
     spread = float(((rest - rest.mean()) ** 2).sum())
-    row |= {"a": a, "b": b, "R2 of the fit": r2, "rmse": float(np.sqrt((error**2).mean()))}
+    row |= {"a": law.a, "b": law.b, "R2 of the fit": law.r2, "rmse": rmse}
     row |= {"R2 of the rest": 1 - float((error**2).sum()) / spread if spread else math.nan}
-    return row | {"largest error": float(np.abs(error).max()), "last error": float(error[-1])}
+    return row | {"largest error": float(np.abs(error).max()), "last error": last}
 
 
 def law(records: Sequence[Record], out: Path) -> None:
@@ -1432,6 +1436,7 @@ def open_engine(args: argparse.Namespace, model: str, rendered: Callable[[Any], 
 
 
 def usable_device(name: str) -> torch.device:
+    """The device of that name. Raises ValueError where nothing can be put on it."""
     try:
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         torch.empty(1, device=device)
@@ -1556,6 +1561,7 @@ def average(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def print_reported(key: str, names: Sequence[str]) -> None:
+    """A paper's own numbers on the benchmarks named, in percent, and how it sampled."""
     r = REPORTED[key]
     columns = [list(BENCHMARKS).index(x) for x in names if x in BENCHMARKS]
     head = [f"reported: {key}", *(list(BENCHMARKS)[i] for i in columns), "average"]
@@ -1670,6 +1676,7 @@ def page(rows: Sequence[Coloured], what: str) -> str:
 
 
 def show(record: Record, seed: int, out: Path) -> None:
+    """Coloured responses on the terminal and in flow.html: of flows.jsonl, else fresh ones."""
     flows = record.folder / "flows.jsonl"
     rows, what = logged_flows(flows) if flows.is_file() else fresh_flows(record, seed)
     print(f"{what}; red raises entropy, blue lowers it\n")
@@ -1758,6 +1765,7 @@ FLAGS: dict[str, list[tuple[str, Any, str]]] = {
 
 
 def parser() -> Parser:
+    """The command line."""
     p = Parser(
         prog="eval.py",
         usage="eval.py [runs ...] [flags]",
@@ -1880,6 +1888,7 @@ def logged_k(records: Sequence[Record], asked: int | None) -> int:
 
 
 def sample_runs(args: argparse.Namespace, records: Sequence[Record], k: int, out: Path) -> None:
+    """Fresh samples of every run: tables, calibration, forking tokens."""
     n = args.samples or k
     print(
         f"Fresh samples: {n} per problem, temperature {args.temperature:g}, top-p {args.top_p:g}, no top-k, "

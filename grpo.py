@@ -66,8 +66,8 @@ class Tokens:
     | old_logp     | (B, T) | scoring   | behaviour policy at the start of the update; None: on-policy       |
     | ref_logp     | (B, T) | scoring   | frozen reference policy, for methods that need one                 |
     | proxy_logp   | (B, T) | scoring   | log-probability under Lp-Reg's proxy policy, -inf where filtered   |
-    | adv          | (B, T) | grpo      | advantage; None: computed from reward and group by the method      |
-    | mismatch     | (B, T) | grpo      | detached weight (2.17) - (2.19), multiplies the clipped surrogate  |
+    | adv          | (B, T) | caller    | advantage; None: computed from reward and group by the method      |
+    | mismatch     | (B, T) | train     | detached weight (2.17) - (2.19), multiplies the clipped surrogate  |
     | response     | (B, T) | grpo      | all response tokens, where a method narrowed `mask`; None: mask    |
     """
 
@@ -416,9 +416,11 @@ class Method:
 
     `shape` (rewards), `keep` and `mark` (tokens), `factor` (the surrogate's force) and `reset_reference` are
     what those five need besides.  `select`, `shape`, `advantage`, `keep`, `weight` and `mark` are called once
-    per update with the whole batch, detached; `factor` also per micro-batch. `surrogate` and `penalty` are
-    called once per micro-batch, with the graph, and with that micro-batch's rows of the plan. `after_step`
-    moves controllers; nothing else changes the object, so that computing a loss twice gives it twice.
+    per update with the whole batch, detached; `factor` also per micro-batch, and `select`, where `refill` is
+    set, also on each draw, before anything is scored: it then sees rewards and no statistics. `surrogate`
+    and `penalty` are called once per micro-batch, with the graph, and with that micro-batch's rows of the
+    plan. `after_step` moves controllers; nothing else changes the object, so that computing a loss twice
+    gives it twice.
     """
 
     eps_low: float = 0.2
@@ -695,9 +697,7 @@ def main() -> None:
     loss, _ = policy_loss(tokens, Method(aggregation="seq_mean_token_mean"))
     loss.backward()
     print(f"strictly on-policy: loss = {loss.item():+.1e}, yet |gradient| = {logits.grad.norm():.3f}")
-    print(
-        " the value is minus the mean advantage, 0 by construction; watch reward and entropy, not the loss.\n"
-    )
+    print(" the value is minus the mean advantage, 0 in a mean over responses; watch reward and entropy.\n")
 
     print("gradient of the clipped surrogate over the plain policy gradient (eps .2 / .28, dual clip 3)")
     ratios = torch.tensor([0.5, 0.79, 0.9, 1.0, 1.1, 1.29, 2.0, 3.5])

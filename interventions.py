@@ -16,6 +16,11 @@ batch, of the current policy before the step, detached; the denominator stays N 
 otherwise; `f` is a token's predicted entropy change (entropy_math) with the advantage that really acts on it,
 I_clip r A (STEER's released form and PAPO say what they take instead).
 
+Left out: what the authors' trainers do around a method (statistics per micro-batch and rank, where an entry
+says so; critics; several turns; curricula of problems), and methods that change the model or the decoding of
+finished policies. The last sections combine methods (6), build them from the words of a command line (7) and
+hand them to verl (8).
+
     python interventions.py       what every method does to one batch: a table, and runs/interventions.png
 """
 
@@ -60,7 +65,7 @@ from grpo import (
     weighted_sum,
 )
 
-# limits of hyperparameters
+# limits of hyperparameters, ends included: POSITIVE and SHARE allow 0
 POSITIVE, COUNT, ABOVE, SHARE = (0, math.inf), (1, math.inf), (1e-9, math.inf), (0, 1)
 FLOW = ("logp", "entropy", "p2", "p2logp")  # what the exact entropy change needs
 
@@ -225,7 +230,8 @@ class MixedCUTS(Method):
 
 
 def overlong_penalty(length: Tensor, longest: int, cache: int) -> Tensor:
-    """0 up to longest - cache, then linearly to -1 at longest, -1 beyond. (B,) -> (B,)."""
+    """0 up to longest - cache, then linearly to -1 at longest, -1 beyond. (B,) -> (B,). `--reward
+    length_penalty` (chapter 4) adds the same without the rest of DAPO."""
     return ((longest - cache - length) / cache).clamp(-1, 0)
 
 
@@ -380,11 +386,11 @@ class WReinforce(Method):
 class PSR(Method):
     """Positive-sample reinforcement: A = 1 on correct responses, the others leave the batch (3.11). [code].
 
-    The mean runs over the kept rows. It sharpens the policy fastest: the paper's negative control.
+    The mean runs over the kept rows. Per step it sharpens the policy most: the paper's negative control.
     """
 
     key, place, paper = "psr", "selection", "2506.01347"
-    idea = "learn from right responses only: the fastest collapse"
+    idea = "learn from right responses only: sharpens most per step"
     needs = ("logp", "reward")
     sign = 1
 
@@ -717,7 +723,7 @@ class OPEFO(Method):
     The paper's f keeps only the diagonal of the softmax Jacobian and one factor p too few: rare tokens
     dominate it, and on the embedded task it drives entropy up until the reward is gone (λ about .5); hence
     `exact` is the default. Balance alone has no memory of where entropy should be and drifts; a target gives
-    it one (entropy_math, section 6). No code is released; the per-token reading of Eq. 6 is inferred.
+    it one, entropy_math (6.2). No code is released; the per-token reading of Eq. 6 is inferred.
     Controls: `sides` plus or minus weights only one side, `lam` fixes λ (0 is GRPO), `shuffled_sign` deals
     the same weights to random tokens. P + Q = 0 gives λ = 0; one empty side gives λ = ±1, which switches the
     other side off (metric lam shows it). While λ is clamped, Σ takes up no error that pushes further. λ is
@@ -1600,7 +1606,8 @@ class Composite(Method):
         return self.owner["sample"].sample(logits, position, rows, generator)
 
     def select(self, tk: Tokens) -> Tensor | None:
-        kept = [rows for m in self.members if (rows := m.select(tk)) is not None]
+        asked = [m for m in self.members if m.refill or tk.logp is not None]  # not scored: it is being drawn
+        kept = [rows for m in asked if (rows := m.select(tk)) is not None]
         return torch.stack(kept).all(0) if kept else None
 
     def shape(self, tk: Tokens) -> Tensor:

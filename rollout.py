@@ -4,19 +4,22 @@ Claim. To see entropy collapse one needs a task in which many different answers 
 starts broad, and a verifier.  Seven billion parameters are not needed: a transformer of 0.13 M parameters
 shows the collapse in a minute.
 
-    the embedded world   "chain": reach a target in one to three arithmetic steps; 6,348 problems, most with
-                         dozens of right answers
-    tokenizer, model     a real `transformers` tokenizer and a real Llama, made in code: the 7 B path, smaller
-    other people's       any causal LM of `transformers`, any JSONL of problems and answers
-    warm start           supervised learning on random right chains: a policy often wrong and very diverse
-    masks                the first EOS belongs to the response and nothing after it does
-    sampling             batched, KV-cached, from the exact softmax at a temperature: no top-p, no top-k
-    vLLM                 the same from a production engine in this process, and a check that pushes arrived
-    scoring              log π, H, Σp², Σp² log p of every response token, through entropy_math's chunked head
-    grading              is this answer that answer, decided within 1.5 s whatever the answer is
+     1, 2  the embedded world, "chain": reach a target in one to three arithmetic steps; 6,348 problems, most
+           with dozens of right answers
+        3  a real `transformers` tokenizer and a real Llama, made in code: the 7 B path, smaller
+        4  any causal LM of `transformers`, any JSONL of problems and answers
+        5  masks: the first EOS belongs to the response and nothing after it does
+        6  sampling: batched, KV-cached, from the exact softmax at a temperature; top-p in evaluations only
+        7  vLLM: the same from a production engine in this process, and a check that pushes arrived
+        8  scoring: log π, H, Σp², Σp² log p of every response token, through entropy_math's chunked head
+        9  rewards: is this answer that answer, in 1.5 s a comparison at most, whatever the answer is
+       10  the warm start: supervised learning on random right chains; a policy often wrong and very diverse
 
-Left out, compared with a production engine: stop strings, paged attention, and continuous batching beyond
-dropping rows that ended.  Run `python rollout.py` to see problems, answers, and where the policy is unsure.
+Left out, compared with a production trainer: conversations of several turns, tools, code that is run to be
+judged, reward models.  Our own sampling loop has no stop strings, no paged attention, and no continuous
+batching beyond dropping rows that ended; section 7 has the latter two from vLLM.
+
+Run `python rollout.py` to see problems, answers, and where the policy is unsure.
 """
 
 from __future__ import annotations
@@ -1678,7 +1681,8 @@ def overlong_penalty(lengths: Tensor, max_length: int, buffer: int | None = None
     """(B,) 0 for lengths up to max_length - buffer, then falling linearly to -1 at max_length.
 
     DAPO's soft overlong punishment (2503.14476 eq. 13), whose max_length is 20,480 and buffer 4,096: a fifth,
-    which is the buffer here unless another is given.  lengths (B,), in tokens.
+    which is the buffer here unless another is given.  lengths (B,), in tokens.  The method `dapo` adds its
+    own: use one of the two.
     """
     buffer = max(1, max_length // 5 if buffer is None else buffer)
     return ((max_length - buffer - lengths) / buffer).clamp(-1, 0)

@@ -2,7 +2,7 @@
 
     python train.py --method opefo              the first command: a warm start, 300 steps, a picture
     python train.py --method grpo opefo steer   several methods from one warm start, drawn together
-    python train.py --method grpo grpo:lr=1e-4 opefo:form=exact clip_cov:ratio=.02 --seed 1
+    python train.py --method grpo grpo:lr=1e-4 opefo:form=paper clip_cov:ratio=.02 --seed 1
     python train.py --resume runs/opefo-s0      go on after Ctrl-C or a crash, with the same numbers
 
 Claim. One GRPO step is: draw n responses to each of P prompts, verify them, push the tokens of the better
@@ -18,12 +18,21 @@ step:
     flow_up      = Σ_t max(f_t, 0),  flow_down = Σ_t max(-f_t, 0),  f_t = F_t T_t                        (5.3)
 
 F_t = -∂loss/∂log π(y_t) is the force on token t (weights, clip and aggregation inside) and T_t its exact
-score on a table (entropy_math).  (5.1) and (5.2) are in nats; (5.3) in nats per unit of learning rate on a
-tabular policy: the units of (5.1) and (5.3) differ, their signs and their balance can be compared.
+score on a table, entropy_math (2.2).  (5.1) and (5.2) are in nats; (5.3) in nats per unit of learning rate
+on a tabular policy: the units of (5.1) and (5.3) differ, their signs and their balance can be compared.
 
 Everything random comes from a generator seeded by a hash of (seed, step, purpose), so a resumed run repeats
 the numbers of one never stopped, and methods that start from the same seed see the same prompts in the same
 order.
+
+    1  settings: a flag for each              5  a run: its steps, evaluations and checkpoints
+    2  several processes: FSDP2               6  what a run needs: task, policy, engine
+    3  one update: the gradient of a method   7  the command line
+    4  the entropy ledger                     8  the same methods inside TRL's trainer
+
+Left out, compared with a production trainer: a critic, learning-rate schedules and weight decay, sampling
+ahead of the update, several responses packed in one row, and tensor, pipeline or context parallelism of the
+policy in training.
 """
 
 from __future__ import annotations
@@ -263,6 +272,7 @@ MODEL_DEFAULTS = {"lr": 1e-6, "tokens_per_micro_batch": 16384, "eval_samples": 8
 
 
 def flag(name: str) -> str:
+    """The flag of a setting: eval_every -> --eval-every."""
     return "--" + name.replace("_", "-")
 
 
@@ -277,6 +287,7 @@ def convert(name: str, text: str) -> Any:
 
 
 def truth(text: str) -> bool:
+    """true or false; ValueError on any other word."""
     if text.lower() not in ("true", "false"):
         raise ValueError
     return text.lower() == "true"
@@ -746,6 +757,7 @@ def read_rows(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
 
 
 def write_atomically(path: Path, text: str) -> None:
+    """Under another name first: the file is never half there."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(text)
     part.replace(path)
@@ -761,6 +773,7 @@ CHECKSUMS = "sha256.json"  # of every other file of a checkpoint: flipped bits i
 
 
 def checksum(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
@@ -797,6 +810,7 @@ class Run:
                              step, position), training/ (torch.distributed.checkpoint: weights, AdamW)
     folder/checkpoint-previous/    the one before, in case of a crash between two renames
     folder/checkpoint-best/  the policy of the evaluation with the highest pass@1
+    folder/entropy.png, summary.txt    picture and table, made by `compare` when the run ends
     """
 
     def __init__(
@@ -1550,6 +1564,7 @@ def set_threads(n: int) -> None:
 
 
 def pick_device(name: str) -> torch.device:
+    """The device of --device; under torchrun each process has a GPU of its own. Raises UserError."""
     if "LOCAL_RANK" in os.environ and name in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # torchrun: one GPU a process
         return torch.device("cuda", torch.cuda.current_device())

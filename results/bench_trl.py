@@ -4,8 +4,9 @@
 
 Both trainers take the same steps: 32 chain problems x 16 responses of at most 11 tokens at temperature 1,
 plain GRPO, strictly on-policy, AdamW, gradient clipping, the same verifier, the same kind of model with
-the same start weights, two threads.  TRL runs twice: as a user gets it (bfloat16 autocast and gradient
-checkpointing are its defaults) and tuned (both off, float32 like ours).  It never logs, saves or evaluates.
+the same start weights, two threads.  TRL runs as a user gets it (bfloat16 autocast and gradient checkpointing
+are its defaults) against ours as a user gets it (float32) and against ours with --dtype bfloat16, and tuned
+(both off, float32 like ours).  It never logs, saves or evaluates.
 The two trainers alternate step by step, so that both see the same machine; medians over the steps after
 three for warming up.  "rollout" is sampling and verifying, "update" is the rest of the step: loss, backward
 pass, clipping, AdamW.
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from eval import aligned  # noqa: E402
 from interventions import build  # noqa: E402
 from rollout import TinyModel, WarmStart, chain_task, tiny_tokenizer, warm_policy  # noqa: E402
-from train import Run, Settings, set_threads  # noqa: E402
+from train import ALONE, Settings, make_run, set_threads  # noqa: E402
 
 PROMPTS, GROUP, WARM_UP = 32, 16, 3
 MODELS = {
@@ -66,14 +67,15 @@ def trl_trainer(name, task, steps, callback, tuned):
     return GRPOTrainer(model, reward, config, data, processing_class=tokenizer, callbacks=[callback])
 
 
-def measure(name, steps, tuned):
+def measure(name, steps, tuned, dtype):
     """{who: {phase: [seconds]}} and the mean number of tokens that a step trains on."""
     from transformers import TrainerCallback
 
     task = chain_task()
     model, tokenizer = policy(name)
-    settings = Settings(prompts=PROMPTS, group_size=GROUP, ledger="off")
-    ours = Run(settings, build("grpo"), Path("."), task, model, tokenizer)
+    settings = Settings(prompts=PROMPTS, group_size=GROUP, ledger="off", dtype=dtype)
+    where = (None, torch.device("cpu"), ALONE)
+    ours = make_run(settings, build("grpo"), Path("."), task, model, tokenizer, *where)
     times = {who: {"rollout": [], "update": [], "step": []} for who in ("trl", "ours")}
     tokens = []
 
@@ -85,8 +87,9 @@ def measure(name, steps, tuned):
 
         def on_step_end(self, *_, **__):
             times["trl"]["step"].append(time.perf_counter() - self.begin)
+            begin = time.perf_counter()
             row = ours.train_step()
-            times["ours"]["step"].append(row["seconds"])
+            times["ours"]["step"].append(time.perf_counter() - begin)
             times["ours"]["rollout"].append(row["seconds_rollout"])
             tokens.append(row["tokens"])
 
@@ -136,8 +139,13 @@ def main():
     lines = [f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}, "
              f"{args.threads} threads; python results/bench_trl.py --steps {args.steps[0]} {args.steps[1]} "
              f"--threads {args.threads}"]  # fmt: skip
-    for (name, steps), tuned in itertools.product(zip(MODELS, args.steps), (False, True)):
-        times, tokens = measure(name, steps + WARM_UP, tuned)
+    ways = {
+        "TRL as it comes": (False, "float32"),
+        "TRL as it comes, ours in bfloat16 too": (False, "bfloat16"),
+        "TRL tuned": (True, "float32"),
+    }
+    for (name, steps), way in itertools.product(zip(MODELS, args.steps), ways):
+        times, tokens = measure(name, steps + WARM_UP, *ways[way])
         parameters = sum(x.numel() for x in policy(name)[0].parameters())
         *bound, peak = roofline(name, tokens)
         body = []
@@ -150,7 +158,7 @@ def main():
             cells = (f"{x * 1e3:.1f}" for x in (trl_s, our_s, limit))
             body.append([phase, *cells, middle, f"{limit / our_s:.0%}"])
         lines.append(
-            f"\n{name}, TRL {'tuned' if tuned else 'as it comes'}: {parameters:,} parameters, {tokens:.0f} "
+            f"\n{name}, {way}: {parameters:,} parameters, {tokens:.0f} "
             f"response tokens a step, {steps} steps each; large matrix product {peak / 1e9:.0f} GFLOP/s"
         )
         head = ["", "TRL ms", "ours ms", "roofline ms", "TRL / ours (middle half)", "roofline / ours"]

@@ -3,7 +3,7 @@
     python results/study.py --jobs 2        run what is missing, most important first; resumes after a kill
     python results/study.py --list          the runs, in order, and which are done; --only PATTERN picks some
     python results/study.py --report        tables and figures from what is done: study.txt, study_*.png
-    python results/study.py --markdown      the README's table of question 1
+    python results/study.py --markdown      the README's tables of questions 1 and 3
 
 Written before the first run, and not changed after it but where a line says so:
 
@@ -74,6 +74,7 @@ import csv
 import fcntl
 import fnmatch
 import gzip
+import itertools
 import json
 import math
 import multiprocessing
@@ -730,8 +731,8 @@ def table_one(study: Study, names: list[str]) -> str:
     return tabled(head, body)
 
 
-def markdown(study: Study, names: list[str]) -> str:
-    """The README's table of question 1: plain GRPO, then the methods; calls in bold."""
+def markdown(study: Study, plain: tuple[str, ...], names: list[str]) -> str:
+    """A table of the README: `plain` GRPO's ends, then the methods, the best D1 first; calls in bold."""
 
     def row(name: str, label: str, cells: list[str]) -> str:
         e = study.ends(name)
@@ -746,9 +747,7 @@ def markdown(study: Study, names: list[str]) -> str:
 
     out = ["| | n | entropy | pass@1 | pass@32 | distinct | D1: pass@32 | D2: distinct | D3: temperatures |"]
     out += ["|" + "---|" * 9]
-    out += [
-        row(name, f"*{name}*" if name == "warm" else f"`{name}`", ["", "", ""]) for name in ("warm", *RATES)
-    ]
+    out += [row(name, f"*{name}*" if name == "warm" else f"`{name}`", ["", "", ""]) for name in plain]
     for name, _, _, d in rows_one(study, names):
         out.append(row(name, f"`{short(name)}`", [cell(x, n) for x, n in zip(d, (3, 2, 3))]))
     return "\n".join(out)
@@ -939,17 +938,18 @@ def draw_frontier(study: Study) -> None:
     for s, p in zip(("start", *(s.partition("lr=")[2] or "3e-4" for s in RATES)), points):
         left.annotate(s, p[:2], xytext=(-4, -14), fontsize=8, weight="bold", **OFFSET)
     look = {"beats": ("#009e73", "^"), "loses": ("#d55e00", "v")}
+    labels = itertools.cycle([(4, 3), (4, -9), (-24, 8)])  # so that neighbours' names part
     for name in dict.fromkeys((*METHOD_NAMES, "opefo:form=paper")):
         p, call = mean_point(study, name)[AT_ONE], study.distance(name, 1).call
         color, marker = look.get(call, ("0.6", "o"))
         left.plot(*p[:2], marker=marker, color=color, ms=6, ls="")
         if call in look:
-            left.annotate(short(name), p[:2], xytext=(4, 3), fontsize=7, color=color, **OFFSET)
+            left.annotate(short(name), p[:2], xytext=next(labels), fontsize=7, color=color, **OFFSET)
     for call, (color, marker) in {**look, "no difference shown": ("0.6", "o")}.items():
         left.plot([], [], marker=marker, color=color, ls="", label=call)
     left.set_ylim(points[:, 1].min() - 0.12, 1.0)  # what lies below is in the tables
     left.set(title=f"Test temperature 1, step {STEPS}, means over pairs", xlabel="pass@1", ylabel="pass@32")
-    left.legend(fontsize=8, loc="lower left")
+    left.legend(fontsize=8, loc="center left")
     shown = [s for s in ("warm", *RATES, *best_three(study)) if not np.isnan(mean_point(study, s)).any()]
     for i, name in enumerate(shown):
         m = mean_point(study, name)
@@ -1039,7 +1039,7 @@ def draw_curves(study: Study, panels: dict[str, tuple[list[str], int]], file: st
                 ax.plot(*study.curve(n, key, steps), label=label, **style(i))
             ax.set(title=f"{title}: {key}", xlabel="step")
             ax.set_ylim(0, None if key == "entropy" else 1)
-        row[0].legend(fontsize=7)
+        row[1].legend(fontsize=7, loc="upper left")  # pass@1 stays in the lower half
     save(fig, file)
 
 
@@ -1091,7 +1091,7 @@ def main() -> None:
     p.add_argument("--only", default="*", help="run or list the keys that match this shell pattern")
     p.add_argument("--list", action="store_true", help="show the runs and which are done")
     p.add_argument("--report", action="store_true", help="write tables and figures from what is done")
-    p.add_argument("--markdown", action="store_true", help="print the README's table from what is done")
+    p.add_argument("--markdown", action="store_true", help="print the README's tables from what is done")
     args = p.parse_args()
     done = load()
     chosen = [i for i in items() if fnmatch.fnmatch(i.key, args.only)]
@@ -1104,7 +1104,8 @@ def main() -> None:
     elif args.report:
         write_report()
     elif args.markdown:
-        print(markdown(Study(done), METHOD_NAMES))
+        print(markdown(Study(done), ("warm", *RATES), METHOD_NAMES), end="\n\n")
+        print(markdown(Study(done), (), CONTROL_NAMES))
     else:
         run_all(todo, args.jobs)
 

@@ -1148,6 +1148,15 @@ def test_eq_3_17_the_band_is_compared_with_the_entropy_of_all_responses_also_in_
     assert torch.equal(plan.adv, plan_update(tk, build("dapo", overlong=False)).adv), "in the band: GRPO"
 
 
+def test_while_responses_are_drawn_only_dynamic_sampling_selects():
+    """The loop asks before anything is scored; entrocraft would need entropies."""
+    tk = make(34)[1]().detach()
+    drawn = replace(tk, logp=None, entropy=None, p2=None, p2logp=None)
+    both = build("entrocraft+dapo", start=9.0, schedule="fixed")
+    assert torch.equal(both.select(drawn), build("dapo").select(drawn))
+    assert not torch.equal(both.select(tk), both.select(drawn)), "entrocraft selects nothing here"
+
+
 @given(seeds, st.floats(0.01, 1), st.sampled_from(["O1", "C2"]), st.booleans())
 def test_eq_3_18_stare(seed, fraction, variant, is_open):
     _, tokens = make(seed)
