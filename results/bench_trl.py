@@ -119,12 +119,12 @@ def peak_flops():
     return best
 
 
-def roofline(name, tokens):
+def roofline(name, tokens, peak):
     """Seconds of (rollout, update) if nothing but the products of the step took time."""
     model, _ = policy(name)
     n = sum(p.numel() for p in model.parameters())  # the tied embedding is the head, which multiplies
-    peak, prompt = peak_flops(), 6  # tokens
-    return 2 * n * (PROMPTS * prompt + tokens) / peak, 6 * n * (PROMPTS * prompt + tokens) / peak, peak
+    read = n * (PROMPTS * 6 + tokens)  # a prompt has 6 tokens
+    return 2 * read / peak, 6 * read / peak
 
 
 def main():
@@ -136,9 +136,10 @@ def main():
     import transformers
     import trl
 
+    peak = peak_flops()
     lines = [f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}, "
              f"{args.threads} threads; python results/bench_trl.py --steps {args.steps[0]} {args.steps[1]} "
-             f"--threads {args.threads}"]  # fmt: skip
+             f"--threads {args.threads}; large float32 matrix product {peak / 1e9:.0f} GFLOP/s"]  # fmt: skip
     ways = {
         "TRL as it comes": (False, "float32"),
         "TRL as it comes, ours in bfloat16 too": (False, "bfloat16"),
@@ -147,7 +148,7 @@ def main():
     for (name, steps), way in itertools.product(zip(MODELS, args.steps), ways):
         times, tokens = measure(name, steps + WARM_UP, *ways[way])
         parameters = sum(x.numel() for x in policy(name)[0].parameters())
-        *bound, peak = roofline(name, tokens)
+        bound = roofline(name, tokens, peak)
         body = []
         for phase, limit in zip(("rollout", "update", "step"), (*bound, sum(bound))):
             trl_s, our_s = (statistics.median(times[who][phase]) for who in ("trl", "ours"))
@@ -159,7 +160,7 @@ def main():
             body.append([phase, *cells, middle, f"{limit / our_s:.0%}"])
         lines.append(
             f"\n{name}, {way}: {parameters:,} parameters, {tokens:.0f} "
-            f"response tokens a step, {steps} steps each; large matrix product {peak / 1e9:.0f} GFLOP/s"
+            f"response tokens a step, {steps} steps each"
         )
         head = ["", "TRL ms", "ours ms", "roofline ms", "TRL / ours (middle half)", "roofline / ours"]
         lines.append(aligned(head, body))
