@@ -67,6 +67,7 @@ from rollout import (
     render,
     score,
     shared_grader,
+    task_of_data,
 )
 
 __all__ = ["evaluate", "grade", "main", "pass_at_k"]  # `grade` is chapter 4's, offered here beside pass_at_k
@@ -1594,12 +1595,21 @@ def logged_flows(path: Path) -> tuple[list[Coloured], str]:
 
 
 @torch.no_grad()
+def own_task(record: Record, tokenizer: Any) -> Task:
+    """What a language model was trained on, from the files that its run names."""
+    s = record.settings
+    names = ("data", "eval_data", "eval_problems", "prompt_template")
+    chat, limits = s["chat"] == "auto", (s["max_prompt_tokens"], s["max_new_tokens"])
+    return task_of_data(tokenizer, *(s[name] for name in names), chat, *limits)[0]
+
+
 def fresh_flows(record: Record, seed: int = 0, prompts: int = 32, n: int = 16) -> tuple[list[Coloured], str]:
     """The exact flow of a table, entropy_math (3.2), of the tokens of a fresh batch: what one step of GRPO on
     it would do to entropy.  Of each of the first 8 problems with right and wrong answers, the response that
     moves entropy most."""
-    task, (model, tokenizer) = embedded(record), load_policy(record.folder)
-    generator = torch.Generator().manual_seed(seed)
+    model, tokenizer = load_policy(record.folder)
+    task = chain_task() if record.task == "chain" else own_task(record, tokenizer)
+    prompts, generator = min(prompts, len(task.test)), torch.Generator().manual_seed(seed)
     out = answer(TorchEngine(model, tokenizer), task, task.test[:prompts], n, generator=generator)
     stats = score(model, *out.full_ids(tokenizer.pad_token_id), out.ids, out.mask)
     reward = out.correct.double().view(-1, n)

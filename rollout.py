@@ -343,6 +343,8 @@ def read_problems(source: str) -> tuple[list[Problem], list[str]]:
         try:
             asked, prompt = _field(row, PROBLEM_KEYS, _question)
             told, right = _field(row, ANSWER_KEYS, _answer)
+            if len(right) > LONGEST_ANSWER:
+                raise ValueError(f"'{told}' has {len(right)} characters, and neither \\boxed{{}} nor ####")
         except ValueError as error:
             bad.append(f"line {number}: {error}")
             continue
@@ -362,15 +364,16 @@ def _rows(source: str) -> Iterable[tuple[int, Any]]:
     """(line number, row) of a JSONL file or of a hub data set; a line that is not JSON gives its text."""
     path = Path(source).expanduser()
     if path.is_file():
-        for number, line in enumerate(path.read_bytes().decode("utf-8", "replace").splitlines(), 1):
-            if line.strip():
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # str.splitlines would also split
+            if line.strip():  # inside strings, at U+2028
                 try:
-                    yield number, json.loads(line)
-                except ValueError:
+                    yield number, json.loads(line, parse_constant=lambda _: None)  # NaN is no answer
+                except ValueError:  # UnicodeDecodeError is one too
                     yield number, line
         return
     if source.count("/") != 1 or source.startswith((".", "/", "~")) or source.endswith((".jsonl", ".json")):
-        raise ValueError(f"{source}: no such file; give a JSONL file of problems and answers")
+        what = "is a folder" if path.is_dir() else "no such file"
+        raise ValueError(f"{source}: {what}; give a JSONL file of problems and answers")
     try:
         from datasets import load_dataset
     except ImportError:
@@ -423,7 +426,7 @@ def render(
     """The problems as the policy reads them: `template` with {problem} filled in, as a user's turn where the
     tokenizer has a chat template and `chat` is true, else as plain text after the tokenizer's BOS."""
     if "{problem}" not in template:
-        raise ValueError(f"template {template!r}: needs {{problem}}, where the question goes")
+        raise ValueError(f"{template!r}: needs {{problem}}, where the question goes")
     texts = [template.replace("{problem}", p.prompt) for p in problems]  # LaTeX is full of braces: no format
     if chat and tokenizer.chat_template:
         how = {"tokenize": False, "add_generation_prompt": True}
@@ -431,6 +434,55 @@ def render(
     elif tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]:
         texts = [tokenizer.bos_token + t for t in texts]
     return [Problem(t, p.answer) for t, p in zip(texts, problems)]
+
+
+def task_of_data(
+    tokenizer: Any,
+    data: str,
+    eval_data: str,
+    eval_problems: int,
+    template: str,
+    chat: bool,
+    max_prompt_tokens: int,
+    max_new_tokens: int,
+) -> tuple[Task, list[str]]:
+    """Problems to train on and held out, rendered; and what a user should know about them.
+
+    `eval_problems` are held out by the hash of their text, of `eval_data` where given, which then leave the
+    training problems too. Prompts above `max_prompt_tokens` are left out. Raises ValueError naming the flag.
+    """
+
+    def flagged(name: str, f: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return f(*args)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
+
+    problems, notes = flagged("--data", read_problems, data)
+    if eval_data:
+        held, more = flagged("--eval-data", read_problems, eval_data)
+        test, notes = hold_out(held, eval_problems)[1], notes + more
+        asked = {p.prompt for p in test}
+        train = [p for p in problems if p.prompt not in asked]
+        if len(train) < len(problems):
+            notes.append(f"{len(problems) - len(train)} training problems left out: they are in {eval_data}")
+    else:
+        train, test = hold_out(problems, eval_problems)
+    kept = []
+    for what, source, found in (("training", data, train), ("evaluation", eval_data or data, test)):
+        texts = flagged("--prompt-template", render, found, tokenizer, template, chat)
+        short = [p for p in texts if len(tokenizer(p.prompt)["input_ids"]) <= max_prompt_tokens]
+        if not short:
+            why = f"all {len(found)} {what} problems are longer than --max-prompt-tokens {max_prompt_tokens}"
+            if not found:
+                why = f"no {what} problem is left of {len(problems)} with --eval-problems {eval_problems}"
+            raise ValueError(f"--data {source}: {why}")
+        if len(short) < len(texts):
+            more = f"more than --max-prompt-tokens {max_prompt_tokens}"
+            notes.append(f"{len(texts) - len(short)} {what} problems left out: {more}")
+        kept.append(short)
+    notes.append(f"{len(kept[0])} problems to train on, {len(kept[1])} held out")
+    return math_task(Path(data).stem, *kept, max_new_tokens), notes
 
 
 def math_task(name: str, train: Sequence[Problem], test: Sequence[Problem], max_new_tokens: int) -> Task:
@@ -925,7 +977,8 @@ class VllmEngine:
                 self.llm = vllm.LLM(str(model), **how)
             except Exception as error:  # model unknown to vLLM, too long, no memory: many libraries' classes
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
-                raise ValueError(f"--engine vllm: vLLM cannot start {model} ({reason})") from error
+                hint = "; give a smaller --max-new-tokens" * ("max_model_len" in reason)
+                raise ValueError(f"--engine vllm: vLLM cannot start {model} ({reason}){hint}") from error
 
     def sample(
         self,
@@ -1207,8 +1260,9 @@ def through(model: nn.Module, f: Callable[..., Any], *args: Any) -> Any:
 #   - Units behind a number are not compared.  \text{} behind a number is a unit; bare letters are one only if
 #     nobody multiplies by them: `6 cm` is 6, but `6m` is six times m.
 #   - Two integers or fractions must be equal.  Where one is a decimal, a relative difference of 1e-4 is
-#     allowed (but from an integer less than one half), of 1e-2 where the reference has a power of ten
-#     (measured quantities in minerva).
+#     allowed (but from an integer less than one half), of 1e-2 where the reference has a factor and a power
+#     of ten (measured quantities in minerva).
+#   - An inequality is not an interval: x > 3 is x>3, not (3, \infty).
 #
 # Text and numbers are compared in this process, without a time limit: nothing longer than LONGEST_WRITTEN
 # gets there, and no pattern may backtrack more than quadratically.
@@ -1345,7 +1399,7 @@ def number(s: str) -> tuple[Fraction, str] | None:
     if not found:
         return None
     if found[4]:
-        return Fraction(10) ** int(found[4]) * (-1 if found[3] else 1), "power"
+        return Fraction(10) ** int(found[4]) * (-1 if found[3] else 1), "exact"
     value = Fraction(found[1]) * (Fraction(10) ** int(found[2]) if found[2] else 1)
     return value, "power" if found[2] else "decimal" if "." in found[1] else "exact"
 
@@ -1422,7 +1476,9 @@ def same_number(candidate: str, reference: str) -> bool | None:
     return any(abs(p - q) <= slack * abs(q) for p, q in ((x, y), scaled))
 
 
-NAME = re.compile(r"[a-zA-Z](?:_\{?\w+\}?)?(?:\([a-zA-Z](?:,[a-zA-Z])*\))?")  # x, x_1, f(x, y)
+NAME = re.compile(  # x, x_1, f(x, y), (x, y)
+    r"[a-zA-Z](?:_\{?\w+\}?)?(?:\([a-zA-Z](?:,[a-zA-Z])*\))?|\([a-zA-Z](?:,[a-zA-Z])+\)"
+)
 
 
 def right_side(s: str, other: str) -> str:

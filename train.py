@@ -53,7 +53,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import MethodType
 from typing import Any, ClassVar
@@ -86,12 +86,9 @@ from rollout import (
     answer,
     chain_task,
     check_push,
-    hold_out,
     load_model,
-    math_task,
-    read_problems,
-    render,
     score,
+    task_of_data,
     through,
     warm_policy,
 )
@@ -1251,37 +1248,38 @@ def prepare(
                 model, tokenizer = warm_policy(WarmStart(seed=s.seed), progress=bar)
             ranks.all(None)
         return chain_task(s.eval_problems), model.to(device), tokenizer
-    problems, notes = loaded("--data", read_problems, s.data)
-    if s.eval_data:
-        train_set, (held, more) = problems, loaded("--eval-data", read_problems, s.eval_data)
-        test_set, notes = hold_out(held, s.eval_problems)[1], notes + more
-    else:
-        train_set, test_set = hold_out(problems, s.eval_problems)
     how = {"trust_remote_code": s.trust_remote_code, "attention": s.attention}
     bare = s.lora and ranks.world == 1  # frozen weights need no float32 master
     dtype = str(compute_dtype(s, device)).removeprefix("torch.") if bare else "float32"
     place = "cpu" if sharded(s, device, ranks) else device
     model, tokenizer = loaded("--model", load_model, s.model, dtype, device=place, **how)
-    render_one = partial(render, tokenizer=tokenizer, template=s.prompt_template, chat=s.chat == "auto")
-    sets = [loaded("--prompt-template", render_one, p) for p in (train_set, test_set)]
-    kept = [[p for p in ps if len(tokenizer(p.prompt)["input_ids"]) <= s.max_prompt_tokens] for ps in sets]
-    for what, before, after in zip(("training", "evaluation"), sets, kept):
-        if not after:
-            raise UserError(
-                f"--data {s.data}: no {what} problem is left of {len(before)}; "
-                "give more problems, a smaller --eval-problems or a larger --max-prompt-tokens"
-            )
-        if len(after) < len(before):
-            more = f"more than --max-prompt-tokens {s.max_prompt_tokens}"
-            notes.append(f"{len(before) - len(after)} {what} problems left out: {more}")
-    notes.append(f"{len(kept[0])} problems to train on, {len(kept[1])} held out; the first prompt:")
-    if not quiet:
-        print("\n".join([*notes, kept[0][0].prompt, ""]), file=sys.stderr)
+    try:
+        how = (s.prompt_template, s.chat == "auto", s.max_prompt_tokens, s.max_new_tokens)
+        task, notes = task_of_data(tokenizer, s.data, s.eval_data, s.eval_problems, *how)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    longest = longest_prompt(task, tokenizer)
+    room = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf) - longest
+    if s.max_new_tokens > room:
+        raise UserError(
+            f"--max-new-tokens {s.max_new_tokens}: the longest prompt has {longest} tokens, {s.model} sees "
+            f"{longest + room} in all; give {max(room, 1)} at most, or a smaller --max-prompt-tokens"
+        )
+    told = [note for note in notes if not quiet or "left out" in note]
+    told += [] if quiet else ["the first prompt:", task.train[0].prompt, ""]
+    if told and ranks.first:
+        print("\n".join(told), file=sys.stderr)
     if s.lora:
         model = with_adapters(model, s.lora)
     if s.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return math_task(Path(s.data).stem, *kept, s.max_new_tokens), model, tokenizer
+    return task, model, tokenizer
+
+
+def longest_prompt(task: Task, tokenizer: Any) -> int:
+    """In tokens, over the problems of training and evaluation."""
+    texts = [p.prompt for p in (*task.train, *task.test)]
+    return max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
 
 
 def compute_dtype(settings: Settings, device: torch.device) -> torch.dtype:
@@ -1325,7 +1323,7 @@ def vllm_engine(
                 tokenizer,
                 device=device,
                 dtype=compute_dtype(s, device),
-                max_model_len=(s.max_prompt_tokens if s.model else 16) + max(16, task.max_new_tokens),
+                max_model_len=longest_prompt(task, tokenizer) + max(16, task.max_new_tokens),
                 gpu_memory=s.vllm_memory,
                 tensor_parallel=s.tensor_parallel,
                 seed=s.seed,

@@ -20,10 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_train import draw_batch, gradient, small_world, without_clock
 
+import eval
 import rollout
 import train
 from interventions import build
-from rollout import Problem, hold_out, load_model, read_problems, render
+from rollout import Problem, hold_out, load_model, read_problems, render, task_of_data
 from train import Settings, accumulate_gradient, in_step, join, micro_batches, reassembled
 
 ROOT = Path(train.__file__).parent
@@ -192,6 +193,34 @@ def test_unusable_rows_are_counted_and_named_and_only_fatal_together(tmp_path):
         read_problems(str(tmp_path / "b.jsonl"))
 
 
+def test_a_line_ends_at_a_newline_only_and_what_is_no_answer_is_left_out(tmp_path):
+    """U+2028 and U+0085 stand in scraped text; str.splitlines would cut the row in two."""
+    path = tmp_path / "a.jsonl"
+    rows = [
+        {"problem": "p\u2028q\u0085r\x0bs", "answer": "1"},
+        {"problem": "p", "solution": "So it goes. " * 80},
+    ]
+    lines = [json.dumps(r, ensure_ascii=False).encode() for r in rows]
+    lines += [b'{"problem": "p", "answer": NaN}', b'{"problem": "\xff", "answer": "1"}']
+    path.write_bytes(b"\n".join(lines))
+    problems, notes = read_problems(str(path))
+    assert problems == [Problem("p\u2028q\u0085r\x0bs", "1")]
+    assert (
+        "line 2: 'solution' has 959 characters" in notes[1] and "line 3" in notes[1] and "line 4" in notes[1]
+    )
+
+
+def test_what_is_evaluated_is_not_trained_on(tmp_path):
+    tokenizer = byte_tokenizer()
+    for name, numbers in (("train", range(10)), ("test", range(8, 14))):
+        rows = [json.dumps({"problem": f"{i}?", "answer": str(i)}) for i in numbers]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    files = str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl")
+    task, notes = task_of_data(tokenizer, *files, 96, "{problem}", False, 100, 8)
+    assert sorted(p.answer for p in task.train) == list("01234567") and len(task.test) == 6
+    assert any("2 training problems left out" in note for note in notes)
+
+
 @given(st.lists(st.integers(0, 30), min_size=2, max_size=60), st.integers(1, 20), st.randoms())
 def test_the_split_depends_on_the_problems_only(names, count, rng):
     problems = [Problem(str(i), "1") for i in names]
@@ -298,6 +327,13 @@ def test_a_language_model_trains_and_its_checkpoint_loads(lm, model_folder):
     assert {s["reward"] for s in samples} == {0.0, 1.0}, "--reward random is not what was written"
 
 
+def test_a_language_models_run_is_shown_without_a_logged_flow(lm, capsys):
+    pytest.importorskip("math_verify")
+    lm("--method", "grpo")
+    assert eval.main(["--show", "a", "--out", "shown"]) == 0
+    assert "exact flow of a table" in capsys.readouterr().out and Path("shown/flow.html").exists()
+
+
 def test_gradient_checkpointing_and_budget_change_no_number(lm):
     pytest.importorskip("math_verify")
     plain = lm("--method", "grpo", "--reward", "random", out="a")[1]
@@ -354,7 +390,9 @@ def test_the_best_checkpoint_is_marked_and_loads(lm):
         (("--data", "missing.jsonl"), ("--data missing.jsonl", "no such file")),
         (("--model", "nowhere"), ("--model nowhere", "no such folder")),
         (("--prompt-template", "no place"), ("--prompt-template", "{problem}")),
-        (("--max-prompt-tokens", 3), ("--max-prompt-tokens", "no training problem")),
+        (("--max-prompt-tokens", 3), ("--max-prompt-tokens 3", "all 32 training problems")),
+        (("--eval-problems", 10**6), ("no training problem is left", "--eval-problems 1000000")),
+        (("--max-new-tokens", 10**6), ("--max-new-tokens 1000000", "the longest prompt has")),
         (("--engine", "sglang"), ("--engine sglang", "torch or vllm")),
         (("--reward", "style"), ("--reward style", "correct")),
         (("--tensor-parallel", 2), ("--tensor-parallel 2", "torchrun")),
