@@ -1263,7 +1263,7 @@ def prepare(
     if s.max_new_tokens > room:
         raise UserError(
             f"--max-new-tokens {s.max_new_tokens}: the longest prompt has {longest} tokens, {s.model} sees "
-            f"{longest + room} in all; give {max(room, 1)} at most, or a smaller --max-prompt-tokens"
+            f"{longest + room} in all; give {f'{room} or ' * (room > 0)}a smaller --max-prompt-tokens"
         )
     told = [note for note in notes if not quiet or "left out" in note]
     told += [] if quiet else ["the first prompt:", task.train[0].prompt, ""]
