@@ -917,13 +917,17 @@ def save(fig: Any, name: str) -> None:
 
 
 def mean_point(study: Study, name: str) -> np.ndarray:
-    """(5 temperatures, 3 measures), mean over the pairs that have the whole line; NaN if one is missing,
-    since means over different warm starts cannot be compared."""
-    runs = study.pairs(name)
-    if not all(q in runs or name == "warm" for q in study.common):
+    """(5 temperatures, 3 measures), mean over the pairs that have the whole line.  A method with only some
+    of them, three or more, is moved by what plain GRPO's mean over all differs from its mean over those."""
+
+    def mean(of: str, pairs: list[Pair]) -> np.ndarray:
+        runs = [study.warm(q) if of == "warm" else study.pairs(of)[q] for q in pairs]
+        return np.mean([study.means(r)[..., 0] for r in runs], 0)
+
+    here = [q for q in study.common if name == "warm" or q in study.pairs(name)]
+    if len(here) < min(3, len(study.common)):
         return np.full((len(TEMPERATURES), len(MEASURES)), np.nan)
-    found = [study.warm(q) if name == "warm" else runs[q] for q in study.common]
-    return np.mean([study.means(r)[..., 0] for r in found], 0)
+    return mean(name, here) + mean("grpo", study.common) - mean("grpo", here)
 
 
 def draw_frontier(study: Study) -> None:
