@@ -1516,31 +1516,39 @@ def token_namer(model: str, trust: bool = False) -> Callable[[int], str]:
     return lambda i: tokenizer.decode([i])
 
 
+TOKENS = ("length", "truncated", "entropy")
+
+
 def print_benchmarks(results: dict[str, dict[str, dict]], args: argparse.Namespace, out: Path) -> None:
-    """The papers' table, in percent, one block a model, and the mean over models where there are several."""
+    """The papers' table, in percent, one block a model; where there are several models (checkpoints of
+    several seeds), another of means and standard errors over them."""
     every = {x for r in results.values() for m in r.values() for x in m}
     ks = sorted({int(x[5:]) for x in every if x.startswith("pass@")} - {1})
     shown = ["pass@1", *(f"pass@{k}" for k in ks)]
     head = ["benchmark", "problems x samples", "avg@n = pass@1", *shown[1:], "length", "truncated", "entropy"]
-    nan, flat, averages = (math.nan, math.nan), [], []
+    nan, flat = (math.nan, math.nan), []
     for model, benches in results.items():
-        body = []
+        body, all_of = [], list(benches.values())
+        mean = {x: average([m[x] for m in all_of]) for x in shown if all(x in m for m in all_of)}
+        mean |= {x: (sum(m[x][0] for m in all_of) / len(all_of), math.nan) for x in TOKENS}
+        benches["average"] = mean | {"problems": nan, "samples": nan}
         for name, m in benches.items():
             cells = [plus_minus(*(100 * v for v in m.get(x, nan)), 1) for x in shown]
-            size = f"{m['problems'][0]} x {m['samples'][0]}"
+            size = f"{m['problems'][0]} x {m['samples'][0]}" if name != "average" else ""
             cells += [number(m["length"][0], 0), number(100 * m["truncated"][0], 1), number(m["entropy"][0])]
             body.append([name, size, *cells])
             flat.append({"model": model, "benchmark": name, **with_errors(m)})
-        mean, se = average([m["pass@1"] for m in benches.values()])
-        averages.append(mean)
-        flat.append({"model": model, "benchmark": "average", "pass@1": mean, "pass@1 se": se})
-        body.append(["average", "", plus_minus(100 * mean, 100 * se, 1)])
-        body[-1] += [""] * (len(head) - len(body[-1]))
         print(f"\n{model}\n" + aligned(head, body))
-    if len(averages) > 1:
-        mean, se = mean_se(averages)
-        text = plus_minus(100 * mean, 100 * se, 1)
-        print(f"\naverage over {len(averages)} models: {text} (standard error over models)")
+    if len(results) > 1:
+        body, over = [], f"mean over {len(results)} models"
+        for name in next(iter(results.values())):
+            of = {x: [r[name].get(x, nan)[0] for r in results.values()] for x in (*shown, *TOKENS)}
+            both = {x: mean_se(v) for x, v in of.items()}
+            cells = [plus_minus(*(100 * v for v in both[x]), 1) for x in shown]
+            cells += [plus_minus(*both["length"], 0), plus_minus(*(100 * v for v in both["truncated"]), 1)]
+            body.append([name, *cells, plus_minus(*both["entropy"], 3)])
+            flat.append({"model": over, "benchmark": name, **with_errors(both)})
+        print(f"\n{over}, standard errors over models\n" + aligned([head[0], *head[2:]], body))
     print(
         f"\nPercent ± standard error over problems (6.2); pass@k unbiased (6.1). Sampled with {args.engine}, "
         f"temperature {args.temperature:g}, top-p {args.top_p:g}, at most {args.max_new_tokens} tokens, "

@@ -1017,7 +1017,13 @@ def test_a_prompt_that_does_not_fit_is_refused_before_sampling(bench):
 def test_several_models_give_an_error_over_models(bench, tmp_path, reader):
     shutil.copytree(reader, tmp_path / "other")
     code, out, err = bench("--model", reader, "other")
-    assert code == 0 and "average over 2 models" in out and "standard error over models" in out, err
+    assert code == 0 and "mean over 2 models, standard errors over models" in out, err
+    with open("out/benchmarks.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [r["benchmark"] for r in rows] == ["sums", "average"] * 3
+    for key in ("pass@1", "pass@2", "length", "truncated", "entropy"):
+        assert len({float(r[key]) for r in rows}) == 1, f"{key}: one benchmark, two copies of one model"
+    assert [float(r["pass@1 se"]) for r in rows[4:]] == [0, 0] and float(rows[0]["pass@1 se"]) > 0
 
 
 @given(st.lists(st.tuples(floats, st.floats(0, 5)), min_size=1, max_size=6))
