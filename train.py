@@ -362,6 +362,18 @@ class Ranks:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return cls(dist.get_rank(), dist.get_world_size())
 
+    @staticmethod
+    def leave() -> None:
+        """Before the process ends: end its group, if it has one, and let gloo's threads finish.
+
+        Their last piece of work holds Python objects of autograd's.  A thread that asks for the interpreter's lock
+        in order to drop them after the interpreter has begun to end aborts the process; while this one sleeps
+        they get it.  Destroying the group alone does not help: FSDP2's meshes keep its threads alive.
+        """
+        if dist.is_initialized():
+            dist.destroy_process_group()
+            time.sleep(0.1)
+
     @property
     def first(self) -> bool:
         return self.rank == 0
@@ -1788,8 +1800,7 @@ def main(argv: list[str] | None = None) -> int:
                     print(method_help(spec[: -len(":help")]))
                     return 0
             code = train(args)
-            if dist.is_initialized():  # else a thread of gloo's may abort the process at its exit
-                dist.destroy_process_group()
+            Ranks.leave()
             return code
         except UserError as error:
             print(f"train.py: error: {error}", file=sys.stderr)
