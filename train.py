@@ -366,9 +366,9 @@ class Ranks:
     def leave() -> None:
         """Before the process ends: end its group, if it has one, and let gloo's threads finish.
 
-        Their last piece of work holds Python objects of autograd's.  A thread that asks for the interpreter's lock
-        in order to drop them after the interpreter has begun to end aborts the process; while this one sleeps
-        they get it.  Destroying the group alone does not help: FSDP2's meshes keep its threads alive.
+        Their last piece of work holds Python objects of autograd's.  A thread that asks for the interpreter's
+        lock in order to drop them after the interpreter has begun to end aborts the process; while this one
+        sleeps they get it.  Destroying the group alone does not help: FSDP2's meshes keep its threads alive.
         """
         if dist.is_initialized():
             dist.destroy_process_group()
