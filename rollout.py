@@ -51,6 +51,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from entropy_math import TokenStats, head_token_stats
 
@@ -726,16 +727,16 @@ def sample(
         if top_p < 1:
             logits = nucleus(logits, top_p)
         logprob = logits.log_softmax(-1)
-        if bool(logprob.isnan().any()):  # multinomial would die of it with less to say
+        if bool(logprob.isnan().any()):  # else a draw would be nonsense in silence
             raise FloatingPointError("the policy's probabilities are NaN: its weights have diverged")
         drawn = hook(logits, t, rows[alive], generator) if hook else None
         if drawn is None:
-            drawn = torch.multinomial(logprob.exp(), 1, generator=generator)[:, 0]
+            drawn = draw(logprob, generator)
         chosen, behaviour = (
             drawn if isinstance(drawn, tuple) else (drawn, logprob.gather(-1, drawn[:, None])[:, 0])
         )
-        ids[alive[running], t] = chosen[running]
-        logp[alive[running], t] = behaviour[running]
+        ids[alive, t] = torch.where(running, chosen, pad)
+        logp[alive, t] = torch.where(running, behaviour, 0)
         if nats is not None:
             nats[alive, t] = -torch.where(logprob > -torch.inf, logprob.exp() * logprob, 0).sum(-1)
         running = running & ~torch.isin(chosen, stops)
@@ -763,6 +764,19 @@ def sample(
     cut = slice(0, t + 1)
     nats = None if nats is None else nats[:, cut]
     return Rollout(prompt_ids, ids[:, cut], mask[:, cut], logp[:, cut], group, truncated, nats)
+
+
+def draw(logprob: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """(B,) an index for each row of (B, V) log-probabilities: where their cumulated probability passes a
+    uniform number.
+
+    In float64, so that a token of probability 1e-12 in a vocabulary of 150,000 keeps it.  `torch.multinomial`
+    makes a random number for every entry, which on a CPU took a tenth of a training step of the tiny model.
+    """
+    total = logprob.exp().cumsum(-1, dtype=torch.float64)
+    total /= total[:, -1:].clone()  # ends in exactly 1, which no uniform number reaches
+    uniform = torch.rand(len(total), 1, dtype=torch.float64, device=total.device, generator=generator)
+    return torch.searchsorted(total, uniform, right=True)[:, 0]
 
 
 def _left_pad(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -1184,36 +1198,47 @@ def _score(
 ) -> dict[str, Tensor]:
     row, col = mask.nonzero(as_tuple=True)  # (N,)
     head = model.get_output_embeddings()
-    shared = None if chunk is None else _hidden_of_groups(model, full_ids, start, int(mask.sum(-1).max()))
-    if shared is not None:
-        packed = shared[row, col]  # (N, D)
-    else:
-        used = int((start + 1 + mask.sum(-1)).max())
-        hidden = model.get_decoder()(full_ids[:, : used - 1], use_cache=False).last_hidden_state  # (B, L', D)
-        packed = hidden[row, start[row] + col]
+    with _attention(head.weight, full_ids.shape[1]):
+        shared = None if chunk is None else _hidden_of_groups(model, full_ids, start, int(mask.sum(-1).max()))
+        if shared is None:
+            used = int((start + 1 + mask.sum(-1)).max())
+            hidden = model.get_decoder()(full_ids[:, : used - 1], use_cache=False).last_hidden_state
+            packed = hidden[row, start[row] + col]  # (N, D) of (B, L', D)
+        else:
+            packed = shared[row, col]
     stats = head_token_stats(packed, head.weight, ids[row, col], temperature, head.bias, chunk, entropy_grad)
     return vars(stats.map(lambda x: x.new_zeros(mask.shape).index_put((row, col), x)))
+
+
+def _attention(weight: Tensor, length: int) -> Any:
+    """Where plain products are faster than torch's fused attention: on a CPU the fused backward pass takes
+    four times as long in bfloat16 at 17 tokens, twice as long at 64, and less from about 150 on (torch 2.13).
+    `weight` is one that the pass computes with, not its float32 master."""
+    short = torch.is_grad_enabled() and weight.device.type == "cpu" and length <= 128
+    return sdpa_kernel(SDPBackend.MATH) if short and weight.dtype == torch.bfloat16 else nullcontext()
 
 
 def _hidden_of_groups(model: nn.Module, full_ids: Tensor, start: Tensor, length: int) -> Tensor | None:
     """(B, length, D): the hidden states that predict the response tokens, every prompt read once for all of
     its responses, as in sampling: the gradient flows back through the shared keys and values.
 
-    None where that saves nothing (fewer than two responses a prompt) or cannot be: layers that keep no plain
-    cache (sliding windows), recomputation (which switches the cache off), weights split over processes.
+    None where that saves less than a quarter of all tokens (it costs the fused kernels their causal shortcut)
+    or cannot be: layers that keep no plain cache (sliding windows), recomputation (which switches the cache
+    off), weights split over processes, which must all make as many passes.
     """
     from transformers import DynamicCache
 
     past = DynamicCache(config=model.config)
     plain = all(type(layer).__name__ == "DynamicLayer" for layer in past.layers)
     recomputes = model.training and getattr(model, "is_gradient_checkpointing", False)
-    if not plain or recomputes or hasattr(model, "through") or length < 2:
+    split = hasattr(model, "through") and dist.get_world_size() > 1
+    if not plain or recomputes or split or length < 2:
         return None
     width = int(start.max()) + 1
     column = torch.arange(width, device=start.device)
     prompt = torch.where(column <= start[:, None], full_ids[:, :width], -1)
     prompt, owner = torch.unique(prompt, dim=0, return_inverse=True)  # (P, L), (B,)
-    if 2 * len(prompt) > len(owner):
+    if 4 * (len(owner) - len(prompt)) * width < len(owner) * (width + length - 1):
         return None
     position = column - (width - (prompt >= 0).sum(-1, keepdim=True))  # padded on the left
     attend = position >= 0

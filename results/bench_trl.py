@@ -12,9 +12,9 @@ three for warming up.  "rollout" is sampling and verifying, "update" is the rest
 pass, clipping, AdamW.
 
 The roofline is the time that the step's multiplications and additions would take at the speed of a large
-float32 matrix product on the same threads: 2 N FLOPs per token read in sampling and 6 N per token of the
-update, N the parameters (the tied embedding multiplies as the head), prompts counted once a group.  What lies
-above it is overhead: at a tiny model nearly everything.
+matrix product, in the type that ours computes with, on the same threads: 2 N FLOPs per token read in sampling
+and 6 N per token of the update, N the parameters (the tied embedding multiplies as the head), prompts counted
+once a group.  What lies above it is overhead: at a tiny model nearly everything.
 """
 
 import argparse
@@ -109,9 +109,9 @@ def measure(name, steps, tuned, dtype):
     return {who: {k: v[WARM_UP:] for k, v in t.items()} for who, t in times.items()}, statistics.mean(tokens)
 
 
-def peak_flops():
-    """Of a large float32 matrix product on these threads."""
-    a, best = torch.randn(2048, 2048), 0.0
+def peak_flops(dtype):
+    """Of a large matrix product on these threads."""
+    a, best = torch.randn(2048, 2048, dtype=dtype), 0.0
     for _ in range(8):
         begin = time.perf_counter()
         a @ a
@@ -136,10 +136,11 @@ def main():
     import transformers
     import trl
 
-    peak = peak_flops()
+    peak = {dtype: peak_flops(getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
+    speeds = ", ".join(f"{v / 1e9:.0f} GFLOP/s in {k}" for k, v in peak.items())
     lines = [f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}, "
              f"{args.threads} threads; python results/bench_trl.py --steps {args.steps[0]} {args.steps[1]} "
-             f"--threads {args.threads}; large float32 matrix product {peak / 1e9:.0f} GFLOP/s"]  # fmt: skip
+             f"--threads {args.threads}; a large matrix product: {speeds}"]  # fmt: skip
     ways = {
         "TRL as it comes": (False, "float32"),
         "TRL as it comes, ours in bfloat16 too": (False, "bfloat16"),
@@ -148,7 +149,7 @@ def main():
     for (name, steps), way in itertools.product(zip(MODELS, args.steps), ways):
         times, tokens = measure(name, steps + WARM_UP, *ways[way])
         parameters = sum(x.numel() for x in policy(name)[0].parameters())
-        bound = roofline(name, tokens, peak)
+        bound = roofline(name, tokens, peak[ways[way][1]])
         body = []
         for phase, limit in zip(("rollout", "update", "step"), (*bound, sum(bound))):
             trl_s, our_s = (statistics.median(times[who][phase]) for who in ("trl", "ours"))

@@ -60,7 +60,8 @@ What changed while it ran.  Five of the first 76 runs (`high_entropy_tokens`, `h
 draws of equal rows and off-policy defaults, and made again; the other 71 are of the commit before, whose
 numbers differ from the present code's in rounding only (`commit` in each record).  The order of the runs that
 were still to come was changed after 115: second seeds of OPEFO and of GRPO's learning rates went before the
-controls, since machine time was about to end.
+controls, since machine time was about to end; and again after 190: second seeds of all methods went before
+the settings scaled to this world's batches.
 """
 
 from __future__ import annotations
@@ -211,9 +212,11 @@ def items() -> list[Item]:
     out += [Item(s, WARM[0], steps=LONG) for s in LONG_RUNS[:4]]
     out += [Item(s, WARM[2], extra=e) for s, e in rest]
     out += [Item(s, w, 1, extra=e) for w in WARM for s, e in core]
-    out += [Item(s, w, extra=e) for w in WARM for s, e in last]
-    out += [Item(s, w, steps=LONG) for w in WARM[1:] for s in LONG_RUNS[:4]]
+    out += [Item(s, WARM[0], extra=e) for s, e in FACTORS[5:]]
     out += [Item(s, w, 1, extra=e) for w in WARM for s, e in [*first, *CONTROLS[:6]]]
+    out += [Item(s, WARM[0], extra=e) for s, e in last]
+    out += [Item(s, w, steps=LONG) for w in WARM[1:] for s in LONG_RUNS[:4]]
+    out += [Item(s, w, extra=e) for w in WARM for s, e in last]
     out += [Item(s, w, 1, extra=e) for w in WARM for s, e in [*scaled, *CONTROLS[6:]]]
     out += [Item(s, w, steps=LONG) for w in WARM for s in LONG_RUNS[4:]]
     return list(dict.fromkeys(out))

@@ -1016,7 +1016,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_sampling(bench):
 
 def test_several_models_give_an_error_over_models(bench, tmp_path, reader):
     shutil.copytree(reader, tmp_path / "other")
-    code, out, err = bench("--model", reader, "other")
+    code, out, err = bench("--model", reader, "other", "--samples", 16)
     assert code == 0 and "mean over 2 models, standard errors over models" in out, err
     with open("out/benchmarks.csv", newline="") as file:
         rows = list(csv.DictReader(file))

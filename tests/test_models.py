@@ -374,6 +374,37 @@ def test_bfloat16_keeps_float32_masters(lm, model_folder):
     assert weights_of(folder / "checkpoint")["lm_head.weight"].dtype == torch.float32  # load_model's choice
 
 
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-6), (torch.bfloat16, 0.04)])
+def test_one_rank_shares_prompts_and_chooses_its_attention(dtype, most, monkeypatch):
+    """What one rank of FSDP2 saves changes no gradient: prompts read once, and on a CPU, only in bfloat16,
+    plain products instead of the fused attention, whose backward pass is slow there."""
+    world = small_world(double=False)
+    batch = draw_batch(world, 8, 8)
+    accumulate_gradient(world[0], batch, build("opefo"), Settings())
+    want = torch.cat([p.grad.flatten() for p in world[0].parameters()])
+    seen, hidden = [], rollout._hidden_of_groups
+
+    def spy(*args):
+        out = hidden(*args)
+        seen.append((out is not None, torch.backends.cuda.flash_sdp_enabled()))
+        return out
+
+    monkeypatch.setattr(rollout, "_hidden_of_groups", spy)
+    model = train.shard(small_world(double=False)[0], dtype, torch.device("cpu"))
+    try:
+        accumulate_gradient(model, batch, build("opefo"), Settings())
+        got = torch.cat([train.whole(p.grad).flatten() for p in model.parameters()])
+    finally:
+        train.Ranks.leave()
+    assert seen and all(shared for shared, _ in seen)
+    assert {fused for _, fused in seen} == {dtype == torch.float32}
+    assert torch.backends.cuda.flash_sdp_enabled()
+    gap = float((got - want).norm() / want.norm())
+    assert gap <= most, gap
+    with torch.no_grad(), rollout._attention(torch.zeros(1, dtype=dtype), 17):
+        assert torch.backends.cuda.flash_sdp_enabled(), "the forward pass alone is fast"
+
+
 def test_the_best_checkpoint_is_marked_and_loads(lm):
     pytest.importorskip("math_verify")
     _, rows, folder = lm("--method", "grpo", "--reward", "wrong", steps=4)

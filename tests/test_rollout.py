@@ -783,6 +783,32 @@ def test_the_warm_policy_is_broad(tmp_path):
     shutil.rmtree(tmp_path)
 
 
+@given(st.integers(2, 60), st.floats(0, 200), st.integers(0, 2**31))
+def test_a_draw_is_exact_over_a_grid_of_uniform_numbers(vocabulary, spread, seed):
+    """Uniform numbers in the middle of 4,096 equal cells: every token gets its share of them, to one cell."""
+    g = torch.Generator().manual_seed(seed)
+    logits = spread * torch.randn(vocabulary, generator=g)
+    logits[torch.rand(vocabulary, generator=g) < 0.3] = -torch.inf
+    logits[int(torch.randint(vocabulary, (), generator=g))] = 0.0
+    logprob = logits.log_softmax(-1)
+    grid = (torch.arange(4096, dtype=torch.float64)[:, None] + 0.5) / 4096
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollout.torch, "rand", lambda *_, **__: grid)
+        count = torch.bincount(rollout.draw(logprob.expand(4096, -1)), minlength=vocabulary)
+    assert float((count - 4096 * logprob.double().exp()).abs().max()) <= 1.01
+    assert int(count[logprob == -torch.inf].sum()) == 0
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_uniform_numbers_draw_possible_tokens(uniform, monkeypatch):
+    """Also a token of probability 1e-20, and none of probability 0 before or behind."""
+    p = torch.tensor([0, 0, 1e-20, 0.3, 0.7, 0, 0])
+    monkeypatch.setattr(
+        rollout.torch, "rand", lambda *_, **__: torch.full((1, 1), uniform, dtype=torch.float64)
+    )
+    assert int(rollout.draw(p.log()[None])) == (2 if uniform == 0 else 4)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Prompts shared by their responses
 
