@@ -657,9 +657,11 @@ class Study:
                 out[key].append(float(v))
         return out
 
-    def curve(self, name: str, key: str, steps: int = STEPS) -> tuple[np.ndarray, np.ndarray]:
+    def curve(
+        self, name: str, key: str, steps: int = STEPS, only: set[Pair] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Steps, and the mean over pairs of a training metric or of pass@1, pass@16, distinct."""
-        runs = list(self.pairs(name, steps).values())
+        runs = [r for q, r in self.pairs(name, steps).items() if only is None or q in only]
         if key in CURVES:
             rows = [r["curves"][key] for r in runs]
             return (np.arange(len(rows[0])) + 0.5) * runs[0]["width"], np.mean(rows, 0)
@@ -1033,18 +1035,18 @@ def draw_entropy(study: Study) -> None:
 
 
 def draw_curves(study: Study, panels: dict[str, tuple[list[str], int]], file: str) -> None:
-    """One row a panel: entropy, pass@1 and pass@16 along the runs."""
+    """One row a panel: entropy, pass@1 and pass@16 along the runs, over the pairs that all of it have."""
     panels = {t: ([n for n in names if study.pairs(n, steps)], steps) for t, (names, steps) in panels.items()}
     panels = {t: v for t, v in panels.items() if v[0]}
     if not panels:
         return
     fig, axes = figure(14, 3.8 * len(panels), len(panels), 3)
     for row, (title, (names, steps)) in zip(axes, panels.items()):
+        only = set.intersection(*(set(study.pairs(n, steps)) for n in names))
         for ax, key in zip(row, ("entropy", "pass@1", "pass@16")):
             for i, n in enumerate(names):
-                label = f"{short(n)} (n={len(study.pairs(n, steps))})"
-                ax.plot(*study.curve(n, key, steps), label=label, **style(i))
-            ax.set(title=f"{title}: {key}", xlabel="step")
+                ax.plot(*study.curve(n, key, steps, only), label=short(n), **style(i))
+            ax.set(title=f"{title}: {key} (n={len(only)})", xlabel="step")
             ax.set_ylim(0, None if key == "entropy" else 1)
         row[1].legend(fontsize=7, loc="upper left")  # pass@1 stays in the lower half
     save(fig, file)
