@@ -1828,8 +1828,14 @@ def check(args: argparse.Namespace) -> None:
     if bool(args.model) != bool(args.benchmark):
         given, missing = ("model", "benchmark") if args.model else ("benchmark", "model")
         raise ValueError(f"--{given} {' '.join(getattr(args, given))}: needs --{missing} too")
-    if args.model and (args.runs or args.law or args.show):
+    if "{problem}" not in args.template:
+        raise ValueError(f"--template {args.template!r}: needs {{problem}}, where the question goes")
+    if args.model and (args.runs or args.law or args.show or args.sample or args.temperatures):
         raise ValueError(f"--model {args.model[0]}: benchmarks or runs, not both; leave one out")
+    for flag in () if args.model else (name for name, *_ in FLAGS["benchmarks"]):
+        name = flag[2:].replace("-", "_")
+        if getattr(args, name) != parser().get_default(name):
+            raise ValueError(f"{flag}: for benchmarks only; name --model and --benchmark, or leave it out")
     if (args.law or args.show or args.sample or args.temperatures) and not args.runs:
         raise ValueError("no run named: give folders that train.py made, before --temperatures")
 
