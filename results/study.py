@@ -949,10 +949,11 @@ def draw_frontier(study: Study) -> None:
     look = {"beats": ("#009e73", "^"), "loses": ("#d55e00", "v")}
     labels = itertools.cycle([(4, 3), (4, -9), (-24, 8)])  # so that neighbours' names part
     for name in dict.fromkeys((*METHOD_NAMES, "opefo:form=paper")):
-        p, call = mean_point(study, name)[AT_ONE], study.distance(name, 1).call
-        color, marker = look.get(call, ("0.6", "o"))
+        p, distance = mean_point(study, name)[AT_ONE], study.distance(name, 1)
+        color, marker = look.get(distance.call, ("0.6", "o"))
         left.plot(*p[:2], marker=marker, color=color, ms=6, ls="")
-        if call in look:
+        far = distance.call == "loses" and distance.mean < -0.04  # nearer losers lie on top of each other
+        if far or distance.call == "beats":
             left.annotate(short(name), p[:2], xytext=next(labels), fontsize=7, color=color, **OFFSET)
     for call, (color, marker) in {**look, "no difference shown": ("0.6", "o")}.items():
         left.plot([], [], marker=marker, color=color, ls="", label=call)
@@ -975,7 +976,7 @@ def draw_frontier(study: Study) -> None:
 
 def best_three(study: Study) -> list[str]:
     """OPEFO, its set point, and the three other methods with the largest D3."""
-    others = [s for s in METHOD_NAMES if s not in ("opefo", SET)]
+    others = [s for s in METHOD_NAMES if s not in ("opefo", SET) and not np.isnan(mean_point(study, s)).any()]
     score = {s: e.mean for s in others if not (e := study.over_temperatures(s)).note}
     return ["opefo", SET, *sorted(score, key=score.__getitem__, reverse=True)[:3]]
 
