@@ -62,6 +62,7 @@ from rollout import (
     grade,
     last_boxed,
     load_model,
+    longest_prompt,
     math_task,
     read_problems,
     render,
@@ -1417,8 +1418,7 @@ def open_engine(args: argparse.Namespace, model: str, rendered: Callable[[Any], 
     except Exception as error:  # missing, gated, damaged: a dozen classes of three libraries
         reason = " ".join(str(error).split()).removeprefix(f"{model}: ")[:300]
         raise ValueError(f"--model {model}: {reason}") from None
-    texts = [p.prompt for p in rendered(tokenizer)]
-    longest = max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+    longest = longest_prompt(rendered(tokenizer), tokenizer)
     room = (getattr(config, "max_position_embeddings", None) or math.inf) - longest
     if args.max_new_tokens > room:
         raise ValueError(
@@ -1602,7 +1602,6 @@ def logged_flows(path: Path) -> tuple[list[Coloured], str]:
     return [Coloured(*(r[k] for k in keys)) for r in rows], what
 
 
-@torch.no_grad()
 def own_task(record: Record, tokenizer: Any) -> Task:
     """What a language model was trained on, from the files that its run names."""
     s = record.settings
@@ -1611,6 +1610,7 @@ def own_task(record: Record, tokenizer: Any) -> Task:
     return task_of_data(tokenizer, *(s[name] for name in names), chat, *limits)[0]
 
 
+@torch.no_grad()
 def fresh_flows(record: Record, seed: int = 0, prompts: int = 32, n: int = 16) -> tuple[list[Coloured], str]:
     """The exact flow of a table, entropy_math (3.2), of the tokens of a fresh batch: what one step of GRPO on
     it would do to entropy.  Of each of the first 8 problems with right and wrong answers, the response that
@@ -1832,9 +1832,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--template {args.template!r}: needs {{problem}}, where the question goes")
     if args.model and (args.runs or args.law or args.show or args.sample or args.temperatures):
         raise ValueError(f"--model {args.model[0]}: benchmarks or runs, not both; leave one out")
+    default = parser().get_default
     for flag in () if args.model else (name for name, *_ in FLAGS["benchmarks"]):
         name = flag[2:].replace("-", "_")
-        if getattr(args, name) != parser().get_default(name):
+        if getattr(args, name) != default(name):
             raise ValueError(f"{flag}: for benchmarks only; name --model and --benchmark, or leave it out")
     if (args.law or args.show or args.sample or args.temperatures) and not args.runs:
         raise ValueError("no run named: give folders that train.py made, before --temperatures")

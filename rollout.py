@@ -437,6 +437,11 @@ def render(
     return [Problem(t, p.answer) for t, p in zip(texts, problems)]
 
 
+def longest_prompt(problems: Iterable[Problem], tokenizer: Any) -> int:
+    """In tokens."""
+    return max(map(len, tokenizer([p.prompt for p in problems], add_special_tokens=False)["input_ids"]))
+
+
 def task_of_data(
     tokenizer: Any,
     data: str,

@@ -87,6 +87,7 @@ from rollout import (
     chain_task,
     check_push,
     load_model,
+    longest_prompt,
     score,
     task_of_data,
     through,
@@ -1270,7 +1271,7 @@ def prepare(
         task, notes = task_of_data(tokenizer, s.data, s.eval_data, s.eval_problems, *how)
     except ValueError as error:
         raise UserError(str(error)) from None
-    longest = longest_prompt(task, tokenizer)
+    longest = longest_prompt((*task.train, *task.test), tokenizer)
     room = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf) - longest
     if s.max_new_tokens > room:
         raise UserError(
@@ -1286,12 +1287,6 @@ def prepare(
     if s.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return task, model, tokenizer
-
-
-def longest_prompt(task: Task, tokenizer: Any) -> int:
-    """In tokens, over the problems of training and evaluation."""
-    texts = [p.prompt for p in (*task.train, *task.test)]
-    return max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
 
 
 def compute_dtype(settings: Settings, device: torch.device) -> torch.dtype:
@@ -1335,7 +1330,8 @@ def vllm_engine(
                 tokenizer,
                 device=device,
                 dtype=compute_dtype(s, device),
-                max_model_len=longest_prompt(task, tokenizer) + max(16, task.max_new_tokens),
+                max_model_len=longest_prompt((*task.train, *task.test), tokenizer)
+                + max(16, task.max_new_tokens),
                 gpu_memory=s.vllm_memory,
                 tensor_parallel=s.tensor_parallel,
                 seed=s.seed,

@@ -58,10 +58,11 @@ evaluations of one run (R = pass@1); a, b, R², and the RMSE of the first half's
 What changed while it ran.  Five of the first 76 runs (`high_entropy_tokens`, `htpo`, `clip_cov`,
 `rand_pos_clip`, `kl_cov`, all of warm start 10) were thrown away when a review of those methods changed ties,
 draws of equal rows and off-policy defaults, and made again; the other 71 are of the commit before, whose
-numbers differ from the present code's in rounding only (`commit` in each record).  The order of the runs that
-were still to come was changed after 115: second seeds of OPEFO and of GRPO's learning rates went before the
-controls, since machine time was about to end; and again after 190: second seeds of all methods went before
-the settings scaled to this world's batches.
+numbers differ in rounding only from the one that made the rest (`commit` in each record).  Since that one, a
+draw takes other random numbers (one uniform number instead of one for every token).  The order of the runs
+that were still to come was changed after 115: second seeds of OPEFO and of GRPO's learning rates went before
+the controls, since machine time was about to end; and again after 190: second seeds of all methods went
+before the settings scaled to this world's batches.
 """
 
 from __future__ import annotations
