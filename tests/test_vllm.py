@@ -65,8 +65,9 @@ def global_state():
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
+    folder = save(tiny_policy(), tmp_path_factory.mktemp("tiny"))  # imports of libraries draw numbers too
     before, threads = global_state(), torch.set_num_threads
-    engine = start(save(tiny_policy(), tmp_path_factory.mktemp("tiny")))
+    engine = start(folder)
     assert global_state() == before and torch.set_num_threads is threads  # building one leaks nothing
     yield engine
     engine.close()
