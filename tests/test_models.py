@@ -4,6 +4,7 @@ float32 masters, LoRA, several processes, checkpoints that outlive them.
 Everything runs on models that the tests make: byte-level tokenizers, random weights, two gloo processes.
 """
 
+import csv
 import json
 import os
 import signal
@@ -165,7 +166,7 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(name):
     [
         ({"problem": "p", "answer": "1"}, "p", "1"),
         ({"question": "p", "answer": "work #### 18"}, "p", "18"),
-        ({"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "p"}],
+        ({"prompt": [{"role": "user", "content": "p"}],
           "reward_model": {"ground_truth": "34", "style": "rule"}}, "p", "34"),
         ({"problem": "p", "solution": r"so $x$ is \boxed{\frac{1}{2}}."}, "p", r"\frac{1}{2}"),
         ({"problem": "p", "final_answer": ["1", "2"]}, "p", "1, 2"),
@@ -185,7 +186,8 @@ def test_unusable_rows_are_counted_and_named_and_only_fatal_together(tmp_path):
     bad = ["{", "[1]", '{"problem": "p"}', '{"answer": "1"}', '{"problem": " ", "answer": "1"}']
     path.write_text("\n".join([*bad, '{"problem": "p", "answer": "1"}']))
     problems, notes = read_problems(str(path))
-    assert len(problems) == 1 and "5 unusable" in notes[1] and "line 1" in notes[1] and "2 more" in notes[1]
+    assert len(problems) == 1 and "5 unusable" in notes[1] and "1 more" in notes[1]
+    assert "line 1: not a JSON object (2 in all)" in notes[1]
     path.write_text("\n".join(bad))
     with pytest.raises(ValueError, match="no usable row.*line 1"):
         read_problems(str(path))
@@ -198,16 +200,159 @@ def test_a_line_ends_at_a_newline_only_and_what_is_no_answer_is_left_out(tmp_pat
     path = tmp_path / "a.jsonl"
     rows = [
         {"problem": "p\u2028q\u0085r\x0bs", "answer": "1"},
-        {"problem": "p", "solution": "So it goes. " * 80},
+        {"problem": "p", "answer": "So it goes. " * 80},
     ]
     lines = [json.dumps(r, ensure_ascii=False).encode() for r in rows]
     lines += [b'{"problem": "p", "answer": NaN}', b'{"problem": "\xff", "answer": "1"}']
     path.write_bytes(b"\n".join(lines))
     problems, notes = read_problems(str(path))
     assert problems == [Problem("p\u2028q\u0085r\x0bs", "1")]
-    assert (
-        "line 2: 'solution' has 959 characters" in notes[1] and "line 3" in notes[1] and "line 4" in notes[1]
+    assert "line 2: 'answer' has over 500" in notes[1] and "line 3" in notes[1] and "line 4" in notes[1]
+
+
+def turns(*said):
+    return [{"role": role, "content": content} for role, content in said]
+
+
+def lines_of(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+TALK = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<bot>"
+
+
+def test_a_conversation_reaches_the_policy_whole_or_not_at_all(tmp_path):
+    text, image = (
+        ({"type": "text", "text": "p"}, {"type": "text", "text": "q"}),
+        {"type": "image", "text": None},
     )
+    good = [
+        (turns(("user", list(text))), "<user>Q p\nq<bot>"),
+        (turns(("system", "s"), ("user", "p")), "<system>s<user>Q p<bot>"),
+        (turns(("user", "a"), ("assistant", "b"), ("user", "c")), "<user>a<assistant>b<user>Q c<bot>"),
+    ]
+    bad = [
+        turns(("user", [text[0], image])), turns(("user", "a"), ("assistant", "b")), turns(("tool", "a")),
+        turns(("user", "a"), ("assistant", None), ("user", "c")), turns(("user", [])), ["a", "b"], {"a": 1},
+    ]  # fmt: skip
+    rows = [{"prompt": p, "answer": str(i)} for i, p in enumerate([*(p for p, _ in good), *bad])]
+    problems, notes = read_problems(path := lines_of(tmp_path / "a.jsonl", rows))
+    tokenizer = byte_tokenizer(chat_template=TALK)
+    assert [p.prompt for p in render(problems, tokenizer, "Q {problem}")] == [want for _, want in good]
+    assert "7 unusable rows" in notes[1] and "'prompt' has a turn (of user) that is not just text" in notes[1]
+
+    lines_of(tmp_path / "b.jsonl", [{"prompt": "x", "answer": "1"}, {"prompt": "y", "answer": "1"}])
+    both = path, str(tmp_path / "b.jsonl")
+    task, _ = task_of_data(tokenizer, *both, 2, "Q {problem}", True, 100, 8)
+    assert [p.prompt for p in task.train] == [want for _, want in good]
+    for plain, chat in ((byte_tokenizer(), True), (tokenizer, False)):
+        task, notes = task_of_data(plain, *both, 2, "{problem}", chat, 100, 8)
+        assert [p.prompt for p in task.train] == ["p\nq"]
+        assert "2 training problems left out: several turns need a chat template (2 in all)" in notes
+        with pytest.raises(ValueError, match="several turns need"):
+            render(problems, plain, "{problem}", chat)  # a benchmark with holes is another benchmark
+
+
+def test_the_split_goes_by_the_turns_and_not_by_a_systems(tmp_path):
+    again = [("a", "b"), ("user", "go on")]
+    kinds = [("user", x) for x in "uvw"]
+    problems = [Problem("go on", "1", (kind, ("assistant", "b"))) for kind in kinds]
+    train_set, test_set = hold_out(problems, 1)
+    assert len(train_set) == 2 and len(test_set) == 1 and again
+    asked = [Problem("p", "1"), Problem("p", "1", (("system", "s"),))]
+    assert hold_out(asked, 1) == ([], asked[:1]), "the same question under a system's turn is not trained on"
+
+
+@pytest.mark.parametrize(
+    "template, why",
+    [
+        ("{{ raise_exception('System role not supported') }}", "refuses it (System role not supported)"),
+        ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "refuses it"),
+        ("{{ messages[-1].content }}", "drops a turn (of system)"),
+    ],
+)
+def test_what_a_chat_template_refuses_or_drops_is_left_out_with_its_words(tmp_path, template, why):
+    whole = "{% if messages[0].role == 'system' %}" + template + "{% else %}" + TALK + "{% endif %}"
+    rows = [{"prompt": turns(("user", f"{i}?")), "answer": "1"} for i in range(4)]
+    rows += [{"prompt": turns(("system", "s"), ("user", f"{i}!")), "answer": "1"} for i in range(9)]
+    data, tokenizer = lines_of(tmp_path / "a.jsonl", rows), byte_tokenizer(chat_template=whole)
+    task, notes = task_of_data(tokenizer, data, "", 5, "{problem}", True, 100, 8)
+    assert all("?" in p.prompt for p in (*task.train, *task.test)) and len(task.train + task.test) == 4
+    assert sum(why in note and "left out" in note for note in notes) == 2, notes
+    only = lines_of(tmp_path / "b.jsonl", rows[4:])
+    with pytest.raises(ValueError) as error:
+        task_of_data(tokenizer, only, "", 5, "{problem}", True, 100, 8)
+    assert "all 4 training problems left out" in str(error.value) and why in str(error.value)
+
+
+def test_what_is_not_one_answer_is_left_out(tmp_path):
+    rows = [
+        {"problem": "a", "answer": [["1", "2"], ["3"]]},
+        {"problem": "b", "reward_model": {"ground_truth": {"x": 1}}},
+        {"problem": "c", "solution": "First we add, then we are done."},
+        {"problem": "d", "answer": "1"},
+        {"problem": "d", "answer": "2"},
+        {"problem": "d", "answer": "1"},
+        {"problem": "e", "answer": "1/2"},
+        {"problem": "e", "answer": "0.5"},
+        {"problem": "f", "answer": "x"},
+        {"problem": "f", "answer": "x"},
+        {"problem": "g", "answer": ["1", None]},
+    ]
+    problems, notes = read_problems(lines_of(tmp_path / "a.jsonl", rows))
+    assert [p.prompt for p in problems] == ["e", "e", "f", "f"] and "7 unusable rows" in notes[1]
+    assert "line 4: its question has another answer too (3 in all)" in notes[1]
+    assert "line 1: 'answer' is nested" in notes[1]
+    system = [{"prompt": turns(("system", s), ("user", "p")), "answer": s} for s in "12"]
+    assert len(read_problems(lines_of(tmp_path / "b.jsonl", system))[0]) == 2, "not the same prompt"
+    with pytest.raises(ValueError, match="a worked solution is not an answer"):
+        read_problems(lines_of(tmp_path / "c.jsonl", rows[2:3]))
+
+
+def test_json_csv_and_parquet_files_tell_the_same(tmp_path, monkeypatch):
+    rows = [{"problem": 'p, "q"\nr', "answer": "018"}, {"problem": "1 + 1?", "answer": None}]
+    rows += [{"problem": "2 + 2?", "answer": "4"}]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    lines_of(tmp_path / "lines.json", rows)
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows([["problem", "answer"], *(r.values() for r in rows)])
+    want = [Problem('p, "q"\nr', "018"), Problem("2 + 2?", "4")]
+    for name, place in (("a.json", "row 2"), ("lines.json", "line 2"), ("a.csv", "line 4")):
+        problems, notes = read_problems(str(tmp_path / name))
+        assert problems == want and f"1 unusable rows left out: {place}" in notes[1], name
+    (tmp_path / "b.csv").write_text("problem,answer\n2, 3 or 4?,9\n1?,1\n")
+    problems, notes = read_problems(str(tmp_path / "b.csv"))
+    assert problems == [Problem("1?", "1")] and "line 2: more cells than" in notes[1]
+    for name in ("x.json", "x.csv", "x.parquet"):
+        (tmp_path / name).write_bytes(b"[\xff")
+        with pytest.raises(ValueError, match=f"{name}: cannot be read"):
+            read_problems(str(tmp_path / name))
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, "pyarrow.parquet", None)
+        with pytest.raises(ValueError, match="pip install pyarrow"):
+            read_problems(str(tmp_path / "a.parquet"))
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows += [{"problem": "x", "answer": None}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    problems, notes = read_problems(str(tmp_path / "a.parquet"))
+    assert problems == want and "row 2: no field named answer" in notes[1]
+    chats = [{"prompt": turns(("user", "p")), "reward_model": {"ground_truth": "3"}}]
+    parquet.write_table(pyarrow.Table.from_pylist(chats), tmp_path / "a.parquet")
+    assert read_problems(str(tmp_path / "a.parquet"))[0] == [Problem("p", "3")]
+
+
+@pytest.mark.parametrize(
+    "name", ["train.csv", "data/train.parquet", "data/train.txt", "a/b/c", "./a", "data"]
+)
+def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rollout, "_hub", lambda source: pytest.fail(f"{source} was looked for on the hub"))
+    with pytest.raises(ValueError, match=f"{name}: no such file"):
+        read_problems(name)
+    for hub in ("openai/gsm8k@main:test", "AI-MO/NuminaMath-1.5", "allenai/c4@en.noclean"):
+        assert rollout.data_file(hub) is None
 
 
 def test_what_is_evaluated_is_not_trained_on(tmp_path):
