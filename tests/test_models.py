@@ -7,6 +7,7 @@ Everything runs on models that the tests make: byte-level tokenizers, random wei
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -254,12 +255,10 @@ def test_a_conversation_reaches_the_policy_whole_or_not_at_all(tmp_path):
             render(problems, plain, "{problem}", chat)  # a benchmark with holes is another benchmark
 
 
-def test_the_split_goes_by_the_turns_and_not_by_a_systems(tmp_path):
-    again = [("a", "b"), ("user", "go on")]
-    kinds = [("user", x) for x in "uvw"]
-    problems = [Problem("go on", "1", (kind, ("assistant", "b"))) for kind in kinds]
+def test_the_split_goes_by_the_turns_and_not_by_a_systems():
+    problems = [Problem("go on", "1", (("user", x), ("assistant", "b"))) for x in "uvw"]
     train_set, test_set = hold_out(problems, 1)
-    assert len(train_set) == 2 and len(test_set) == 1 and again
+    assert len(train_set) == 2 and len(test_set) == 1
     asked = [Problem("p", "1"), Problem("p", "1", (("system", "s"),))]
     assert hold_out(asked, 1) == ([], asked[:1]), "the same question under a system's turn is not trained on"
 
@@ -387,6 +386,19 @@ def test_prompts_are_a_users_turn_or_plain_text_after_bos():
         render(problem, tokenizer, "no place")
 
 
+def test_a_prompt_is_as_long_as_what_is_sampled_from(tmp_path):
+    """Its BOS stands in the text already; tokenizing it for its length must not add another."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer(bos_token="<s>")
+    begin = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    data = lines_of(tmp_path / "a.jsonl", [{"problem": x, "answer": "1"} for x in ("abc", "abd", "abcd")])
+    task, notes = task_of_data(tokenizer, data, "", 2, "{problem}", True, 4, 8)
+    assert {p.prompt for p in (*task.train, *task.test)} == {"<s>abc", "<s>abd"}
+    assert len(tokenizer("<s>abc")["input_ids"]) == 5 and any("--max-prompt-tokens 4" in n for n in notes)
+
+
 def test_every_stop_token_ends_a_response():
     tokenizer = byte_tokenizer()
     model = llama(tokenizer)
@@ -479,6 +491,37 @@ def test_a_language_models_run_is_shown_without_a_logged_flow(lm, capsys):
     assert "exact flow of a table" in capsys.readouterr().out and Path("shown/flow.html").exists()
 
 
+def test_a_run_is_shown_at_its_temperature_with_its_attention_whatever_its_data_are_called(
+    lm, data_file, tmp_path, monkeypatch
+):
+    """And a token that the tokenizer has no name for, an embedding being larger, is shown as its id."""
+    pytest.importorskip("math_verify")
+    shutil.copy(data_file, tmp_path / "chain.jsonl")
+    code, _, folder = lm("--method", "grpo", "--temperature", 0.7, "--data", "chain.jsonl",
+                         "--attention", "eager", "--reward", "random", steps=1)  # fmt: skip
+    assert code == 0
+    asked, real, scored = [], eval.answer, eval.score
+
+    def answer(engine, task, *args, **more):
+        assert "What is" in task.test[0].prompt, "not the embedded task"
+        out = real(engine, task, *args, **more)
+        out.correct = torch.arange(len(out.ids)) % 2 == 0
+        out.ids[:, 0] = torch.where(out.mask.sum(1) > 1, 300, out.ids[:, 0])
+        asked.append((args[2], engine.model.config._attn_implementation))
+        return out
+
+    def score(model, full, start, ids, mask, tau):
+        asked.append(tau)
+        return scored(model, full.clamp(max=258), start, ids.clamp(max=258), mask, tau)
+
+    monkeypatch.setattr(eval, "answer", answer)
+    monkeypatch.setattr(eval, "score", score)
+    assert eval.main(["--show", "a", "--out", "shown"]) == 0
+    assert asked == [(0.7, "eager"), 0.7] and "&lt;300&gt;" in Path("shown/flow.html").read_text()
+    assert eval.main(["--show", "a", "--out", "shown", "--attention", "sdpa"]) == 0
+    assert asked[2] == (0.7, "sdpa")
+
+
 def test_gradient_checkpointing_and_budget_change_no_number(lm):
     pytest.importorskip("math_verify")
     plain = lm("--method", "grpo", "--reward", "random", out="a")[1]
@@ -564,6 +607,8 @@ def test_the_best_checkpoint_is_marked_and_loads(lm):
     "flags, words",
     [
         (("--data", "missing.jsonl"), ("--data missing.jsonl", "no such file")),
+        (("--data", "data/missing.parquet"), ("--data data/missing.parquet", "no such file")),
+        (("--eval-data", "data/missing.csv"), ("--eval-data data/missing.csv", "no such file")),
         (("--model", "nowhere"), ("--model nowhere", "no such folder")),
         (("--prompt-template", "no place"), ("--prompt-template", "{problem}")),
         (("--max-prompt-tokens", 3), ("--max-prompt-tokens 3", "all 32 training problems")),
@@ -583,6 +628,32 @@ def test_bad_settings_of_language_models_are_named(lm, capsys, flags, words):
     code = lm("--method", "grpo", *flags)[0]
     err = capsys.readouterr().err.strip()
     assert code == 2 and all(w in err for w in words) and len(err.splitlines()) <= 2, err
+
+
+@pytest.mark.parametrize("flags", [("--top-p", ".9"), ("--top-k=20",)])
+def test_there_is_no_truncated_sampling_in_training_and_the_reason_is_told(capsys, flags):
+    with pytest.raises(SystemExit) as leave:
+        train.main(["--method", "grpo", *flags])
+    err = capsys.readouterr().err
+    assert leave.value.code == 2 and len(err.strip().splitlines()) == 1
+    assert flags[0] in err and "biased" in err and "eval.py" in err and "did you mean" not in err
+
+
+@pytest.mark.parametrize("word", ["What", "[PAD]"])
+def test_a_tokenizer_larger_than_the_embedding_is_named(lm, model_folder, data_file, tmp_path, capsys, word):
+    """A prompt's token or the padding: either would index past the embedding's last row."""
+    shutil.copytree(model_folder, tmp_path / "grown")
+    tokenizer = byte_tokenizer(**({"pad_token": word} if word == "[PAD]" else {}))
+    tokenizer.add_tokens([word])
+    tokenizer.save_pretrained(tmp_path / "grown")
+    assert lm("--method", "grpo", "--model", "grown")[0] == 2
+    told = [capsys.readouterr().err]
+    base = ["--model", "grown", "--benchmark", "sums", "--data", f"sums={data_file}", "--out", "out"]
+    assert eval.main([*base, "--k", "1", "--max-new-tokens", "4"]) == 2
+    told.append(capsys.readouterr().err)
+    for err in told:
+        assert all(w in err for w in ("--model grown", repr(word), "has the id 259", "259 rows")), err
+        assert len(err.strip().splitlines()) <= 2, err
 
 
 # ------------------------------------------------------------------------------------------------------------
