@@ -492,14 +492,17 @@ def test_a_language_models_run_is_shown_without_a_logged_flow(lm, capsys):
 
 
 def test_a_run_is_shown_at_its_temperature_with_its_attention_whatever_its_data_are_called(
-    lm, data_file, tmp_path, monkeypatch
+    lm, data_file, tmp_path, monkeypatch, capsys
 ):
     """And a token that the tokenizer has no name for, an embedding being larger, is shown as its id."""
     pytest.importorskip("math_verify")
-    shutil.copy(data_file, tmp_path / "chain.jsonl")
+    talk = {"prompt": turns(("system", "s"), ("user", "p")), "answer": "1"}
+    (tmp_path / "chain.jsonl").write_text(data_file.read_text() + json.dumps(talk) + "\n{}\n")
     code, _, folder = lm("--method", "grpo", "--temperature", 0.7, "--data", "chain.jsonl",
                          "--attention", "eager", "--reward", "random", steps=1)  # fmt: skip
-    assert code == 0
+    err = capsys.readouterr().err
+    assert code == 0 and "1 unusable rows left out: line 38: no field named" in err
+    assert "problems left out: several turns need a chat template" in err
     asked, real, scored = [], eval.answer, eval.score
 
     def answer(engine, task, *args, **more):
