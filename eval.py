@@ -543,7 +543,11 @@ class Record:
     spec: str  # the method with its options, as on the command line
     settings: dict[str, Any]
     rows: tuple[dict[str, Any], ...]  # metrics.jsonl
-    task: str = "chain"
+
+    @property
+    def task(self) -> str:
+        """Where its held-out problems come from, "" for the embedded task."""
+        return self.settings.get("eval_data") or self.settings.get("data") or ""
 
     @property
     def seed(self) -> tuple:
@@ -599,7 +603,7 @@ def read_record(folder: Path) -> Record:
         raise ValueError(f"no run (no {Path(error.filename).name})") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"its config.json or metrics.jsonl is damaged ({error})") from None
-    record = Record(folder, str(spec), settings, rows, config.get("task", "chain"))
+    record = Record(folder, str(spec), settings, rows)
     if not record.evaluations:
         raise ValueError("a run that was never evaluated")
     return record
@@ -1018,8 +1022,18 @@ def law(records: Sequence[Record], out: Path) -> None:
 # -- fresh samples from a run's checkpoint -------------------------------------------------------------------
 
 
-def load_policy(folder: Path) -> tuple[nn.Module, Any]:
-    """Model and tokenizer of a run's checkpoint; ValueError where there is none or it cannot be read."""
+def own_attention(model: str | Path, device: torch.device) -> str:
+    """What a run's checkpoint was trained with, where that runs on the device; sdpa of any other model."""
+    try:
+        kind = json.loads((Path(model).parent / "config.json").read_text())["settings"]["attention"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "sdpa"
+    return "sdpa" if device.type == "cpu" and kind.startswith("flash") else kind
+
+
+def load_policy(folder: Path, attention: str = "") -> tuple[nn.Module, Any]:
+    """Model and tokenizer of a run's checkpoint, by default with the run's own attention; ValueError where
+    there is none or it cannot be read."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -1031,17 +1045,18 @@ def load_policy(folder: Path) -> tuple[nn.Module, Any]:
     if not (path / "config.json").is_file():
         raise ValueError(f"{folder}: holds no checkpoint/; name the folder of a run, e.g. runs/opefo-s0")
     try:
-        return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+        how = {"attn_implementation": attention or own_attention(path, torch.device("cpu"))}
+        return AutoModelForCausalLM.from_pretrained(path, **how).eval(), AutoTokenizer.from_pretrained(path)
     except Exception as error:  # damage shows as any of a dozen classes of three libraries
         raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0][:160]})") from None
 
 
 def embedded(record: Record) -> Task:
     """The task of a run.  Raises ValueError where it is not the embedded one."""
-    if record.task != "chain":
+    if record.task:
         raise ValueError(
-            f"{record.folder}: was trained on {record.task}, not on the embedded task; sample from it with "
-            f"--model {record.folder / 'checkpoint'} --benchmark NAME --data NAME=FILE.jsonl"
+            f"{record.folder}: was trained on {record.settings['data']}, not on the embedded task; sample "
+            f"from it with --model {record.folder / 'checkpoint'} --benchmark NAME --data NAME=FILE.jsonl"
         )
     return chain_task()
 
@@ -1411,14 +1426,15 @@ def open_engine(args: argparse.Namespace, model: str, rendered: Callable[[Any], 
     device, trust = usable_device(args.device), args.trust_remote_code
     try:
         if args.engine == "torch":
-            policy, tokenizer = load_model(model, args.dtype, trust, "sdpa", device)
+            attention = args.attention or own_attention(model, device)
+            policy, tokenizer = load_model(model, args.dtype, trust, attention, device)
         else:
             tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust).get_text_config()
+        longest = longest_prompt(rendered(tokenizer), tokenizer, getattr(config, "vocab_size", None))
     except Exception as error:  # missing, gated, damaged: a dozen classes of three libraries
         reason = " ".join(str(error).split()).removeprefix(f"{model}: ")[:300]
         raise ValueError(f"--model {model}: {reason}") from None
-    longest = longest_prompt(rendered(tokenizer), tokenizer)
     room = (getattr(config, "max_position_embeddings", None) or math.inf) - longest
     if args.max_new_tokens > room:
         raise ValueError(
@@ -1491,7 +1507,8 @@ def make_bench(
     args: argparse.Namespace, model: str, name: str, problems: tuple[Problem, ...], folder: Path
 ) -> Bench:
     """With everything that the samples depend on."""
-    text = json.dumps([[p.prompt, p.answer] for p in problems])
+    text = json.dumps([[p.prompt, p.answer, *p.before] for p in problems])
+    attention = args.attention or own_attention(model, usable_device(args.device))
     n = args.samples or (args.k or 32 if BENCHMARKS.get(name, 32) > 1 else 1)
     settings = {
         "model": model, "weights": fingerprint(Path(model)), "engine": args.engine,
@@ -1501,7 +1518,15 @@ def make_bench(
         "problems": len(problems), "sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
         "batch": args.batch or (512 if args.engine == "vllm" else 128),
     }  # fmt: skip
+    if args.engine == "torch" and attention != "sdpa":  # older folders, which name none, have sdpa's
+        settings["attention"] = attention
     return Bench(name, problems, settings, folder)
+
+
+def token_names(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The tokens as the vocabulary has them; <id> for one without a name, since an embedding may have more
+    rows than the vocabulary."""
+    return [f"<{i}>" if w is None else w for i, w in zip(ids, tokenizer.convert_ids_to_tokens(ids))]
 
 
 @cache
@@ -1513,7 +1538,7 @@ def token_namer(model: str, trust: bool = False) -> Callable[[int], str]:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
     except Exception:  # names are a convenience: the numbers do not depend on them
         return str
-    return lambda i: tokenizer.decode([i])
+    return lambda i: tokenizer.decode([i]) or token_names(tokenizer, [i])[0]
 
 
 TOKENS = ("length", "truncated", "entropy")
@@ -1598,6 +1623,8 @@ def logged_flows(path: Path) -> tuple[list[Coloured], str]:
     rows = read_jsonl(path)
     rows = [r for r in rows if r["step"] == rows[-1]["step"]]
     what = f"network flow of step {rows[-1]['step']}, from {path}"
+    for r in rows:  # a token without a name was once written as null
+        r["tokens"] = ["<?>" if w is None else w for w in r["tokens"]]
     keys = ("prompt", "reward", "tokens", "network_flow")
     return [Coloured(*(r[k] for k in keys)) for r in rows], what
 
@@ -1611,15 +1638,18 @@ def own_task(record: Record, tokenizer: Any) -> Task:
 
 
 @torch.no_grad()
-def fresh_flows(record: Record, seed: int = 0, prompts: int = 32, n: int = 16) -> tuple[list[Coloured], str]:
+def fresh_flows(
+    record: Record, seed: int = 0, attention: str = "", prompts: int = 32, n: int = 16
+) -> tuple[list[Coloured], str]:
     """The exact flow of a table, entropy_math (3.2), of the tokens of a fresh batch: what one step of GRPO on
-    it would do to entropy.  Of each of the first 8 problems with right and wrong answers, the response that
-    moves entropy most."""
-    model, tokenizer = load_policy(record.folder)
-    task = chain_task() if record.task == "chain" else own_task(record, tokenizer)
+    it, at the run's temperature, would do to entropy.  Of each of the first 8 problems with right and wrong
+    answers, the response that moves entropy most."""
+    model, tokenizer = load_policy(record.folder, attention)
+    task = own_task(record, tokenizer) if record.task else chain_task()
     prompts, generator = min(prompts, len(task.test)), torch.Generator().manual_seed(seed)
-    out = answer(TorchEngine(model, tokenizer), task, task.test[:prompts], n, generator=generator)
-    stats = score(model, *out.full_ids(tokenizer.pad_token_id), out.ids, out.mask)
+    tau, engine = record.settings.get("temperature", 1.0), TorchEngine(model, tokenizer)
+    out = answer(engine, task, task.test[:prompts], n, tau, generator=generator)
+    stats = score(model, *out.full_ids(tokenizer.pad_token_id), out.ids, out.mask, tau)
     reward = out.correct.double().view(-1, n)
     adv = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-6)  # grpo (2.1)
     flow = torch.where(out.mask, entropy_change(stats, adv.view(-1, 1)), 0)  # (B, T)
@@ -1629,7 +1659,7 @@ def fresh_flows(record: Record, seed: int = 0, prompts: int = 32, n: int = 16) -
     found = []
     for i in rows:
         m = out.mask[i]
-        words = tokenizer.convert_ids_to_tokens(out.ids[i][m].tolist())
+        words = token_names(tokenizer, out.ids[i][m].tolist())
         prompt = task.test[i // n].prompt
         found.append(Coloured(prompt, float(out.correct[i]), words, flow[i][m].tolist()))
     return found, f"exact flow of a table, fresh batch of {prompts} x {n} from {record.folder}/checkpoint"
@@ -1693,10 +1723,10 @@ def page(rows: Sequence[Coloured], what: str) -> str:
     return PAGE.format(top=top, what=html.escape(what), body="\n".join(body))
 
 
-def show(record: Record, seed: int, out: Path) -> None:
+def show(record: Record, seed: int, attention: str, out: Path) -> None:
     """Coloured responses on the terminal and in flow.html: of flows.jsonl, else fresh ones."""
     flows = record.folder / "flows.jsonl"
-    rows, what = logged_flows(flows) if flows.is_file() else fresh_flows(record, seed)
+    rows, what = logged_flows(flows) if flows.is_file() else fresh_flows(record, seed, attention)
     print(f"{what}; red raises entropy, blue lowers it\n")
     print(terminal(rows, sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
     (out / "flow.html").write_text(page(rows, what), encoding="utf-8")
@@ -1712,11 +1742,14 @@ MARK = "eval.json"  # in every folder that this file writes to
 class Parser(argparse.ArgumentParser):
     """Complains in one line that names the flag and the nearest, instead of a page of usage."""
 
+    absent: dict[str, str] = {}  # flags that one may look for, and why there are none
+
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, 1, 0)
-            self.error(f"{unknown[0]}: unknown; did you mean {near[0]}?")
+            name = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(name, self._option_string_actions, 1, 0)
+            self.error(f"{unknown[0]}: {self.absent.get(name) or f'unknown; did you mean {near[0]}?'}")
         return found
 
     def error(self, message: str) -> Any:
@@ -1758,7 +1791,7 @@ FLAGS: dict[str, list[tuple[str, Any, str]]] = {
         ("--model", {"nargs": "+", "metavar": "FOLDER_OR_ID"}, "several: a mean over them too"),
         ("--benchmark", {"nargs": "+", "metavar": "NAME"}, f"of {', '.join(BENCHMARKS)}, or of --data"),
         ("--data", {"nargs": "+", "metavar": "NAME=SOURCE"},
-         "JSONL of problems and answers, or owner/dataset@config:split of the hub (default: "
+         ".jsonl, .json, .csv or .parquet file, or owner/dataset@config:split of the hub (default: "
          "$ENTROPY_FLOW_DATA/NAME.jsonl)"),
         ("--against", {"nargs": "+", "choices": list(REPORTED)}, "print what these papers report"),
         ("--limit", {"type": int, "default": 0}, "only the first LIMIT problems of each"),
@@ -1775,6 +1808,8 @@ FLAGS: dict[str, list[tuple[str, Any, str]]] = {
         ("--trust-remote-code", SWITCH, "run code that comes with the model"),
     ],
     "machine and files": [
+        ("--attention", {"choices": ["sdpa", "flash_attention_2", "eager"], "default": ""},
+         "of --show and of benchmarks with --engine torch (default: that of a run's checkpoint, else sdpa)"),
         ("--device", {"default": "auto"}, "cpu, cuda, ... (default: a GPU if there is one)"),
         ("--threads", {"type": int, "default": 0}, "CPU threads (default: OMP_NUM_THREADS, else 2)"),
         ("--out", {"metavar": "FOLDER"}, "default: runs/compare, a single run's eval/, runs/benchmarks"),
@@ -1837,6 +1872,8 @@ def check(args: argparse.Namespace) -> None:
         name = flag[2:].replace("-", "_")
         if getattr(args, name) != default(name):
             raise ValueError(f"{flag}: for benchmarks only; name --model and --benchmark, or leave it out")
+    if args.attention and not (args.show or (args.model and args.engine == "torch")):
+        raise ValueError(f"--attention {args.attention}: of --show and of --engine torch only; leave it out")
     if (args.law or args.show or args.sample or args.temperatures) and not args.runs:
         raise ValueError("no run named: give folders that train.py made, before --temperatures")
 
@@ -1851,14 +1888,19 @@ def runs(args: argparse.Namespace) -> None:
     if args.show:
         if not alone:
             raise ValueError(f"--show: {len(records)} runs; name one, e.g. {records[0].folder}")
-        return show(records[0], args.seed, out)
+        return show(records[0], args.seed, args.attention, out)
     if args.law:
         law(records, out)
     else:
-        groups, k = grouped(records), args.k or 32
-        compare(args, groups, out)
+        tasks = {r.task: [x for x in records if x.task == r.task] for r in records}
+        for i, (task, members) in enumerate(tasks.items(), 1):  # no frontier lies in two sets of problems
+            place = out
+            if len(tasks) > 1:
+                place = own_folder(out / f"{i}-{Path(task).name or 'embedded'}")
+                print(f"\n== {task or 'the embedded task'}: {len(members)} of {len(records)} runs\n")
+            compare(args, grouped(members), place)
         if alone or args.sample:
-            sample_runs(args, records, k, out)
+            sample_runs(args, records, args.k or 32, out)
     print(f"\npictures and CSV: {out}")
 
 

@@ -7,7 +7,7 @@ shows the collapse in a minute.
      1, 2  the embedded world, "chain": reach a target in one to three arithmetic steps; 6,348 problems, most
            with dozens of right answers
         3  a real `transformers` tokenizer and a real Llama, made in code: the 7 B path, smaller
-        4  any causal LM of `transformers`, any JSONL of problems and answers
+        4  any causal LM of `transformers`, any file of problems and answers
         5  masks: the first EOS belongs to the response and nothing after it does
         6  sampling: batched, KV-cached, from the exact softmax at a temperature; top-p in evaluations only
         7  vLLM: the same from a production engine in this process, and a check that pushes arrived
@@ -15,7 +15,7 @@ shows the collapse in a minute.
         9  rewards: is this answer that answer, in 1.5 s a comparison at most, whatever the answer is
        10  the warm start: supervised learning on random right chains; a policy often wrong and very diverse
 
-Left out, compared with a production trainer: conversations of several turns, tools, code that is run to be
+Left out, compared with a production trainer: responses of several turns, tools, code that is run to be
 judged, reward models.  Our own sampling loop has no stop strings, no paged attention, and no continuous
 batching beyond dropping rows that ended; section 7 has the latter two from vLLM.
 
@@ -25,10 +25,12 @@ Run `python rollout.py` to see problems, answers, and where the policy is unsure
 from __future__ import annotations
 
 import atexit
+import csv
 import gc
 import hashlib
 import importlib.util
 import inspect
+import io
 import json
 import os
 import queue
@@ -37,6 +39,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
@@ -61,10 +64,19 @@ from entropy_math import TokenStats, head_token_stats
 
 @dataclass(frozen=True)
 class Problem:
-    """One prompt and what counts as right: the text that the policy sees, and the reference answer."""
+    """One prompt and what counts as right: the text that the policy sees, and the reference answer.
+
+    Of chat data the prompt is the last user turn, until `render` makes one text of the whole conversation.
+    """
 
     prompt: str
     answer: str
+    before: tuple[tuple[str, str], ...] = ()  # (role, text) of the turns before the prompt
+
+    @property
+    def question(self) -> str:
+        """What the held-out split goes by: all turns but a system's, under which it is the same question."""
+        return "\n\n".join([*(text for role, text in self.before if role != "system"), self.prompt])
 
 
 @dataclass(frozen=True)
@@ -235,7 +247,7 @@ class TinyModel:
 # 4. Other models, other problems
 #
 # The same code at scale: any causal language model of `transformers`, any problems whose answer can be
-# checked, from JSONL files or the hub.
+# checked, from files or the hub.
 
 PROMPT_TEMPLATE = "{problem}\n\nReason step by step, and put the final answer in \\boxed{}."
 
@@ -329,52 +341,106 @@ PROBLEM_KEYS = ("problem", "question", "prompt", "query", "input")
 ANSWER_KEYS = ("answer", "final_answer", "expected_answer", "ground_truth", "reward_model", "solution")
 
 
+def data_file(source: str) -> Path | None:
+    """The file that a source of problems names; None where it names a data set of the hub.
+
+    Raises ValueError on a file that is not there: what looks like a path is never looked for on the hub.
+    """
+    path, name = Path(source).expanduser(), re.split("[@:]", source)[0]
+    if path.is_file():
+        return path
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or re.search(r"\.[A-Za-z]{2,7}$", name):
+        what = "is a folder" if path.is_dir() else "no such file"
+        kinds = ".jsonl, .json, .csv or .parquet"
+        raise ValueError(f"{source}: {what}; give a {kinds} file of problems and answers")
+    return None
+
+
 def read_problems(source: str) -> tuple[list[Problem], list[str]]:
     """Problems with answers, in file order, and what a user should know about them.
 
-    `source` is a JSONL file, or a hub data set `owner/name[@config][:split]` (split train) read by the
-    package `datasets`. A row needs a question and an answer under one of the usual names; the second value
-    says which were taken, and counts and names the rows that could not be used. Accepted besides plain
-    strings: a list of chat messages (its last user turn), {"ground_truth": ...}, a list of answers (joined by
-    commas), GSM8K's "#### 18", and a worked solution that ends in \\boxed{...}.
+    `source` is a file (.csv, .parquet, .json with an array, else JSONL), or a hub data set
+    `owner/name[@config][:split]` (split train) read by the package `datasets`. A row needs a question and an
+    answer under one of the usual names; the second value says which were taken, and counts the rows that
+    could not be used, with the reasons. Accepted besides plain strings: chat messages of text, a user's last;
+    {"ground_truth": ...}, a flat list of answers (joined by commas), GSM8K's "#### 18", and a worked solution
+    that ends in \\boxed{...}. Where a question has two different answers nobody knows which is right: none of
+    its rows is used.
     Raises ValueError where there is no such file, or not one usable row.
     """
-    problems, bad, taken = [], [], {}
-    for number, row in _rows(source):
+    found, bad, taken, answers = [], [], {}, {}
+    for where, row in _rows(source):
         try:
-            asked, prompt = _field(row, PROBLEM_KEYS, _question)
+            asked, (*before, (_, prompt)) = _field(row, PROBLEM_KEYS, _question)
             told, right = _field(row, ANSWER_KEYS, _answer)
             if len(right) > LONGEST_ANSWER:
-                raise ValueError(f"'{told}' has {len(right)} characters, and neither \\boxed{{}} nor ####")
+                raise ValueError(f"'{told}' has over {LONGEST_ANSWER} characters, no \\boxed{{}} and no ####")
         except ValueError as error:
-            bad.append(f"line {number}: {error}")
+            bad.append((where, str(error)))
             continue
         taken[f"problem from '{asked}', answer from '{told}'"] = True
-        problems.append(Problem(prompt, right))
+        found.append((where, Problem(prompt, right, tuple(before))))
+        answers.setdefault((prompt, *before), {})[right] = True
+    torn = {
+        asked
+        for asked, (one, *more) in answers.items()
+        if any(undecided(other, one) is not True for other in more)  # 1/2 and 0.5 are one answer
+    }
+    bad += [(w, "its question has another answer too") for w, p in found if (p.prompt, *p.before) in torn]
+    problems = [p for _, p in found if (p.prompt, *p.before) not in torn]
+    told = f"{len(bad)} unusable rows left out: {_reasons(bad)}"
     if not problems:
-        first = f"; {bad[0]}" if bad else ""
-        raise ValueError(f"{source}: no usable row ({len(bad)} of {len(bad)} unusable{first})")
+        raise ValueError(f"{source}: no usable row; {told if bad else 'it is empty'}")
     notes = [f"{source}: {len(problems)} problems ({'; '.join(taken)})"]
-    if bad:
-        more = f", and {len(bad) - 3} more" if len(bad) > 3 else ""
-        notes.append(f"{source}: {len(bad)} unusable rows left out: {'; '.join(bad[:3])}{more}")
-    return problems, notes
+    return problems, notes + [f"{source}: {told}"] * bool(bad)
 
 
-def _rows(source: str) -> Iterable[tuple[int, Any]]:
-    """(line number, row) of a JSONL file or of a hub data set; a line that is not JSON gives its text."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # str.splitlines would also split
-            if line.strip():  # inside strings, at U+2028
-                try:
-                    yield number, json.loads(line, parse_constant=lambda _: None)  # NaN is no answer
-                except ValueError:  # UnicodeDecodeError is one too
-                    yield number, line
-        return
-    if source.count("/") != 1 or source.startswith((".", "/", "~")) or source.endswith((".jsonl", ".json")):
-        what = "is a folder" if path.is_dir() else "no such file"
-        raise ValueError(f"{source}: {what}; give a JSONL file of problems and answers")
+def _reasons(bad: Sequence[tuple[str, str]]) -> str:
+    """The most frequent of (place, reason) pairs, each reason with its first place and its count."""
+    first, most = {why: where for where, why in reversed(bad)}, Counter(why for _, why in bad).most_common(3)
+    told = [f"{first[why]}{why}" + f" ({n} in all)" * (n > 1) for why, n in most]
+    rest = len(bad) - sum(n for _, n in most)
+    return "; ".join(told) + f", and {rest} more" * (rest > 0)
+
+
+def _rows(source: str) -> Iterable[tuple[str, Any]]:
+    """(place, row) of a file or of a hub data set; a line that is not JSON gives its text."""
+    path = data_file(source)
+    if path is None:
+        return ((f"row {n}: ", row) for n, row in enumerate(_hub(source), 1))
+    kind, data = path.suffix.lower(), path.read_bytes()
+    try:
+        if kind == ".csv":  # as text: what guesses types makes 18.0 of an 18 above an empty cell
+            reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), skipinitialspace=True)
+            return [(f"line {reader.line_num}: ", row) for row in reader]
+        if kind == ".parquet":
+            from pyarrow.parquet import ParquetFile
+
+            table = ParquetFile(io.BytesIO(data)).read().to_pylist()
+            return [(f"row {n}: ", row) for n, row in enumerate(table, 1)]
+        if kind == ".json" and data.lstrip().startswith(b"["):
+            return [(f"row {n}: ", row) for n, row in enumerate(_loads(data), 1)]
+    except ImportError:
+        raise ValueError(f"{source}: parquet needs the package pyarrow: pip install pyarrow") from None
+    except Exception as error:  # damaged: classes of three libraries
+        raise ValueError(f"{source}: cannot be read ({' '.join(str(error).split())[:300]})") from None
+    lines = enumerate(data.split(b"\n"), 1)  # str.splitlines would also split inside strings, at U+2028
+    return ((f"line {n}: ", _line(line)) for n, line in lines if line.strip())
+
+
+def _loads(data: bytes) -> Any:
+    return json.loads(data, parse_constant=lambda _: None)  # NaN is no answer
+
+
+def _line(data: bytes) -> Any:
+    try:
+        return _loads(data)
+    except ValueError:  # UnicodeDecodeError is one too
+        return data
+
+
+def _hub(source: str) -> Iterable[Any]:
+    """The rows of a hub data set."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -382,64 +448,126 @@ def _rows(source: str) -> Iterable[tuple[int, Any]]:
     name, _, split = source.partition(":")
     name, _, config = name.partition("@")
     try:
-        rows = load_dataset(name, config or None, split=split or "train")
+        return load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # offline, unknown, gated, unknown split: classes of three libraries
         reason = " ".join(str(error).split())[:300]
-        hint = "give a JSONL file, or owner/name@config:split"
+        hint = "give a file, or owner/name@config:split"
         raise ValueError(f"{source}: cannot be loaded ({reason}); {hint}") from None
-    yield from enumerate(rows, 1)
 
 
-def _field(row: Any, keys: Sequence[str], read: Callable[[Any], str]) -> tuple[str, str]:
-    """The first of `keys` that the row has, and its text.  Raises ValueError saying what is missing."""
+def _field(row: Any, keys: Sequence[str], read: Callable[[str, Any], Any]) -> tuple[str, Any]:
+    """The first of `keys` that the row has, and what `read` makes of its value.  Raises ValueError saying
+    what is missing."""
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
-    found = [k for k in keys if row.get(k) not in (None, "", [])]
+    if None in row:
+        raise ValueError("more cells than the file has columns")
+    found = [k for k in keys if row.get(k) not in (None, "", []) and row[k] == row[k]]  # NaN is not itself
     if not found:
         raise ValueError(f"no field named {' or '.join(keys[:3])} among {', '.join(map(str, row))[:80]}")
-    text = read(row[found[0]]).strip()
-    if not text:
-        raise ValueError(f"'{found[0]}' is empty")
-    return found[0], text
+    return found[0], read(found[0], row[found[0]])
 
 
-def _question(value: Any) -> str:
-    if isinstance(value, list):  # chat messages: the last user turn
-        turns = [m.get("content", "") for m in value if isinstance(m, dict) and m.get("role") == "user"]
-        return str(turns[-1]) if turns else ""
-    return value if isinstance(value, str) else ""
+def _question(key: str, value: Any) -> list[tuple[str, str]]:
+    """(role, text) of every turn, a user's last.  Raises ValueError on what would not be shown as it is."""
+    turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
+        raise ValueError(f"'{key}' is neither text nor a list of chat messages")
+    out = []
+    for t in turns:
+        parts, role = t.get("content"), t.get("role")
+        parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+        plain = isinstance(parts, list) and all(
+            isinstance(p, dict) and p.get("type", "text") == "text" and isinstance(p.get("text"), str)
+            for p in parts
+        )
+        if not plain or role not in ("system", "user", "assistant"):
+            raise ValueError(f"'{key}' has a turn (of {role}) that is not just text")
+        out.append((role, "\n".join(p["text"] for p in parts)))
+    role, text = out[-1]
+    if role != "user":
+        raise ValueError(f"'{key}' ends with a turn of {role}, not with a user's")
+    if not text.strip():
+        raise ValueError(f"'{key}' is empty")
+    return [*out[:-1], (role, text.strip())]
 
 
-def _answer(value: Any) -> str:
+def _answer(key: str, value: Any) -> str:
     if isinstance(value, dict):
-        value = value.get("ground_truth", "")
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    text = str(value)
+        value = value.get("ground_truth")
+    several = value if isinstance(value, list) else [value]
+    if any(isinstance(x, list | dict) for x in several):
+        raise ValueError(f"'{key}' is nested, not one answer")
+    texts = [_last_part(key, "" if x is None else str(x)).strip() for x in several]
+    if not all(texts):
+        raise ValueError(f"'{key}' is empty")
+    return ", ".join(texts)
+
+
+def _last_part(key: str, text: str) -> str:
+    """The answer where it stands at the end of a solution, else all of the text."""
     if "####" in text:  # GSM8K
         return text.rsplit("####", 1)[1]
-    return (last_boxed(text) or "") if "\\boxed" in text else text
+    if "\\boxed" in text:
+        return last_boxed(text) or ""
+    if key == "solution":
+        raise ValueError("'solution' has neither \\boxed{} nor ####, and a worked solution is not an answer")
+    return text
 
 
 def render(
-    problems: Sequence[Problem], tokenizer: Any, template: str = PROMPT_TEMPLATE, chat: bool = True
+    problems: Sequence[Problem],
+    tokenizer: Any,
+    template: str = PROMPT_TEMPLATE,
+    chat: bool = True,
+    bad: list[tuple[str, str]] | None = None,
 ) -> list[Problem]:
-    """The problems as the policy reads them: `template` with {problem} filled in, as a user's turn where the
-    tokenizer has a chat template and `chat` is true, else as plain text after the tokenizer's BOS."""
+    """The problems as the policy reads them: `template` with {problem} filled in, as the last user's turn
+    where the tokenizer has a chat template and `chat` is true, else as plain text after the tokenizer's BOS.
+
+    Raises ValueError with the reason on a problem that cannot be put so; where there is a list `bad`, the
+    reason goes there, and the problem is left out.
+    """
     if "{problem}" not in template:
         raise ValueError(f"{template!r}: needs {{problem}}, where the question goes")
-    texts = [template.replace("{problem}", p.prompt) for p in problems]  # LaTeX is full of braces: no format
-    if chat and tokenizer.chat_template:
-        how = {"tokenize": False, "add_generation_prompt": True}
-        texts = [tokenizer.apply_chat_template([{"role": "user", "content": t}], **how) for t in texts]
-    elif tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        texts = [tokenizer.bos_token + t for t in texts]
-    return [Problem(t, p.answer) for t, p in zip(texts, problems)]
+    bos = tokenizer.bos_token_id
+    begins = bos is not None and tokenizer("x")["input_ids"][:1] == [bos]
+    out = []
+    for p in problems:
+        text, why = template.replace("{problem}", p.prompt), ""  # LaTeX is full of braces: no format
+        if chat and tokenizer.chat_template:
+            turns = [{"role": role, "content": said} for role, said in [*p.before, ("user", text)]]
+            try:
+                text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            except Exception as error:  # whatever a template raises
+                why = f"the chat template refuses it ({' '.join(str(error).split())[:200]})"
+            if lost := [t["role"] for t in turns if t["content"].strip() not in text and not why]:
+                why = f"the chat template drops a turn (of {lost[0]})"
+        elif p.before:
+            why = "several turns need a chat template"
+        elif begins:
+            text = tokenizer.bos_token + text
+        if why and bad is None:
+            raise ValueError(f"{p.prompt[:60]!r}: {why}")
+        if why:
+            bad.append(("", why))
+        else:
+            out.append(Problem(text, p.answer))
+    return out
 
 
-def longest_prompt(problems: Iterable[Problem], tokenizer: Any) -> int:
-    """In tokens."""
-    return max(map(len, tokenizer([p.prompt for p in problems], add_special_tokens=False)["input_ids"]))
+def longest_prompt(problems: Iterable[Problem], tokenizer: Any, rows: int | None = None) -> int:
+    """In tokens.  Raises ValueError on a token, of a prompt or the padding, that an embedding of `rows` rows
+    does not have."""
+    ids = tokenizer([p.prompt for p in problems], add_special_tokens=False)["input_ids"]
+    top = max([tokenizer.pad_token_id or 0, *(i for prompt in ids for i in prompt)])
+    if rows is not None and top >= rows:
+        name = tokenizer.convert_ids_to_tokens(top)
+        raise ValueError(
+            f"its tokenizer's {name!r} has the id {top}, but its embedding has {rows} rows; call "
+            "resize_token_embeddings(len(tokenizer)) and save both, or take the tokenizer that belongs to it"
+        )
+    return max(map(len, ids))
 
 
 def task_of_data(
@@ -455,7 +583,8 @@ def task_of_data(
     """Problems to train on and held out, rendered; and what a user should know about them.
 
     `eval_problems` are held out by the hash of their text, of `eval_data` where given, which then leave the
-    training problems too. Prompts above `max_prompt_tokens` are left out. Raises ValueError naming the flag.
+    training problems too. What cannot be rendered and prompts above `max_prompt_tokens` are left out. Raises
+    ValueError naming the flag.
     """
 
     def flagged(name: str, f: Callable[..., Any], *args: Any) -> Any:
@@ -468,24 +597,25 @@ def task_of_data(
     if eval_data:
         held, more = flagged("--eval-data", read_problems, eval_data)
         test, notes = hold_out(held, eval_problems)[1], notes + more
-        asked = {p.prompt for p in test}
-        train = [p for p in problems if p.prompt not in asked]
+        asked = {p.question for p in test}
+        train = [p for p in problems if p.question not in asked]
         if len(train) < len(problems):
             notes.append(f"{len(problems) - len(train)} training problems left out: they are in {eval_data}")
     else:
         train, test = hold_out(problems, eval_problems)
     kept = []
     for what, source, found in (("training", data, train), ("evaluation", eval_data or data, test)):
-        texts = flagged("--prompt-template", render, found, tokenizer, template, chat)
-        short = [p for p in texts if len(tokenizer(p.prompt)["input_ids"]) <= max_prompt_tokens]
+        bad: list[tuple[str, str]] = []
+        texts = flagged("--prompt-template", render, found, tokenizer, template, chat, bad)
+        short = [p for p in texts if longest_prompt([p], tokenizer) <= max_prompt_tokens]
+        bad += [("", f"more than --max-prompt-tokens {max_prompt_tokens}")] * (len(texts) - len(short))
         if not short:
-            why = f"all {len(found)} {what} problems are longer than --max-prompt-tokens {max_prompt_tokens}"
+            why = f"all {len(found)} {what} problems left out: {_reasons(bad)}"
             if not found:
                 why = f"no {what} problem is left of {len(problems)} with --eval-problems {eval_problems}"
             raise ValueError(f"--data {source}: {why}")
-        if len(short) < len(texts):
-            more = f"more than --max-prompt-tokens {max_prompt_tokens}"
-            notes.append(f"{len(texts) - len(short)} {what} problems left out: {more}")
+        if bad:
+            notes.append(f"{len(bad)} {what} problems left out: {_reasons(bad)}")
         kept.append(short)
     notes.append(f"{len(kept[0])} problems to train on, {len(kept[1])} held out")
     return math_task(Path(data).stem, *kept, max_new_tokens), notes
@@ -506,12 +636,12 @@ def math_task(name: str, train: Sequence[Problem], test: Sequence[Problem], max_
 
 
 def hold_out(problems: Sequence[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
-    """(train, test): `count` problems for evaluation, those with the smallest hash of their prompt, so that
-    the split depends neither on a seed nor on the order; a prompt that occurs twice is never in both."""
-    ranked = sorted({p.prompt for p in problems}, key=lambda t: hashlib.sha256(t.encode()).digest())
+    """(train, test): `count` problems for evaluation, those with the smallest hash of their question, so that
+    the split depends neither on a seed nor on the order; a question that occurs twice is never in both."""
+    ranked = sorted({p.question for p in problems}, key=lambda t: hashlib.sha256(t.encode()).digest())
     held = set(ranked[:count])
-    first = {p.prompt: p for p in reversed(problems)}
-    return [p for p in problems if p.prompt not in held], [first[t] for t in ranked[:count]]
+    first = {p.question: p for p in reversed(problems)}
+    return [p for p in problems if p.question not in held], [first[t] for t in ranked[:count]]
 
 
 # ------------------------------------------------------------------------------------------------------------

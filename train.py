@@ -70,7 +70,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import interventions
 from entropy_math import adam_preconditioner, entropy_directional_change, network_flow, token_stats
-from eval import Parser, draw, evaluate, table, usable_device
+from eval import Parser, draw, evaluate, table, token_names, usable_device
 from grpo import Method, Plan, Progress, Tokens, batch_loss, mismatch_weight, plan_update, token_flow
 from rollout import (
     PROMPT_TEMPLATE,
@@ -86,6 +86,7 @@ from rollout import (
     answer,
     chain_task,
     check_push,
+    data_file,
     load_model,
     longest_prompt,
     score,
@@ -156,7 +157,8 @@ class Settings:
     model: str = ""
     """hub id or folder of a causal LM (safetensors); empty: the embedded transformer, built in code"""
     data: str = ""
-    """JSONL of problems and answers, or a hub data set owner/name@config:split; empty: the embedded task"""
+    """problems and answers: a .jsonl, .json, .csv or .parquet file, or owner/name@config:split of the hub;
+    empty: the embedded task"""
     eval_data: str = ""
     """the same for evaluation; empty: --eval-problems of the data are held out"""
     eval_problems: int = 96
@@ -967,7 +969,7 @@ class Run:
             torch.where(tk.mask, network.abs(), 0).sum(-1).topk(min(responses, len(network))).indices.tolist()
         ):
             m = tk.mask[i]
-            words = self.tokenizer.convert_ids_to_tokens(tk.ids[i][m].tolist())
+            words = token_names(self.tokenizer, tk.ids[i][m].tolist())
             prompt = ledger.batch.full_ids[i, : int(ledger.batch.start[i]) + 1]
             row = {
                 "step": self.step + 1,
@@ -1271,7 +1273,8 @@ def prepare(
         task, notes = task_of_data(tokenizer, s.data, s.eval_data, s.eval_problems, *how)
     except ValueError as error:
         raise UserError(str(error)) from None
-    longest = longest_prompt((*task.train, *task.test), tokenizer)
+    rows, prompts = model.get_input_embeddings().weight.shape[0], (*task.train, *task.test)
+    longest = loaded(f"--model {s.model}:", longest_prompt, prompts, tokenizer, rows)
     room = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf) - longest
     if s.max_new_tokens > room:
         raise UserError(
@@ -1426,6 +1429,12 @@ GROUPS = {
 }
 
 
+NO_TRUNCATION = (
+    "not in training: the gradient of a policy that is sampled from the likeliest tokens only, but scored on "
+    "all, is biased; eval.py has --top-p"
+)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line.  Flags that were not given are absent, so that --resume can tell them from
     defaults."""
@@ -1448,6 +1457,7 @@ def parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    p.absent = dict.fromkeys(("--top-p", "--top-k"), NO_TRUNCATION)
     p.add_argument(
         "--method",
         nargs="+",
@@ -1646,9 +1656,8 @@ def train(args: argparse.Namespace) -> int:
         given = {**wants, **given}
         specs, base = getattr(args, "method", ["opefo"]), Settings(**given)
         for name in ("data", "eval_data"):
-            source = getattr(base, name)
-            if source.endswith((".json", ".jsonl")) and not Path(source).is_file():
-                raise UserError(f"{flag(name)} {source}: no such file")
+            if source := getattr(base, name):
+                loaded(flag(name), data_file, source)
         base.check()
         if base.mismatch == "auto":
             base = replace(base, mismatch="tis" if base.engine == "vllm" else "off")

@@ -740,6 +740,27 @@ def test_many_runs_give_the_comparison_and_the_frontier_from_the_logs_alone(cli,
     assert cli(*sorted(tmp_path.iterdir()))[0] == 0  # its own folder is recognised and may be written again
 
 
+def test_runs_of_two_tasks_are_compared_apart(cli, tmp_path):
+    """One has hard problems, the other has none, and their numbers of problems differ."""
+    for i, (data, right) in enumerate([("", (4, 2, 0)), ("data/chain.jsonl", (4, 2))]):
+        for spec in ("grpo", "grpo:lr=1e-4", "opefo"):
+            lr = {"lr": 1e-4} if "lr" in spec else {}
+            make_run(tmp_path / f"{i}{spec[:6]}", spec, right=right, data=data, **lr)
+            if data:
+                path = tmp_path / f"{i}{spec[:6]}" / "metrics.jsonl"
+                rows = [json.loads(x) for x in path.read_text().splitlines()]
+                rows = [{k: v for k, v in r.items() if "hard" not in k} for r in rows]
+                path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    code, out, err = cli(*sorted(tmp_path.iterdir()), "--out", "cmp")
+    assert code == 0, err
+    assert "== the embedded task: 3 of 6 runs" in out and "== data/chain.jsonl: 3 of 6 runs" in out
+    assert "[data=" not in out
+    told = {p.name: list(csv.DictReader(open(p / "frontier.csv"))) for p in (tmp_path / "cmp").glob("*/")}
+    assert {x: {r["problems"] for r in rows} for x, rows in told.items()} == {
+        "1-embedded": {"held-out problems", "hard problems"}, "2-chain.jsonl": {"held-out problems"}
+    }  # fmt: skip
+
+
 def test_test_temperatures_are_sampled_once_and_reused_after_a_kill(cli, tmp_path, checkpoint, monkeypatch):
     make_run(tmp_path / "a", "grpo", 0, checkpoint=checkpoint)
     make_run(tmp_path / "b", "opefo", 0, checkpoint=checkpoint)
@@ -787,7 +808,9 @@ def test_law_on_the_command_line(cli, tmp_path):
         (["a", "b", "--show"], ["--show", "2 runs"]),
         (["--law"], ["no run named"]),
         (["a"], ["no checkpoint/"]),
-        (["c"], ["was trained on gsm8k", "--model"]),
+        (["c"], ["was trained on chain,", "--model"]),
+        (["a", "--attention", "eager"], ["--attention eager", "--show"]),
+        (["a", "--show", "--attention", "fast"], ["--attention", "fast", "eager"]),
         (["--benchmark", "aime24"], ["--benchmark aime24", "--model"]),
         (["--model", "m"], ["--model m", "--benchmark"]),
         (["a", "--model", "m", "--benchmark", "aime24"], ["--model m", "not both"]),
@@ -812,9 +835,7 @@ def test_bad_input_ends_in_one_or_two_lines(cli, tmp_path, monkeypatch, argv, wo
     monkeypatch.delenv("ENTROPY_FLOW_DATA", raising=False)
     make_run(tmp_path / "a")
     make_run(tmp_path / "b", seed=1)
-    make_run(tmp_path / "c", seed=2)
-    config = json.loads((tmp_path / "c" / "config.json").read_text()) | {"task": "gsm8k"}
-    (tmp_path / "c" / "config.json").write_text(json.dumps(config))
+    make_run(tmp_path / "c", seed=2, model="m", data="chain")  # its name does not make it the embedded task
     good = '{"problem": "a", "answer": "1"}\n'
     (tmp_path / "good.jsonl").write_text(good)
     (tmp_path / "empty.jsonl").write_text("")
@@ -871,6 +892,10 @@ def test_show_from_the_log_and_from_the_checkpoint(cli, tmp_path, checkpoint, mo
     code, out, err = cli("--show", run)
     assert code == 0 and "step 3" in out and "1(+50) +(-100)" in out and "\x1b" not in out, err
     assert (run / "eval" / "flow.html").read_text().count("<span title") == 2
+    with open(run / "flows.jsonl", "a") as file:  # as it was written once, of a token without a name
+        file.write(json.dumps(rows[1] | {"step": 4, "tokens": [None, "+"]}) + "\n")
+    code, out, err = cli("--show", run)
+    assert code == 0 and "<?>(+50) +(-100)" in out, err
     (run / "flows.jsonl").unlink()
     solved = lambda texts, problems: [i % 2 == 0 for i in range(len(texts))]  # noqa: E731
     monkeypatch.setattr(chapter, "chain_task", lambda: Task(**vars(chain_task()) | {"verify": solved}))
@@ -990,6 +1015,22 @@ def test_damaged_samples_are_named(bench, tmp_path):
     complains(bench(), "line 2", "remove")
     path.write_text("".join([lines[1], lines[0], *lines[2:]]))
     complains(bench(), "line 1", "out of order")
+
+
+def test_attention_is_the_flags_else_the_runs_own(bench, reader, tmp_path, monkeypatch):
+    shutil.copytree(reader, tmp_path / "run" / "checkpoint")
+    used, real = [], chapter.load_model
+    spy = lambda *a: (used.append(a[3]), real(*a))[1]  # noqa: E731
+    monkeypatch.setattr(chapter, "load_model", spy)
+    own = tmp_path / "run" / "config.json"
+    own.write_text(json.dumps({"settings": {"attention": "eager"}}))
+    assert bench("--model", "run", "--out", "a")[0] == 0
+    assert bench("--model", "run", "--out", "b", "--attention", "sdpa")[0] == 0 and used == ["eager", "sdpa"]
+    complains(bench("--model", "run", "--out", "b"), "--out b", "attention None", "'eager'")
+    complains(bench("--attention", "eager", "--engine", "vllm"), "--attention eager", "--engine torch")
+    own.write_text(json.dumps({"settings": {"attention": "flash_attention_2"}}))
+    kinds = [chapter.own_attention("run/checkpoint", torch.device(x)) for x in ("cpu", "cuda")]
+    assert kinds == ["sdpa", "flash_attention_2"], "flash attention does not run on a CPU"
 
 
 def test_regrade_changes_grades_and_nothing_else(bench, tmp_path):

@@ -4,8 +4,10 @@ float32 masters, LoRA, several processes, checkpoints that outlive them.
 Everything runs on models that the tests make: byte-level tokenizers, random weights, two gloo processes.
 """
 
+import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,7 +167,7 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(name):
     [
         ({"problem": "p", "answer": "1"}, "p", "1"),
         ({"question": "p", "answer": "work #### 18"}, "p", "18"),
-        ({"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "p"}],
+        ({"prompt": [{"role": "user", "content": "p"}],
           "reward_model": {"ground_truth": "34", "style": "rule"}}, "p", "34"),
         ({"problem": "p", "solution": r"so $x$ is \boxed{\frac{1}{2}}."}, "p", r"\frac{1}{2}"),
         ({"problem": "p", "final_answer": ["1", "2"]}, "p", "1, 2"),
@@ -185,7 +187,8 @@ def test_unusable_rows_are_counted_and_named_and_only_fatal_together(tmp_path):
     bad = ["{", "[1]", '{"problem": "p"}', '{"answer": "1"}', '{"problem": " ", "answer": "1"}']
     path.write_text("\n".join([*bad, '{"problem": "p", "answer": "1"}']))
     problems, notes = read_problems(str(path))
-    assert len(problems) == 1 and "5 unusable" in notes[1] and "line 1" in notes[1] and "2 more" in notes[1]
+    assert len(problems) == 1 and "5 unusable" in notes[1] and "1 more" in notes[1]
+    assert "line 1: not a JSON object (2 in all)" in notes[1]
     path.write_text("\n".join(bad))
     with pytest.raises(ValueError, match="no usable row.*line 1"):
         read_problems(str(path))
@@ -198,16 +201,157 @@ def test_a_line_ends_at_a_newline_only_and_what_is_no_answer_is_left_out(tmp_pat
     path = tmp_path / "a.jsonl"
     rows = [
         {"problem": "p\u2028q\u0085r\x0bs", "answer": "1"},
-        {"problem": "p", "solution": "So it goes. " * 80},
+        {"problem": "p", "answer": "So it goes. " * 80},
     ]
     lines = [json.dumps(r, ensure_ascii=False).encode() for r in rows]
     lines += [b'{"problem": "p", "answer": NaN}', b'{"problem": "\xff", "answer": "1"}']
     path.write_bytes(b"\n".join(lines))
     problems, notes = read_problems(str(path))
     assert problems == [Problem("p\u2028q\u0085r\x0bs", "1")]
-    assert (
-        "line 2: 'solution' has 959 characters" in notes[1] and "line 3" in notes[1] and "line 4" in notes[1]
+    assert "line 2: 'answer' has over 500" in notes[1] and "line 3" in notes[1] and "line 4" in notes[1]
+
+
+def turns(*said):
+    return [{"role": role, "content": content} for role, content in said]
+
+
+def lines_of(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+TALK = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<bot>"
+
+
+def test_a_conversation_reaches_the_policy_whole_or_not_at_all(tmp_path):
+    text, image = (
+        ({"type": "text", "text": "p"}, {"type": "text", "text": "q"}),
+        {"type": "image", "text": None},
     )
+    good = [
+        (turns(("user", list(text))), "<user>Q p\nq<bot>"),
+        (turns(("system", "s"), ("user", "p")), "<system>s<user>Q p<bot>"),
+        (turns(("user", "a"), ("assistant", "b"), ("user", "c")), "<user>a<assistant>b<user>Q c<bot>"),
+    ]
+    bad = [
+        turns(("user", [text[0], image])), turns(("user", "a"), ("assistant", "b")), turns(("tool", "a")),
+        turns(("user", "a"), ("assistant", None), ("user", "c")), turns(("user", [])), ["a", "b"], {"a": 1},
+    ]  # fmt: skip
+    rows = [{"prompt": p, "answer": str(i)} for i, p in enumerate([*(p for p, _ in good), *bad])]
+    problems, notes = read_problems(path := lines_of(tmp_path / "a.jsonl", rows))
+    tokenizer = byte_tokenizer(chat_template=TALK)
+    assert [p.prompt for p in render(problems, tokenizer, "Q {problem}")] == [want for _, want in good]
+    assert "7 unusable rows" in notes[1] and "'prompt' has a turn (of user) that is not just text" in notes[1]
+
+    lines_of(tmp_path / "b.jsonl", [{"prompt": "x", "answer": "1"}, {"prompt": "y", "answer": "1"}])
+    both = path, str(tmp_path / "b.jsonl")
+    task, _ = task_of_data(tokenizer, *both, 2, "Q {problem}", True, 100, 8)
+    assert [p.prompt for p in task.train] == [want for _, want in good]
+    for plain, chat in ((byte_tokenizer(), True), (tokenizer, False)):
+        task, notes = task_of_data(plain, *both, 2, "{problem}", chat, 100, 8)
+        assert [p.prompt for p in task.train] == ["p\nq"]
+        assert "2 training problems left out: several turns need a chat template (2 in all)" in notes
+        with pytest.raises(ValueError, match="several turns need"):
+            render(problems, plain, "{problem}", chat)  # a benchmark with holes is another benchmark
+
+
+def test_the_split_goes_by_the_turns_and_not_by_a_systems():
+    problems = [Problem("go on", "1", (("user", x), ("assistant", "b"))) for x in "uvw"]
+    train_set, test_set = hold_out(problems, 1)
+    assert len(train_set) == 2 and len(test_set) == 1
+    asked = [Problem("p", "1"), Problem("p", "1", (("system", "s"),))]
+    assert hold_out(asked, 1) == ([], asked[:1]), "the same question under a system's turn is not trained on"
+
+
+@pytest.mark.parametrize(
+    "template, why",
+    [
+        ("{{ raise_exception('System role not supported') }}", "refuses it (System role not supported)"),
+        ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "refuses it"),
+        ("{{ messages[-1].content }}", "drops a turn (of system)"),
+    ],
+)
+def test_what_a_chat_template_refuses_or_drops_is_left_out_with_its_words(tmp_path, template, why):
+    whole = "{% if messages[0].role == 'system' %}" + template + "{% else %}" + TALK + "{% endif %}"
+    rows = [{"prompt": turns(("user", f"{i}?")), "answer": "1"} for i in range(4)]
+    rows += [{"prompt": turns(("system", "s"), ("user", f"{i}!")), "answer": "1"} for i in range(9)]
+    data, tokenizer = lines_of(tmp_path / "a.jsonl", rows), byte_tokenizer(chat_template=whole)
+    task, notes = task_of_data(tokenizer, data, "", 5, "{problem}", True, 100, 8)
+    assert all("?" in p.prompt for p in (*task.train, *task.test)) and len(task.train + task.test) == 4
+    assert sum(why in note and "left out" in note for note in notes) == 2, notes
+    only = lines_of(tmp_path / "b.jsonl", rows[4:])
+    with pytest.raises(ValueError) as error:
+        task_of_data(tokenizer, only, "", 5, "{problem}", True, 100, 8)
+    assert "all 4 training problems left out" in str(error.value) and why in str(error.value)
+
+
+def test_what_is_not_one_answer_is_left_out(tmp_path):
+    rows = [
+        {"problem": "a", "answer": [["1", "2"], ["3"]]},
+        {"problem": "b", "reward_model": {"ground_truth": {"x": 1}}},
+        {"problem": "c", "solution": "First we add, then we are done."},
+        {"problem": "d", "answer": "1"},
+        {"problem": "d", "answer": "2"},
+        {"problem": "d", "answer": "1"},
+        {"problem": "e", "answer": "1/2"},
+        {"problem": "e", "answer": "0.5"},
+        {"problem": "f", "answer": "x"},
+        {"problem": "f", "answer": "x"},
+        {"problem": "g", "answer": ["1", None]},
+    ]
+    problems, notes = read_problems(lines_of(tmp_path / "a.jsonl", rows))
+    assert [p.prompt for p in problems] == ["e", "e", "f", "f"] and "7 unusable rows" in notes[1]
+    assert "line 4: its question has another answer too (3 in all)" in notes[1]
+    assert "line 1: 'answer' is nested" in notes[1]
+    system = [{"prompt": turns(("system", s), ("user", "p")), "answer": s} for s in "12"]
+    assert len(read_problems(lines_of(tmp_path / "b.jsonl", system))[0]) == 2, "not the same prompt"
+    with pytest.raises(ValueError, match="a worked solution is not an answer"):
+        read_problems(lines_of(tmp_path / "c.jsonl", rows[2:3]))
+
+
+def test_json_csv_and_parquet_files_tell_the_same(tmp_path, monkeypatch):
+    rows = [{"problem": 'p, "q"\nr', "answer": "018"}, {"problem": "1 + 1?", "answer": None}]
+    rows += [{"problem": "2 + 2?", "answer": "4"}]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    lines_of(tmp_path / "lines.json", rows)
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows([["problem", "answer"], *(r.values() for r in rows)])
+    want = [Problem('p, "q"\nr', "018"), Problem("2 + 2?", "4")]
+    for name, place in (("a.json", "row 2"), ("lines.json", "line 2"), ("a.csv", "line 4")):
+        problems, notes = read_problems(str(tmp_path / name))
+        assert problems == want and f"1 unusable rows left out: {place}" in notes[1], name
+    (tmp_path / "b.csv").write_text("problem,answer\n2, 3 or 4?,9\n1?,1\n")
+    problems, notes = read_problems(str(tmp_path / "b.csv"))
+    assert problems == [Problem("1?", "1")] and "line 2: more cells than" in notes[1]
+    for name in ("x.json", "x.csv", "x.parquet"):
+        (tmp_path / name).write_bytes(b"[\xff")
+        with pytest.raises(ValueError, match=f"{name}: cannot be read"):
+            read_problems(str(tmp_path / name))
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, "pyarrow.parquet", None)
+        with pytest.raises(ValueError, match="pip install pyarrow"):
+            read_problems(str(tmp_path / "a.parquet"))
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows += [{"problem": "x", "answer": None}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    problems, notes = read_problems(str(tmp_path / "a.parquet"))
+    assert problems == want and "row 2: no field named answer" in notes[1]
+    chats = [{"prompt": turns(("user", "p")), "reward_model": {"ground_truth": "3"}}]
+    parquet.write_table(pyarrow.Table.from_pylist(chats), tmp_path / "a.parquet")
+    assert read_problems(str(tmp_path / "a.parquet"))[0] == [Problem("p", "3")]
+
+
+@pytest.mark.parametrize(
+    "name", ["train.csv", "data/train.parquet", "data/train.txt", "a/b/c", "./a", "data"]
+)
+def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rollout, "_hub", lambda source: pytest.fail(f"{source} was looked for on the hub"))
+    with pytest.raises(ValueError, match=f"{name}: no such file"):
+        read_problems(name)
+    for hub in ("openai/gsm8k@main:test", "AI-MO/NuminaMath-1.5", "allenai/c4@en.noclean"):
+        assert rollout.data_file(hub) is None
 
 
 def test_what_is_evaluated_is_not_trained_on(tmp_path):
@@ -240,6 +384,19 @@ def test_prompts_are_a_users_turn_or_plain_text_after_bos():
     assert render(problem, tokenizer, "{problem}", chat=False)[0].prompt == "1 {x} 2"
     with pytest.raises(ValueError, match="problem"):
         render(problem, tokenizer, "no place")
+
+
+def test_a_prompt_is_as_long_as_what_is_sampled_from(tmp_path):
+    """Its BOS stands in the text already; tokenizing it for its length must not add another."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer(bos_token="<s>")
+    begin = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    data = lines_of(tmp_path / "a.jsonl", [{"problem": x, "answer": "1"} for x in ("abc", "abd", "abcd")])
+    task, notes = task_of_data(tokenizer, data, "", 2, "{problem}", True, 4, 8)
+    assert {p.prompt for p in (*task.train, *task.test)} == {"<s>abc", "<s>abd"}
+    assert len(tokenizer("<s>abc")["input_ids"]) == 5 and any("--max-prompt-tokens 4" in n for n in notes)
 
 
 def test_every_stop_token_ends_a_response():
@@ -334,6 +491,40 @@ def test_a_language_models_run_is_shown_without_a_logged_flow(lm, capsys):
     assert "exact flow of a table" in capsys.readouterr().out and Path("shown/flow.html").exists()
 
 
+def test_a_run_is_shown_at_its_temperature_with_its_attention_whatever_its_data_are_called(
+    lm, data_file, tmp_path, monkeypatch, capsys
+):
+    """And a token that the tokenizer has no name for, an embedding being larger, is shown as its id."""
+    pytest.importorskip("math_verify")
+    talk = {"prompt": turns(("system", "s"), ("user", "p")), "answer": "1"}
+    (tmp_path / "chain.jsonl").write_text(data_file.read_text() + json.dumps(talk) + "\n{}\n")
+    code, _, folder = lm("--method", "grpo", "--temperature", 0.7, "--data", "chain.jsonl",
+                         "--attention", "eager", "--reward", "random", steps=1)  # fmt: skip
+    err = capsys.readouterr().err
+    assert code == 0 and "1 unusable rows left out: line 38: no field named" in err
+    assert "problems left out: several turns need a chat template" in err
+    asked, real, scored = [], eval.answer, eval.score
+
+    def answer(engine, task, *args, **more):
+        assert "What is" in task.test[0].prompt, "not the embedded task"
+        out = real(engine, task, *args, **more)
+        out.correct = torch.arange(len(out.ids)) % 2 == 0
+        out.ids[:, 0] = torch.where(out.mask.sum(1) > 1, 300, out.ids[:, 0])
+        asked.append((args[2], engine.model.config._attn_implementation))
+        return out
+
+    def score(model, full, start, ids, mask, tau):
+        asked.append(tau)
+        return scored(model, full.clamp(max=258), start, ids.clamp(max=258), mask, tau)
+
+    monkeypatch.setattr(eval, "answer", answer)
+    monkeypatch.setattr(eval, "score", score)
+    assert eval.main(["--show", "a", "--out", "shown"]) == 0
+    assert asked == [(0.7, "eager"), 0.7] and "&lt;300&gt;" in Path("shown/flow.html").read_text()
+    assert eval.main(["--show", "a", "--out", "shown", "--attention", "sdpa"]) == 0
+    assert asked[2] == (0.7, "sdpa")
+
+
 def test_gradient_checkpointing_and_budget_change_no_number(lm):
     pytest.importorskip("math_verify")
     plain = lm("--method", "grpo", "--reward", "random", out="a")[1]
@@ -419,6 +610,8 @@ def test_the_best_checkpoint_is_marked_and_loads(lm):
     "flags, words",
     [
         (("--data", "missing.jsonl"), ("--data missing.jsonl", "no such file")),
+        (("--data", "data/missing.parquet"), ("--data data/missing.parquet", "no such file")),
+        (("--eval-data", "data/missing.csv"), ("--eval-data data/missing.csv", "no such file")),
         (("--model", "nowhere"), ("--model nowhere", "no such folder")),
         (("--prompt-template", "no place"), ("--prompt-template", "{problem}")),
         (("--max-prompt-tokens", 3), ("--max-prompt-tokens 3", "all 32 training problems")),
@@ -438,6 +631,32 @@ def test_bad_settings_of_language_models_are_named(lm, capsys, flags, words):
     code = lm("--method", "grpo", *flags)[0]
     err = capsys.readouterr().err.strip()
     assert code == 2 and all(w in err for w in words) and len(err.splitlines()) <= 2, err
+
+
+@pytest.mark.parametrize("flags", [("--top-p", ".9"), ("--top-k=20",)])
+def test_there_is_no_truncated_sampling_in_training_and_the_reason_is_told(capsys, flags):
+    with pytest.raises(SystemExit) as leave:
+        train.main(["--method", "grpo", *flags])
+    err = capsys.readouterr().err
+    assert leave.value.code == 2 and len(err.strip().splitlines()) == 1
+    assert flags[0] in err and "biased" in err and "eval.py" in err and "did you mean" not in err
+
+
+@pytest.mark.parametrize("word", ["What", "[PAD]"])
+def test_a_tokenizer_larger_than_the_embedding_is_named(lm, model_folder, data_file, tmp_path, capsys, word):
+    """A prompt's token or the padding: either would index past the embedding's last row."""
+    shutil.copytree(model_folder, tmp_path / "grown")
+    tokenizer = byte_tokenizer(**({"pad_token": word} if word == "[PAD]" else {}))
+    tokenizer.add_tokens([word])
+    tokenizer.save_pretrained(tmp_path / "grown")
+    assert lm("--method", "grpo", "--model", "grown")[0] == 2
+    told = [capsys.readouterr().err]
+    base = ["--model", "grown", "--benchmark", "sums", "--data", f"sums={data_file}", "--out", "out"]
+    assert eval.main([*base, "--k", "1", "--max-new-tokens", "4"]) == 2
+    told.append(capsys.readouterr().err)
+    for err in told:
+        assert all(w in err for w in ("--model grown", repr(word), "has the id 259", "259 rows")), err
+        assert len(err.strip().splitlines()) <= 2, err
 
 
 # ------------------------------------------------------------------------------------------------------------
