@@ -146,6 +146,22 @@ def test_u1_can_fail_statistics_per_micro_batch_change_the_gradient():
 
 
 @every_method
+def test_the_force_of_every_surrogate_is_its_factor_also_exactly_at_the_bounds(key):
+    """eps = 0 and log r = 0, the clip of (2.6), or ±20, that of `log_ratio`: at such a kink the slope is what
+    `factor` says, not what a version of torch makes of it."""
+    _, tokens = make(3, T=1, off=True)
+    tk, method = tokens().detach(), active(key)
+    method.eps_low = method.eps_high = 0.0
+    tk.old_logp = torch.full_like(tk.logp, -24.0)
+    tk.logp = (
+        tk.old_logp + torch.tensor([0.0, 20.0, -20.0, 0.1], dtype=F64).repeat(6)[:, None]
+    ).requires_grad_()
+    plan = plan_update(tk, method)
+    (slope,) = torch.autograd.grad(method.surrogate(tk, plan).sum(), tk.logp)
+    assert torch.equal(-slope, method.factor(tk, plan.adv, plan.marks) * plan.adv) and slope[::4].any()
+
+
+@every_method
 @both_policies
 def test_u2_row_order_and_group_names_do_not_matter(key, off):
     logits, tokens = make(3, off=off, low=3)  # no response twice: `token_keys` says why
