@@ -206,7 +206,7 @@ def log_ratio(logp: Tensor, old_logp: Tensor | None) -> Tensor:
     """log r = log π(y) - log π_old(y), clamped to ±20; beyond, not at ±20 itself, a token has no gradient,
     which `clip_factor` knows.  old_logp None means strictly on-policy: r is exactly 1.
 
-    On a strict step old_logp must be the detached logp of the *same* forward pass.  A second forward pass
+    Before a rollout's first step old_logp must be the detached logp of the *same* forward pass.  A second one
     differs by rounding, and a penalty such as |log r| turns rounding into gradients of full size.
     """
     x = logp - (logp.detach() if old_logp is None else old_logp)
@@ -641,10 +641,9 @@ def batch_loss(tokens: Tokens, plan: Plan, method: Method) -> tuple[Tensor, dict
 
 
 def _ratio_metrics(tokens: Tokens, plan: Plan, method: Method) -> dict[str, float]:
-    """Shares of the token means of "the clip removed the gradient" and of k3, off-policy only (on-policy both
-    are 0)."""
+    """Shares of the token means of "the clip removed the gradient" and of k3; on-policy both are 0."""
     if tokens.old_logp is None:
-        return {}
+        return {"clip_fraction": 0.0, "kl_old": 0.0}
     logp = tokens.logp.detach()
     share = tokens.mask.to(logp.dtype) / max(plan.tokens, 1)
     factor = method.factor(tokens, plan.adv, plan.marks)

@@ -1416,10 +1416,10 @@ class KLCov(OnPicked):
 
     d: abs |log r| (released, default), k2, k3 = r - 1 - log r (estimates KL(π_old||π), as in the paper).
     **With one update per rollout log r is 0 and so is every d's gradient: nothing happens.** If old_logp came
-    from a second forward pass, abs would turn its rounding noise into gradients ±beta/N of random sign; on
-    strict steps leave old_logp None. The penalty is part of a token's l, so it has the surrogate's
-    denominator. All A or all log p equal: nobody is picked. Paper: ratio 2e-3 (7B), 2e-4 (32B), beta 1.
-    PRIME's 0.2 is in percent; verl's config has ratio 2e-4 and beta 0.1.
+    from a second forward pass, abs would turn its rounding noise into gradients ±beta/N of random sign; so
+    before a rollout's first step leave old_logp None, as the loop does. The penalty is part of a token's l:
+    it has the surrogate's denominator. All A or all log p equal: nobody is picked. Paper: ratio 2e-3 (7B),
+    2e-4 (32B), beta 1. PRIME's 0.2 is in percent; verl's config has ratio 2e-4 and beta 0.1.
     """
 
     ratio: float = 2e-3
