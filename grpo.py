@@ -594,6 +594,8 @@ def plan_update(tokens: Tokens, method: Method) -> Plan:
         adv = torch.where(tk.mask, adv, 0)
     entropy = float("nan") if tk.entropy is None else float(masked_mean(tk.entropy, tokens.mask))
     metrics: dict[str, float] = {"batch_entropy": entropy}  # of all responses, selected or not
+    if tk.ref_logp is not None:  # the value estimate (2.15), whatever estimator a method descends
+        metrics["kl_ref"] = float(masked_mean(kl_penalty(tk.logp, tk.ref_logp, "k3"), tokens.mask))
     weight = method.weight(tk, adv, metrics)
     marks = method.mark(tk, adv, metrics)
     weight = torch.ones_like(adv) if weight is None else torch.where(tk.mask, weight, 0).to(adv.dtype)

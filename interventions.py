@@ -1335,14 +1335,18 @@ class RefKL(Method):
         L = L_pg + beta · mean kl(log π, log π_ref)                                                      (3.4)
 
     Our default k2 has the gradient of KL(π||π_ref); the paper's k3 has that of the reverse KL, grpo (2.13) to
-    (2.16). beta: .04 GRPO, .001 DeepSeek-R1 and verl, .05 open-instruct, 0 DAPO and TRL. 2505.22617 saw
-    entropy stay and accuracy fall.
+    (2.16). k1 does not know the reference: its gradient is E[∇log π(y)], which is 0 for y ~ π. In the later
+    updates of a rollout y ~ π_old, and it is -∇KL(π_old||π): the step drives the policy on, away from the one
+    that sampled, whichever way the reference lies; in a first rollout, π_old = π_ref, away from the
+    reference. abs: while π is π_ref, x is rounding, and so is its sign. Metric kl_ref is the mean k3.
+    beta: .04 GRPO, .001 DeepSeek-R1 and verl, .05 open-instruct, 0 DAPO and TRL. 2505.22617 saw entropy stay
+    and accuracy fall.
     """
 
     beta: float = 0.04
     """coefficient of the KL term"""
     estimator: str = "k2"
-    """k2 (right gradient), k3 (papers), k1, abs"""
+    """k2 (right gradient), k3 (papers), k1 (no pull), abs"""
 
     key, place, paper = "ref_kl", "penalty", "2402.03300"
     idea = "add beta times the KL to the starting policy"

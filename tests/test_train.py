@@ -703,7 +703,9 @@ def test_every_method_runs_end_to_end(home):
 def test_methods_of_each_place_run_through_the_command_line(cli, home, spec):
     code, _, err = cli("--method", spec, "--steps", 2, "--micro-batch", 16, "--out", "a", *TINY)
     assert code == 0, err
-    check_folder(home / "a", 2)
+    rows = check_folder(home / "a", 2)
+    kl = [row["kl_ref"] for row in rows if "kl_ref" in row]
+    assert abs(kl[0]) < 1e-6 < kl[1] if spec == "ref_kl" else not kl
 
 
 # ------------------------------------------------------------------------------------------------------------
