@@ -239,7 +239,7 @@ def clipped_surrogate(
     if dual_clip is not None:
         loss = torch.where(adv < 0, torch.minimum(loss, -dual_clip * adv), loss)  # (2.7)
     clipped = clip_factor(logp, old_logp, adv, eps_low, eps_high, dual_clip) == 0
-    return torch.where(clipped, loss.detach(), -r * adv)  # the same values
+    return torch.where(clipped, loss.detach(), -r * adv)  # the same value: where nothing clips, l is -r A
 
 
 def clip_factor(
