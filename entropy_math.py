@@ -97,7 +97,8 @@ def expected_change(logits: Tensor, adv: Tensor, natural: bool = False) -> Tenso
 
 
 def _finite(logq: Tensor) -> Tensor:
-    """-inf becomes -1e4, where exp is 0 in any precision, so that p log p is 0 and not NaN."""
+    """-inf becomes -1e4, where exp is 0 in any precision, so that p log p is 0 and not NaN. No gradient
+    depends on the clamp's slope at -1e4: every use of a result with a graph multiplies it by that p = 0."""
     return logq.clamp(min=-1e4)
 
 

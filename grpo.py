@@ -203,14 +203,14 @@ def group_advantages(reward: Tensor, group: Tensor, normalize: str = "std", eps:
 
 
 def log_ratio(logp: Tensor, old_logp: Tensor | None) -> Tensor:
-    """log r = log π(y) - log π_old(y), clamped to ±20; beyond, a token has no gradient, which `clip_factor`
-    knows.  old_logp None means strictly on-policy: r is exactly 1.
+    """log r = log π(y) - log π_old(y), clamped to ±20; beyond, not at ±20 itself, a token has no gradient,
+    which `clip_factor` knows.  old_logp None means strictly on-policy: r is exactly 1.
 
-    On a strict step old_logp must be the detached logp of the *same* forward pass.  A second forward pass
+    Before a rollout's first step old_logp must be the detached logp of the *same* forward pass.  A second one
     differs by rounding, and a penalty such as |log r| turns rounding into gradients of full size.
     """
-    old = logp.detach() if old_logp is None else old_logp
-    return (logp - old).clamp(-20, 20)
+    x = logp - (logp.detach() if old_logp is None else old_logp)
+    return torch.where(x.abs() > 20, x.detach().clamp(-20, 20), x)
 
 
 def clipped_surrogate(
@@ -229,14 +229,17 @@ def clipped_surrogate(
 
     The gradient of -r A is -r A ∇log π: an importance-weighted policy gradient.  (2.6) removes it where
     (A > 0, r > 1 + eps_high) or (A < 0, r < 1 - eps_low): the token has moved far enough in the direction in
-    which it is pushed.  (2.7) removes it also where A < 0 and r > c.  l is positively homogeneous of degree 1
-    in A, so a weight w >= 0 on the loss is the same as a weight on the advantage.
+    which it is pushed.  (2.7) removes it also where A < 0 and r > c.  Exactly at a bound l has a kink, and
+    the token keeps its gradient: so says `clip_factor`, whose word counts, and not what autograd makes of a
+    clamp or a maximum there, which differs between versions of torch.  l is positively homogeneous of degree
+    1 in A, so a weight w >= 0 on the loss is the same as a weight on the advantage.
     """
     r = log_ratio(logp, old_logp).exp()  # (2.5)
     loss = torch.maximum(-r * adv, -r.clamp(1 - eps_low, 1 + eps_high) * adv)  # (2.6)
     if dual_clip is not None:
         loss = torch.where(adv < 0, torch.minimum(loss, -dual_clip * adv), loss)  # (2.7)
-    return loss
+    clipped = clip_factor(logp, old_logp, adv, eps_low, eps_high, dual_clip) == 0
+    return torch.where(clipped, loss.detach(), -r * adv)  # the same value: where nothing clips, l is -r A
 
 
 def clip_factor(
@@ -323,7 +326,7 @@ def kl_penalty(logp: Tensor, ref_logp: Tensor, estimator: str = "k2") -> Tensor:
         k1    x                     E = KL(π||q)     gradient as a loss: 0 in expectation, only noise   (2.13)
         k2    x² / 2                E is biased      gradient as a loss: ∇KL(π||q), exactly             (2.14)
         k3    e⁻ˣ - 1 + x           E = KL(π||q)     gradient as a loss: ∇KL(q||π), the other direction (2.15)
-        abs   |x|                   E is biased      gradient sign(x) ∇log π                            (2.16)
+        abs   |x|                   E is biased      gradient sign(x) ∇log π, 0 at x = 0                (2.16)
 
     "As a loss" means what trainers do: the sampled tokens are constants and ∇ passes through log π(y) only.
     Then E[∇k1] = E[∇log π] = 0, E[∇k2] = E[x ∇log π] = ∇KL(π||q), and E[∇k3] = E[(1 - q/π) ∇log π] = -Σ q
@@ -337,10 +340,11 @@ def kl_penalty(logp: Tensor, ref_logp: Tensor, estimator: str = "k2") -> Tensor:
     if estimator == "k2":
         return x**2 / 2  # (2.14)
     if estimator == "k3":
-        tangent = math.exp(20) * (-x - 20).clamp(min=0)  # 0 above x = -20
-        return torch.expm1((-x).clamp(max=20)) + tangent + x  # (2.15)
+        far = x < -20  # selected, not clamped: one of the two terms has a slope, at x = -20 the first
+        tangent = torch.where(far, math.exp(20) * (-x - 20), 0)
+        return torch.expm1(-torch.where(far, -20, x)) + tangent + x  # (2.15)
     if estimator == "abs":
-        return x.abs()  # (2.16)
+        return x * x.detach().sign()  # (2.16)
     raise ValueError(f"estimator={estimator!r} is unknown: choose k1, k2, k3 or abs")
 
 
@@ -590,6 +594,8 @@ def plan_update(tokens: Tokens, method: Method) -> Plan:
         adv = torch.where(tk.mask, adv, 0)
     entropy = float("nan") if tk.entropy is None else float(masked_mean(tk.entropy, tokens.mask))
     metrics: dict[str, float] = {"batch_entropy": entropy}  # of all responses, selected or not
+    if tk.ref_logp is not None:  # the value estimate (2.15), whatever estimator a method descends
+        metrics["kl_ref"] = float(masked_mean(kl_penalty(tk.logp, tk.ref_logp, "k3"), tokens.mask))
     weight = method.weight(tk, adv, metrics)
     marks = method.mark(tk, adv, metrics)
     weight = torch.ones_like(adv) if weight is None else torch.where(tk.mask, weight, 0).to(adv.dtype)
@@ -637,10 +643,9 @@ def batch_loss(tokens: Tokens, plan: Plan, method: Method) -> tuple[Tensor, dict
 
 
 def _ratio_metrics(tokens: Tokens, plan: Plan, method: Method) -> dict[str, float]:
-    """Shares of the token means of "the clip removed the gradient" and of k3, off-policy only (on-policy both
-    are 0)."""
+    """Shares of the token means of "the clip removed the gradient" and of k3; on-policy both are 0."""
     if tokens.old_logp is None:
-        return {}
+        return {"clip_fraction": 0.0, "kl_old": 0.0}
     logp = tokens.logp.detach()
     share = tokens.mask.to(logp.dtype) / max(plan.tokens, 1)
     factor = method.factor(tokens, plan.adv, plan.marks)

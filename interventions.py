@@ -1335,14 +1335,18 @@ class RefKL(Method):
         L = L_pg + beta · mean kl(log π, log π_ref)                                                      (3.4)
 
     Our default k2 has the gradient of KL(π||π_ref); the paper's k3 has that of the reverse KL, grpo (2.13) to
-    (2.16). beta: .04 GRPO, .001 DeepSeek-R1 and verl, .05 open-instruct, 0 DAPO and TRL. 2505.22617 saw
-    entropy stay and accuracy fall.
+    (2.16). k1 does not know the reference: its gradient is E[∇log π(y)], which is 0 for y ~ π. In the later
+    updates of a rollout y ~ π_old, and it is -∇KL(π_old||π): the step drives the policy on, away from the one
+    that sampled, whichever way the reference lies; in a first rollout, π_old = π_ref, away from the
+    reference. abs: while π is π_ref, x is rounding, and so is its sign. Metric kl_ref is the mean k3.
+    beta: .04 GRPO, .001 DeepSeek-R1 and verl, .05 open-instruct, 0 DAPO and TRL. 2505.22617 saw entropy stay
+    and accuracy fall.
     """
 
     beta: float = 0.04
     """coefficient of the KL term"""
     estimator: str = "k2"
-    """k2 (right gradient), k3 (papers), k1, abs"""
+    """k2 (right gradient), k3 (papers), k1 (no pull), abs"""
 
     key, place, paper = "ref_kl", "penalty", "2402.03300"
     idea = "add beta times the KL to the starting policy"
@@ -1416,10 +1420,10 @@ class KLCov(OnPicked):
 
     d: abs |log r| (released, default), k2, k3 = r - 1 - log r (estimates KL(π_old||π), as in the paper).
     **With one update per rollout log r is 0 and so is every d's gradient: nothing happens.** If old_logp came
-    from a second forward pass, abs would turn its rounding noise into gradients ±beta/N of random sign; on
-    strict steps leave old_logp None. The penalty is part of a token's l, so it has the surrogate's
-    denominator. All A or all log p equal: nobody is picked. Paper: ratio 2e-3 (7B), 2e-4 (32B), beta 1.
-    PRIME's 0.2 is in percent; verl's config has ratio 2e-4 and beta 0.1.
+    from a second forward pass, abs would turn its rounding noise into gradients ±beta/N of random sign; so
+    before a rollout's first step leave old_logp None, as the loop does. The penalty is part of a token's l:
+    it has the surrogate's denominator. All A or all log p equal: nobody is picked. Paper: ratio 2e-3 (7B),
+    2e-4 (32B), beta 1. PRIME's 0.2 is in percent; verl's config has ratio 2e-4 and beta 0.1.
     """
 
     ratio: float = 2e-3

@@ -938,7 +938,9 @@ class Run:
         s, method = self.settings, self.method
         out: dict[str, Any] = {"skipped": 0}
         history: dict[str, list[float]] = {}
-        for part in self._parts(batch):
+        for i, part in enumerate(self._parts(batch)):
+            if out["skipped"] == i:  # still the policy that sampled: r is 1, not another pass's rounding
+                part.tokens.old_logp = None
             self.optimizer.zero_grad(set_to_none=True)
             gradient = accumulate_gradient(self.model, part, method, s, self.ranks)
             norm = float(whole(nn.utils.clip_grad_norm_(trained(self.model), s.grad_clip or math.inf)))
@@ -1950,12 +1952,12 @@ def trl_trainer() -> type:
             rows = {k: torch.cat([r[k] for r in window]) for k, v in window[0].items() if v.ndim}
             mask = (rows["completion_mask"] * rows.get("tool_mask", 1)).bool() & (rows["group"] >= 0)[:, None]
             ended = torch.isin(rows["completion_ids"], torch.tensor(self.eos_token_ids, device=mask.device))
-            strict = self.num_iterations == 1 and len(window) == self.args.steps_per_generation
+            sampled = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
             ratio = rows.get("importance_sampling_ratio")  # vLLM's mismatch weight, (B, T) or (B, 1)
             stats = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
             tokens = Tokens(rows["completion_ids"], mask, reward=rows["reward"], group=rows["group"], **stats)
             tokens.truncated = ~(ended & mask).any(-1)
-            tokens.old_logp = None if strict else rows["old_per_token_logps"]
+            tokens.old_logp = None if sampled else rows["old_per_token_logps"]  # as in `_updates`
             tokens.ref_logp = rows.get("ref_per_token_logps")
             tokens.mismatch = None if ratio is None else ratio.expand(mask.shape)
             join, pad = self.accelerator.gather, self.accelerator.pad_across_processes

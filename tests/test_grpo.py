@@ -101,7 +101,7 @@ def test_unknown_words_are_refused_with_the_choices():
         grpo.mismatch_weight(one, one, "none")
     with pytest.raises(ValueError, match="eps_low=-1"):
         Method(eps_low=-1)
-    with pytest.raises(ValueError, match="dual_clip=1 "):  # at r = 1 a tie: half a gradient
+    with pytest.raises(ValueError, match="dual_clip=1 "):  # the bound of every token with A < 0 at r = 1
         Method(dual_clip=1)
 
 
@@ -140,6 +140,25 @@ def test_eq_2_6_clip_factor_is_the_gradient(r, a, low, high, c):
     assert -slope == pytest.approx(factor.item() * a, rel=1e-9, abs=1e-12)
 
 
+@given(st.one_of(st.just(0.0), st.floats(0, 5)), st.sampled_from([torch.float32, F64]))
+def test_eq_2_6_and_2_7_exactly_at_a_bound_a_token_keeps_its_gradient_and_beyond_it_has_none(x, dtype):
+    """r is the bound bit by bit, for r - 1 and 1 + (r - 1) are exact; x = 0 is a strict step with eps = 0."""
+    for log_r, a, passed, clip in (
+        (x, 1.0, 0.0, lambda b: (0.5, b - 1, None)),  # the clip from above
+        (x, -1.0, 0.0, lambda b: (0.5, 0.5, b)),  # the dual clip
+        (-x / 8, -1.0, 9.0, lambda b: (1 - b, 0.5, None)),  # the clip from below
+    ):
+        logp, adv, old = torch.tensor([[log_r], [a], [0.0]], dtype=dtype)
+        logp.requires_grad_()
+        r = logp.detach().exp()
+        inside = torch.nextafter(r, 0 * r + passed)  # a bound that r is just beyond
+        for bound, want in ((r, r), (inside, 0 * r)):
+            loss = grpo.clipped_surrogate(logp, old, adv, *clip(bound.item()))
+            assert torch.equal(loss, -bound * adv), "the value is continuous"
+            assert torch.equal(grpo.clip_factor(logp, old, adv, *clip(bound.item())), want)
+            assert torch.equal(torch.autograd.grad(loss.sum(), logp)[0], -want * adv)
+
+
 @given(ratios, signed, st.floats(0, 5))
 def test_eq_2_6_is_homogeneous_in_the_advantage(r, a, w):
     value, slope = loss_and_slope(r, a, dual_clip=3.0)
@@ -156,7 +175,7 @@ def test_eq_2_5_strict_steps_have_ratio_exactly_one_and_ratios_never_overflow():
     assert torch.equal(torch.autograd.grad(loss.sum(), logp)[0], -torch.ones(1, 2)), "at r = 1 no clip acts"
 
 
-@pytest.mark.parametrize("x", [-25.0, -19.0, 19.0, 25.0])
+@pytest.mark.parametrize("x", [-25.0, -20.0, -19.0, 19.0, 20.0, 25.0])
 @pytest.mark.parametrize("a", [1.0, -1.0])
 def test_eq_2_6_clip_factor_is_the_gradient_also_where_log_r_is_clamped(x, a):
     logp, old, adv = (
@@ -167,7 +186,9 @@ def test_eq_2_6_clip_factor_is_the_gradient_also_where_log_r_is_clamped(x, a):
     logp.requires_grad_()
     slope = torch.autograd.grad(grpo.clipped_surrogate(logp, old, adv, 1.0, 1e9).sum(), logp)[0]
     factor = grpo.clip_factor(logp, old, adv, 1.0, 1e9)
-    assert torch.allclose(factor * adv, -slope) and (factor == 0) == (abs(x) > 20)
+    assert torch.equal(factor * adv, -slope) and (factor == 0) == (abs(x) > 20)
+    slope = torch.autograd.grad(grpo.log_ratio(logp, old).sum(), logp)[0]
+    assert slope.item() == (abs(x) <= 20)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -284,13 +305,14 @@ def test_pitfall_21_k3_neither_cancels_near_zero_nor_overflows():
     assert grpo.kl_penalty(torch.tensor([-1e4]), torch.zeros(1), "k3").isfinite().all()
 
 
-@pytest.mark.parametrize("x", [-300.0, -24.0, 24.0, 300.0])
+@pytest.mark.parametrize("x", [-300.0, -24.0, -20.0, 24.0, 300.0])
 def test_eq_2_13_to_2_16_the_pull_does_not_end_far_from_the_reference(x):
     want = {"k1": 1.0, "k2": x, "k3": 1 - math.exp(min(-x, 20)), "abs": math.copysign(1, x)}
     for estimator, slope in want.items():
-        logp = torch.tensor([x], dtype=F64, requires_grad=True)
-        value = grpo.kl_penalty(logp, torch.zeros(1, dtype=F64), estimator)
-        assert torch.autograd.grad(value.sum(), logp)[0].item() == pytest.approx(slope), estimator
+        logp, ref = (torch.tensor([z], dtype=F64, requires_grad=True) for z in (x, 0.0))
+        value = grpo.kl_penalty(logp, ref, estimator)
+        slopes = [g.item() for g in torch.autograd.grad(value.sum(), (logp, ref))]
+        assert slopes == pytest.approx([slope, -slope]), estimator
         with torch.no_grad():  # value and gradient agree, also on the tangent
             h = grpo.kl_penalty(logp + 1e-3, torch.zeros(1), estimator) - value
         assert h.item() == pytest.approx(1e-3 * slope, rel=1e-2)

@@ -146,6 +146,22 @@ def test_u1_can_fail_statistics_per_micro_batch_change_the_gradient():
 
 
 @every_method
+def test_the_force_of_every_surrogate_is_its_factor_also_exactly_at_the_bounds(key):
+    """eps = 0 and log r = 0, the clip of (2.6), or ±20, that of `log_ratio`: at such a kink the slope is what
+    `factor` says, not what a version of torch makes of it."""
+    _, tokens = make(3, T=1, off=True)
+    tk, method = tokens().detach(), active(key)
+    method.eps_low = method.eps_high = 0.0
+    tk.old_logp = torch.full_like(tk.logp, -24.0)
+    tk.logp = (
+        tk.old_logp + torch.tensor([0.0, 20.0, -20.0, 0.1], dtype=F64).repeat(6)[:, None]
+    ).requires_grad_()
+    plan = plan_update(tk, method)
+    (slope,) = torch.autograd.grad(method.surrogate(tk, plan).sum(), tk.logp)
+    assert torch.equal(-slope, method.factor(tk, plan.adv, plan.marks) * plan.adv) and slope[::4].any()
+
+
+@every_method
 @both_policies
 def test_u2_row_order_and_group_names_do_not_matter(key, off):
     logits, tokens = make(3, off=off, low=3)  # no response twice: `token_keys` says why
@@ -525,6 +541,38 @@ def test_eq_3_4_reference_kl_is_zero_at_the_reference_and_untouched_by_mismatch(
         assert (gradient(logits, here, method) == 0).all()
     away = replace(tk, adv=zero)
     assert close(gradient(logits, replace(away, mismatch=zero + 2), method), gradient(logits, away, method))
+
+
+@given(seeds)
+def test_eq_3_4_k1_drives_away_from_the_policy_that_sampled_whichever_way_the_reference_lies(seed):
+    """Every action of a softmax policy once, weighted by π_old: E_old[∇log π] = p_old - p."""
+
+    def kl(p, q):
+        return (p.exp() * (p - q)).sum()
+
+    z_old, z = torch.randn(2, 2, generator=torch.Generator().manual_seed(seed), dtype=F64)  # two actions
+    assume((z.softmax(-1) - z_old.softmax(-1)).abs().max() > 1e-3)
+    z.requires_grad_()
+    old, now = z_old.log_softmax(-1), z.log_softmax(-1)
+    for side, z_ref in ((1, z_old), (-1, 2 * z.detach() - z_old)):  # behind the policy, and ahead of it
+        ref = z_ref.log_softmax(-1)
+        loss = (old.exp() * iv.kl_penalty(now, ref, "k1")).sum()
+        slope, away, apart = (
+            torch.autograd.grad(x, z, retain_graph=True)[0] for x in (loss, kl(old, now), kl(now, ref))
+        )
+        assert torch.allclose(slope, old.exp() - now.exp()) and torch.allclose(slope, -away)
+        assert side * (-slope @ apart) > 0, "away from a reference behind, towards one ahead"
+
+
+@pytest.mark.parametrize("key", ["ref_kl", "high_entropy_tokens", "dapo+prorl"])
+def test_kl_ref_is_the_mean_k3_over_all_tokens_of_the_batch_wherever_there_is_a_reference(key):
+    _, tokens = make(13)
+    tk = tokens()
+    tk.ref_logp = torch.where(tk.mask, tk.ref_logp, math.nan)
+    x = (tk.logp - tk.ref_logp)[tk.mask].detach()
+    got = plan_update(tk, active(key)).metrics["kl_ref"]
+    assert got == pytest.approx(float((torch.exp(-x) - 1 + x).mean())) and got > 0
+    assert "kl_ref" not in plan_update(replace(tk, ref_logp=None), Method()).metrics
 
 
 def test_eq_3_4_penalties_see_every_token_also_under_80_20():

@@ -124,7 +124,7 @@ def batch_of(window, eos):
 def recorded(folder, spec, **config):
     """Train inside TRL; of every update TRL's gradient, ours, and plain GRPO's on the same responses."""
     model = small_model(folder)
-    optimizer, seen = Recorder(model), []
+    optimizer, seen, at_one = Recorder(model), [], []
     args = trl_config(folder, beta=1.0 if "ref_kl" in spec else 0.0, **config)
     trainer = trainer_on(folder, spec, args, optimizer=optimizer, model=model)
     plan = trainer._plan_update
@@ -132,11 +132,13 @@ def recorded(folder, spec, **config):
     def spy(window):
         seen.append((batch_of(window, trainer.eos_token_ids), copy.deepcopy(trainer.method)))
         plan(window)
+        at_one.append(trainer.tokens.old_logp is None)
 
     trainer._plan_update = spy
     trainer.train()
     ours = small_model(folder)
     reuse = config.get("updates", 1) * config.get("epochs", 1)  # updates per generation
+    assert at_one == [u % reuse == 0 for u in range(args.max_steps)]  # r is 1 by construction
     assert len(seen) == len(optimizer.log) == args.max_steps
     for u, ((batch, method), (state, gradient)) in enumerate(zip(seen, optimizer.log)):
         assert (batch.tokens.group.unique(return_counts=True)[1] == 4).all()  # no group is torn apart

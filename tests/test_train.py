@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import grpo
 import interventions
 import rollout
 import train
@@ -297,7 +298,7 @@ def test_a_strict_step_has_ratio_one_and_the_gradient_of_reinforce(world, batch)
     torch.testing.assert_close(got, gradient(model), rtol=1e-5, atol=1e-7)
     value = float(-(adv * tk.mask).sum() / count)
     assert done.metrics["loss"] == pytest.approx(value, abs=1e-6) and abs(value) < 0.2
-    assert "clip_fraction" not in done.metrics
+    assert done.metrics["clip_fraction"] == done.metrics["kl_old"] == 0
 
 
 def test_several_updates_start_at_ratio_one_and_then_leave_it(monkeypatch, tmp_path):
@@ -306,17 +307,45 @@ def test_several_updates_start_at_ratio_one_and_then_leave_it(monkeypatch, tmp_p
     real = train.batch_loss
 
     def spy(tk, plan, method):
-        seen.append(
-            (float(((tk.logp - tk.old_logp) * tk.mask).abs().max().detach()), tk.group.unique().tolist())
-        )
-        return real(tk, plan, method)
+        far = (grpo.log_ratio(tk.logp, tk.old_logp) * tk.mask).abs().max()
+        loss, metrics = real(tk, plan, method)
+        seen.append((float(far.detach()), tk.group.unique().tolist(), metrics["kl_old"]))
+        return loss, metrics
 
     monkeypatch.setattr(train, "batch_loss", spy)
     row = run.train_step()
-    assert len(seen) == 4 and seen[0][0] < 1e-9 < 1e-3 < seen[1][0] < seen[3][0]
-    groups = [g for _, gs in seen for g in gs]
+    assert len(seen) == 4 and seen[0][0] == 0 < 1e-3 < seen[1][0] < seen[3][0]
+    groups = [g for _, gs, _ in seen for g in gs]
     assert sorted(groups) == list(range(8)), "every prompt is in exactly one update, whole"
+    assert row["kl_old"] == pytest.approx(sum(kl for *_, kl in seen) / 4), "the first update counts, as 0"
     assert row["kl_old"] > 0 and math.isfinite(row["clip_fraction"])
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["first", "after a skipped update"])
+def test_before_a_rollouts_first_step_rounding_gives_a_kink_no_gradient(monkeypatch, tmp_path, skip):
+    """float32, kl_cov's |log r|: the pass that scores the rollout is sliced unlike that of its update."""
+    run = make_run(
+        small_world(double=False),
+        build("kl_cov", ratio=0.2),
+        tmp_path,
+        updates_per_rollout=2,
+        tokens_per_micro_batch=100,
+    )
+    real, off = train.accumulate_gradient, []
+
+    def spy(model, part, method, settings, ranks):
+        unsliced = replace(part, tokens=replace(part.tokens, old_logp=None))
+        real(model, unsliced, method, Settings())
+        want = gradient(model)
+        model.zero_grad(set_to_none=True)
+        done = real(model, part, method, settings, ranks)
+        off.append(float((gradient(model) - want).norm() / want.norm()))
+        if skip and len(off) == 1:
+            next(model.parameters()).grad.fill_(math.nan)
+        return done
+
+    monkeypatch.setattr(train, "accumulate_gradient", spy)
+    assert run.train_step()["skipped"] == skip and off[skip] <= 1e-5
 
 
 def test_the_rollout_is_drawn_before_the_step_and_numbers_are_logged(tmp_path):
@@ -674,7 +703,9 @@ def test_every_method_runs_end_to_end(home):
 def test_methods_of_each_place_run_through_the_command_line(cli, home, spec):
     code, _, err = cli("--method", spec, "--steps", 2, "--micro-batch", 16, "--out", "a", *TINY)
     assert code == 0, err
-    check_folder(home / "a", 2)
+    rows = check_folder(home / "a", 2)
+    kl = [row["kl_ref"] for row in rows if "kl_ref" in row]
+    assert abs(kl[0]) < 1e-6 < kl[1] if spec == "ref_kl" else not kl
 
 
 # ------------------------------------------------------------------------------------------------------------
