@@ -1452,6 +1452,12 @@ def open_engine(args: argparse.Namespace, model: str, rendered: Callable[[Any], 
     )  # fmt: skip
 
 
+def set_threads(n: int, embedded: bool = True) -> None:
+    """Threads for tensor work; 0: one for the embedded model, torch's own choice for others."""
+    if n or embedded:
+        torch.set_num_threads(n or 1)
+
+
 def usable_device(name: str) -> torch.device:
     """The device of that name. Raises ValueError where nothing can be put on it."""
     try:
@@ -1811,7 +1817,7 @@ FLAGS: dict[str, list[tuple[str, Any, str]]] = {
         ("--attention", {"choices": ["sdpa", "flash_attention_2", "eager"], "default": ""},
          "of --show and of benchmarks with --engine torch (default: that of a run's checkpoint, else sdpa)"),
         ("--device", {"default": "auto"}, "cpu, cuda, ... (default: a GPU if there is one)"),
-        ("--threads", {"type": int, "default": 0}, "CPU threads (default: OMP_NUM_THREADS, else 2)"),
+        ("--threads", {"type": int, "default": 0}, "CPU threads (default: embedded runs 1, else torch's)"),
         ("--out", {"metavar": "FOLDER"}, "default: runs/compare, a single run's eval/, runs/benchmarks"),
     ],
 }  # fmt: skip
@@ -1881,6 +1887,7 @@ def check(args: argparse.Namespace) -> None:
 def runs(args: argparse.Namespace) -> None:
     """Everything about finished runs."""
     records, notes = find_records(args.runs)
+    set_threads(args.threads, embedded=not any(r.settings.get("model") for r in records))
     for note in notes:
         print(note, file=sys.stderr)
     alone = len(records) == 1
@@ -2000,9 +2007,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         check(args)
-        if args.threads or "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(args.threads or min(2, os.cpu_count() or 1))
         if args.model:
+            set_threads(args.threads, embedded=False)
             benchmark(args)
         elif args.runs:
             runs(args)

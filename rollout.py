@@ -24,6 +24,7 @@ Run `python rollout.py` to see problems, answers, and where the policy is unsure
 
 from __future__ import annotations
 
+import ast
 import atexit
 import csv
 import gc
@@ -1798,7 +1799,7 @@ class Grader:
     thread may call it.  Results are kept by (answer, reference), up to `remember` of them.  The processes
     start with the object and need STARTUP to import math-verify, in the background; Ctrl-C does not reach
     them, and they end with this process, however that ends.  Raises ImportError where math-verify is missing,
-    and RuntimeError at the first algebra where it is broken: else such answers would be wrong in silence.
+    and at the first algebra where it is broken: else such answers would be wrong in silence.
     """
 
     def __init__(
@@ -1865,7 +1866,7 @@ class Grader:
         finally:
             self.idle.put(server)
         if said.startswith("!"):
-            raise RuntimeError(
+            raise ImportError(
                 f"grading mathematics: math-verify does not work here: {said[1:].strip()}\n"
                 "  install it again: pip install --force-reinstall 'entropy-flow[llm]'"
             )
@@ -2001,18 +2002,35 @@ def supervised(
     return float(loss.detach())
 
 
-# What the warm weights depend on besides WarmStart, TinyModel and the library versions: this code.
-_DETERMINES = (
-    chain_solutions.__wrapped__,
-    _held_out,
-    tiny_tokenizer,
-    TinyModel,
-    WarmStart,
-    supervised,
-    _score,
-    _hidden_of_groups,
-    response_mask,
-)
+def _code(names: set[str]) -> dict[str, str]:
+    """Source of these definitions and of all others that they use, of this chapter and of entropy_math,
+    without comments and docstrings."""
+
+    def ids(nodes: Iterable[ast.AST], how: type = ast.expr_context) -> set[str]:
+        return {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, how)}
+
+    def is_text(node: ast.AST) -> bool:
+        return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+    home: dict[str, ast.AST] = {}
+    for module in (sys.modules[TokenStats.__module__], sys.modules[__name__]):
+        for node in ast.parse(inspect.getsource(module)).body:
+            defined = [node.name] if hasattr(node, "name") else ids(ast.walk(node), ast.Store)
+            home |= dict.fromkeys(defined, node)
+    todo, out = set(names), {}
+    while todo:
+        nodes = list(ast.walk(home[name := todo.pop()]))
+        for node in nodes:
+            if isinstance(body := getattr(node, "body", None), list):
+                node.body = [x for x in body if not is_text(x)]
+        out[name] = ast.unparse(home[name])
+        local = ids(nodes, ast.Store) | {n.arg for n in nodes if isinstance(n, ast.arg)}
+        todo |= (ids(nodes) & home.keys()) - local - out.keys()
+    return dict(sorted(out.items()))
+
+
+# What the warm weights depend on besides the settings and the library versions: these, and what they use.
+_DETERMINES = {"tiny_tokenizer", "TinyModel", "WarmStart", "supervised"}
 
 
 def cache_folder() -> Path:
@@ -2031,9 +2049,10 @@ def warm_policy(
     """The embedded policy after its warm start, float32 on the CPU, and its tokenizer.  Made once, then read
     from a cache.
 
-    The cache key is a hash of the settings, the shape, the code that trains, the library versions and the
-    number of threads (which changes rounding).  A cached file that cannot be read is made anew; a cache that
-    cannot be written costs the next run half a minute and is reported, not fatal.
+    The cache key is a hash of the settings, the shape, the code that trains and the library versions.  It
+    trains with one thread, whatever the caller's number, which changes rounding.  A cached file that cannot
+    be read is made anew; a cache that cannot be written costs the next run half a minute and is reported, not
+    fatal.
     """
     import transformers
     from safetensors import SafetensorError
@@ -2041,13 +2060,8 @@ def warm_policy(
 
     tokenizer = tiny_tokenizer()
     model = shape.build(tokenizer, how.seed).eval()
-    recipe = [asdict(how), asdict(shape), VOCABULARY, [inspect.getsource(x) for x in _DETERMINES]]
-    recipe += [
-        torch.__version__,
-        transformers.__version__,
-        torch.get_num_threads(),
-        torch.backends.cpu.get_cpu_capability(),
-    ]
+    recipe = [asdict(how), asdict(shape), _code(_DETERMINES)]
+    recipe += [torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability()]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
     path = (folder or cache_folder()) / f"warm-{key}.safetensors"
     try:
@@ -2061,7 +2075,12 @@ def warm_policy(
         reason = str(error).splitlines()[0]
         print(f"warm start: {path} cannot be read ({reason}); making it anew", file=sys.stderr)
         model = shape.build(tokenizer, how.seed).eval()  # a part of the file may have been loaded already
-    supervised(model, how, progress)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        supervised(model, how, progress)
+    finally:
+        torch.set_num_threads(threads)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")

@@ -40,6 +40,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import errno
 import hashlib
 import json
 import math
@@ -58,10 +59,13 @@ from pathlib import Path
 from types import MethodType
 from typing import Any, ClassVar
 
+if __name__ == "__main__":  # Ctrl-C in the seconds that the imports below take
+    said = b"stopped; nothing was written yet\n"
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, said) and os._exit(130))
+
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
@@ -70,7 +74,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import interventions
 from entropy_math import adam_preconditioner, entropy_directional_change, network_flow, token_stats
-from eval import Parser, draw, evaluate, table, token_names, usable_device
+from eval import Parser, draw, evaluate, fingerprint, set_threads, table, token_names, usable_device
 from grpo import Method, Plan, Progress, Tokens, batch_loss, mismatch_weight, plan_update, token_flow
 from rollout import (
     PROMPT_TEMPLATE,
@@ -90,6 +94,7 @@ from rollout import (
     load_model,
     longest_prompt,
     score,
+    shared_grader,
     task_of_data,
     through,
     warm_policy,
@@ -191,8 +196,8 @@ class Settings:
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
     threads: int = 0
-    """CPU threads; 0: two at most, since a tiny model gains nothing from more; 1 is immune to a busy
-    machine"""
+    """CPU threads; 0: one for the embedded model, which gains little from more and loses much on a busy
+    machine; with --model what torch takes: OMP_NUM_THREADS, else every core"""
     without: ClassVar[tuple[str, ...]] = ()  # fields that interventions.hyperparameters leaves out
 
     def check(self) -> None:
@@ -267,6 +272,8 @@ CHOICES = {
     "report_to": ("none", "tensorboard", "wandb"),
 }
 
+BOUNDS = ("micro_batch", "tokens_per_micro_batch")  # of memory: at most one of them
+
 # What a language model wants otherwise than the embedded one, where the command line does not say.
 MODEL_DEFAULTS = {"lr": 1e-6, "tokens_per_micro_batch": 16384, "eval_samples": 8}
 
@@ -312,12 +319,30 @@ def parse_spec(spec: str, base: Settings) -> tuple[Settings, Method]:
         method = interventions.build(name, **{k: v for k, v in options.items() if k not in PER_METHOD})
     except ValueError as error:
         raise UserError(f"--method {spec}: {error}") from None
-    settings = replace(base, method=spec, **own)
-    try:
+    settings = overridden(base, {"method": spec, **own})
+    if settings.mismatch == "auto":
+        settings = replace(settings, mismatch="tis" if settings.engine == "vllm" else "off")
+    with named(spec):
         settings.check()
-    except UserError as error:
-        raise UserError(f"--method {spec}: {error}" if own else str(error)) from None
     return settings, method
+
+
+def overridden(base: Settings, given: dict[str, Any]) -> Settings:
+    """`base` with what was given.  Of the two bounds of memory, the one given takes the other's place."""
+    for one, other in (BOUNDS, BOUNDS[::-1]):
+        given = {other: 0, **given} if given.get(one) else given
+    return replace(base, **given)
+
+
+@contextlib.contextmanager
+def named(spec: str) -> Iterator[None]:
+    """An error about a setting that rides behind a method's name begins with that name."""
+    try:
+        yield
+    except UserError as error:
+        text, own = str(error), map(flag, interventions.parse(spec)[1])
+        blamed = any(f in text for f in own) and not text.startswith("--method")
+        raise UserError(f"--method {spec}: {text}" if blamed else text) from None
 
 
 def label_of(spec: str) -> str:
@@ -388,6 +413,21 @@ class Ranks:
         out: list[Any] = [None] * self.world
         dist.all_gather_object(out, value)
         return out
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """An error of one rank in the block ends all, with one exit code, and only that one tells of it.  In
+        the block nobody may wait for another behind a line at which one may fail alone."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as e:
+            error = e
+        known = isinstance(error, UserError) or disk_full(error)
+        codes = self.all(2 if known else int(error is not None))
+        if any(codes):
+            speaker = next(i for i, code in enumerate(codes) if code)
+            raise error if error and speaker == self.rank else SystemExit(codes[speaker])
 
     def sum(self, value: float) -> float:
         return value if self.world == 1 else math.fsum(self.all(value))
@@ -775,12 +815,15 @@ def write_atomically(path: Path, text: str) -> None:
     part.replace(path)
 
 
-DISK_ERRORS = (
-    OSError,
-    RuntimeError,
-    SafetensorError,
-    CheckpointException,
-)  # names of libraries for a full disk
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Whether there is no room.  Libraries have classes of their own for it, and torch's names no reason."""
+    words = (*map(os.strerror, FULL), "failed writing file", "unexpected pos")
+    return getattr(error, "errno", 0) in FULL or any(w in str(error) for w in words)
+
+
 CHECKSUMS = "sha256.json"  # of every other file of a checkpoint: flipped bits in weights raise no error
 
 
@@ -808,13 +851,28 @@ def link_or_copy(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
+def combined(parts: list[tuple[int, int, dict[str, Any]]]) -> dict[str, Any]:
+    """One evaluation from those of all ranks: (number of problems, of hard ones, result of `evaluate`), where
+    rank r had the problems r, r + world, ...  Entropy is a mean over tokens, the rest over problems."""
+    out, world = dict(parts[0][2]), len(parts)
+    for key, value in out.items():
+        hard = key.startswith("hard_")
+        if isinstance(value, list):  # one value a problem
+            out[key] = [parts[i % world][2][key][i // world] for i in range(sum(p[hard] for p in parts))]
+        elif isinstance(value, float):
+            length = "hard_" * hard + "eval_length"
+            weight = [p[hard] * (p[2][length] if "entropy" in key else 1) for p in parts]
+            out[key] = sum(w * p[2][key] for w, p in zip(weight, parts)) / sum(weight)
+    return out
+
+
 MAX_DRAWS = 10  # rollouts that dynamic sampling may draw for one update; the recipe's max_num_gen_batches
 
 
 class Run:
     """One method, one seed, one folder.
 
-    folder/config.json       the settings in force and the method's hyperparameters
+    folder/config.json       the settings in force, the method's hyperparameters, digests of model and data
     folder/metrics.jsonl     one JSON object a step; step 0 is the evaluation of the first policy
     folder/samples.jsonl     some responses of every evaluation
     folder/flows.jsonl       with --ledger full: the responses that moved entropy most, token by token
@@ -851,6 +909,8 @@ class Run:
         self.skipped_in_row = 0
         self.best = -1.0  # highest pass@1 so far
         self.rows: list[dict[str, Any]] = []
+        self.drawn: dict[str, Any] = {}  # means over all responses drawn for the update
+        self.warned = False  # that nothing is learned
         self.why = ""  # the run broke off
         self.report: Callable[[dict[str, Any]], None] = lambda row: None
 
@@ -879,14 +939,17 @@ class Run:
                     batch.tokens.reward > 0
                 )  # a method must not know better than the reward
             if not self.method.refill:
-                return batch
+                break
             groups = batch.tokens.group[self.method.select(batch.tokens)].unique()[:share]
             found = r.all(len(groups))
-            if min(found) == share or attempt == MAX_DRAWS - 1:
-                if not len(groups) and any(found):  # take part in the step with rows that `select` masks out
-                    groups = batch.tokens.group[:1]
-                return batch.rows(torch.isin(batch.tokens.group, groups))
-        raise AssertionError("unreachable: the last attempt returns")
+            if min(found) == share:
+                break
+        self.drawn = {**self._totals(batch), "draws": len(drawn)}
+        if not self.method.refill:
+            return batch
+        if not len(groups) and any(found):  # take part in the step with rows that `select` masks out
+            groups = batch.tokens.group[:1]
+        return batch.rows(torch.isin(batch.tokens.group, groups))
 
     def train_step(self) -> dict[str, Any]:
         """One rollout and its updates.  Returns the row for metrics.jsonl."""
@@ -896,7 +959,8 @@ class Run:
         batch = self.rollout()
         sampled = time.perf_counter()
         self.engine.sleep()
-        row: dict[str, Any] = {"step": self.step + 1, **self._totals(batch)}
+        tokens = int(self.ranks.sum(int(batch.tokens.mask.sum())))
+        row: dict[str, Any] = {"step": self.step + 1, **self.drawn, "tokens": tokens}
         ledger = None
         if s.ledger != "off" and self.step % s.ledger_every == 0 and row["tokens"]:
             ledger = Ledger.open(self.model, batch, s, self.ranks)
@@ -911,12 +975,14 @@ class Run:
         return row
 
     def _totals(self, batch: Batch) -> dict[str, Any]:
-        """Sums and means over the responses of all ranks."""
-        tk, add = batch.tokens, self.ranks.sum
-        n, tokens = add(len(tk.reward)), int(add(int(tk.mask.sum())))
-        mean = lambda x: add(float(x.sum(dtype=torch.float64))) / n if n else float("nan")  # noqa: E731
-        out = {"reward": mean(tk.reward), "tokens": tokens, "length": tokens / n if n else 0.0}
-        out["truncated"] = mean(tk.truncated)
+        """Means over the responses of all ranks, and the share of groups that teach nothing."""
+        tk = batch.tokens
+        n = self.ranks.sum(len(tk.reward))
+        mean = lambda x: self.ranks.sum(float(x.sum(dtype=torch.float64))) / n  # noqa: E731
+        out = {"reward": mean(tk.reward), "length": mean(tk.mask), "truncated": mean(tk.truncated)}
+        rewards = tk.reward.view(-1, self.settings.group_size)
+        alike = (rewards == rewards[:, :1]).all(1, keepdim=True)  # groups whose rewards are all equal
+        out["no_contrast"] = mean(alike.expand_as(rewards))
         if self.settings.reward != "correct":
             out["correct"] = mean(batch.right)
         return out
@@ -1071,6 +1137,10 @@ class Run:
         self.rows.append(row)
         self._append("metrics.jsonl", row)
         self.report(row)
+        if not self.warned and all(r.get("no_contrast") == 1 for r in self.rows[-10:]) and self.step >= 10:
+            self.warned = True
+            if self.ranks.first:
+                warnings.warn(self._nothing_learned(), stacklevel=2)
         if due:
             better = row["pass@1"] > self.best
             self.best = max(self.best, row["pass@1"])
@@ -1078,12 +1148,32 @@ class Run:
             if better and self.ranks.first:
                 self._mark_best()
 
+    def _nothing_learned(self) -> str:
+        """What ten steps without contrast come from, by their numbers, and what to do about it."""
+        reward, cut = (sum(r[key] for r in self.rows[-10:]) / 10 for key in ("reward", "truncated"))
+        if not self.settings.model:
+            why = "the policy has collapsed or broken: another --method or a smaller --lr"
+        elif reward > 0.5:
+            why = "the problems are too easy: other --data"
+        elif cut > 0.5:
+            why = f"responses are cut off: a --max-new-tokens above {self.task.max_new_tokens}"
+        else:
+            why = (
+                "answers are not in the form that is graded: look at samples.jsonl, change "
+                "--prompt-template; or the problems are too hard: other --data"
+            )
+        return (
+            "ten steps in a row taught nothing, for all responses to a prompt had the same reward (mean "
+            f"{reward:.2f}, {cut:.0%} of responses truncated). Likely {why}"
+        )
+
     def _evaluate(self) -> dict[str, Any]:
         """Held-out problems, each rank its share; means over problems, entropy over tokens."""
         s, r = self.settings, self.ranks
         seed = seeded(s.seed, self.step, "evaluate").initial_seed()
-        mine = slice(r.rank, None, r.world)
-        task = replace(self.task, test=self.task.test[mine], hard=self.task.hard[mine])
+        test, hard = (x[r.rank :: r.world] for x in (self.task.test, self.task.hard))
+        # a rank without a problem answers the first too: processes that share an engine sample together
+        task = replace(self.task, test=test or self.task.test[:1], hard=hard or self.task.hard[:1])
         result = evaluate(self.engine, task, s.eval_samples, s.temperature, seed=seed + r.rank)
         samples = result.pop("samples")
         correct, tokens = (torch.tensor([x[key] for x in samples]) for key in ("correct", "tokens"))
@@ -1091,16 +1181,7 @@ class Run:
         rewards = REWARDS[s.reward](correct, tokens, self.task.max_new_tokens, chance).tolist()
         for sample, reward in zip(samples, rewards):
             self._append("samples.jsonl", {"step": self.step, **sample, "reward": reward})
-        if r.world == 1:
-            return result
-        parts, out = r.all((len(task.test), len(task.hard), result)), dict(result)
-        for key in [k for k, v in result.items() if isinstance(v, list)]:  # one value a problem
-            lists = [p[key] for _, _, p in parts]
-            out[key] = [lists[i % r.world][i // r.world] for i in range(sum(map(len, lists)))]
-        for key in [k for k, v in result.items() if isinstance(v, float)]:
-            weight = [h if key.startswith("hard_") else t for t, h, _ in parts]
-            out[key] = sum(w * p[key] for w, (_, _, p) in zip(weight, parts)) / sum(weight)
-        return out
+        return combined(r.all((len(test), len(hard), result)))
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         if not self.ranks.first:
@@ -1120,50 +1201,50 @@ class Run:
             "settings": asdict(self.settings),
             "method": {m.key: asdict(m) for m in getattr(self.method, "members", [self.method])},
             "task": self.task.name,
+            "origin": self.origin(),
         }
         write_atomically(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
 
+    def origin(self) -> dict[str, str]:
+        """What the names given to --model and --data stand for: files may change behind them."""
+        sha = lambda x: hashlib.sha256(json.dumps(x).encode()).hexdigest()[:16]  # noqa: E731
+        here, problems = Path(self.settings.model).expanduser(), (*self.task.train, *self.task.test)
+        model = getattr(self.model.config, "_commit_hash", None) or ""  # of the hub; the embedded has none
+        if self.settings.model and here.is_dir():
+            model = sha([(here / "config.json").read_text(), fingerprint(here)])
+        return {"model": model, "data": sha([[p.prompt, p.answer] for p in problems])}
+
     def save(self) -> None:
-        """Write a checkpoint beside the last one, then rename: at no moment is there none.
-
-        Raises UserError if it cannot be written; the last one is then still there.
-        """
-        part, reason = self.folder / ".checkpoint.part", ""
+        """Write a checkpoint beside the last one, then rename: at no moment is there none."""
+        part, first, together = self.folder / ".checkpoint.part", self.ranks.first, self.ranks.together
+        weights: dict[str, Tensor] = {}
+        failed: list[Exception] = []
         try:
-            self._write(part)
-        except DISK_ERRORS as error:
-            if isinstance(error, CheckpointException):  # of several ranks
-                error = next(iter(error.failures.values()))[0]
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        reason = next(filter(None, self.ranks.all(reason)), "")
-        if reason:
-            shutil.rmtree(part, ignore_errors=True)
-            raise UserError(
-                f"--out {self.folder}: no checkpoint could be written at step {self.step} ({reason});\n"
-                f"make room, then go on with --resume {self.folder}"
-            )
-        if self.ranks.first:
-            final, previous = self.folder / "checkpoint", self.folder / "checkpoint-previous"
-            if final.exists():
-                shutil.rmtree(previous, ignore_errors=True)
-                final.rename(previous)
-            part.rename(final)
-        self.ranks.all(None)  # nobody goes on before it is there
+            with together():
+                if first:
+                    shutil.rmtree(part, ignore_errors=True)
+                    part.mkdir()
+            with together():
+                for name, weight in full_weights(self.model):  # all ranks gather, the first one keeps
+                    try:
+                        if first:
+                            weights[name] = weight.to("cpu", self.dtype).contiguous()
+                    except Exception as error:  # no memory: the others must not wait for this one
+                        failed.append(error)
+                if failed:
+                    raise failed[0]
+            with together():
+                self._training(dcp.save, part)
+            with together():
+                if first:
+                    self._write(part, weights)
+        except BaseException:
+            if first:
+                shutil.rmtree(part, ignore_errors=True)
+            raise
 
-    def _write(self, part: Path) -> None:
-        if self.ranks.first:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir()
-        self.ranks.all(None)
-        weights = {}
-        for name, weight in full_weights(self.model):  # all ranks gather, the first one keeps
-            if self.ranks.first:
-                weights[name] = weight.to("cpu", self.dtype).contiguous()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*save in a single process")  # no wonder
-            dcp.save(self._tensors(), checkpoint_id=part / "training", no_dist=not dist.is_initialized())
-        if not self.ranks.first:
-            return
+    def _write(self, part: Path, weights: dict[str, Tensor]) -> None:
+        """What the first rank alone writes; then the checkpoint takes the last one's place."""
         bare = self.model.get_base_model() if self.settings.lora else self.model
         bare.save_pretrained(part, state_dict=weights)
         self.tokenizer.save_pretrained(part)
@@ -1178,6 +1259,21 @@ class Run:
         files = sorted(f for f in part.rglob("*") if f.is_file())
         sums = {str(f.relative_to(part)): checksum(f) for f in files}
         (part / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
+        final, previous = self.folder / "checkpoint", self.folder / "checkpoint-previous"
+        if final.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            final.rename(previous)
+        part.rename(final)
+
+    def _training(self, act: Callable[..., Any], folder: Path) -> None:
+        """dcp.save or dcp.load of training/.  What fails is raised bare, and a Ctrl-C before all else."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* in a single process")  # no wonder
+            try:
+                act(self._tensors(), checkpoint_id=folder / "training", no_dist=not dist.is_initialized())
+            except CheckpointException as error:  # not an Exception; holds those of all ranks
+                causes = [e for e, _ in error.failures.values()]
+                raise min(causes, key=lambda e: isinstance(e, Exception)) from None
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         """Trained weights, AdamW's states and the reference by parameter name, whatever the number of ranks.
@@ -1204,31 +1300,43 @@ class Run:
         shutil.rmtree(best, ignore_errors=True)
         part.rename(best)
 
+    @contextlib.contextmanager
+    def _readable(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # damage shows as any of a dozen classes of three libraries
+            reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+            raise UserError(
+                f"--resume {self.folder}: {path.name} is damaged ({reason});\n"
+                f"remove {path} to go on from checkpoint-previous if there is one, else from the start"
+            ) from None
+
     def load(self) -> None:
         """Continue from the last checkpoint, on any number of ranks; without any, from the beginning.  Raises
-        UserError on an unreadable one."""
+        UserError on an unreadable one, and on another model or other data than the run began with."""
+        with self.ranks.together():
+            began: dict[str, str] = {}
+            with contextlib.suppress(OSError, ValueError, KeyError):  # not begun, or by an older program
+                began = json.loads((self.folder / "config.json").read_text())["origin"]
+            for name, now in self.origin().items():
+                if began.get(name, now) != now:
+                    raise UserError(
+                        f"--resume {self.folder}: --{name} {getattr(self.settings, name)} has changed "
+                        "since the run began;\nput back what it was, or start a new run"
+                    )
         path = self.folder / "checkpoint"
         if not path.exists():
             path = self.folder / "checkpoint-previous"  # the process died between two renames
         if path.exists():
-            try:
+            with self.ranks.together(), self._readable(path):
                 if self.ranks.first:
                     check_sums(path)
+            with self.ranks.together(), self._readable(path):
                 state = torch.load(path / "state.pt", weights_only=True)
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", ".*load in a single process")
-                    dcp.load(
-                        self._tensors(), checkpoint_id=path / "training", no_dist=not dist.is_initialized()
-                    )
+                self._training(dcp.load, path)
                 self.method.load_state_dict(state["method"])
                 self.step, self.position = state["step"], state["position"]
                 self.skipped_in_row, self.best = state["skipped_in_row"], state["best"]
-            except Exception as error:  # damage shows as any of a dozen classes of three libraries
-                reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-                raise UserError(
-                    f"--resume {self.folder}: {path.name} is damaged ({reason});\n"
-                    f"remove {path} to go on from checkpoint-previous if there is one, else from the start"
-                ) from None
         for name in ("metrics.jsonl", "samples.jsonl", "flows.jsonl"):
             if not (self.folder / name).exists():
                 continue
@@ -1265,6 +1373,7 @@ def prepare(
                 model, tokenizer = warm_policy(WarmStart(seed=s.seed), progress=bar)
             ranks.all(None)
         return chain_task(s.eval_problems), model.to(device), tokenizer
+    shared_grader()  # without its package nothing is loaded
     how = {"trust_remote_code": s.trust_remote_code, "attention": s.attention}
     bare = s.lora and ranks.world == 1  # frozen weights need no float32 master
     dtype = str(compute_dtype(s, device)).removeprefix("torch.") if bare else "float32"
@@ -1576,11 +1685,6 @@ def resumed_plan(args: argparse.Namespace, folder: Path) -> tuple[list[str], Set
     return specs, base
 
 
-def set_threads(n: int) -> None:
-    """Threads for tensor work.  More than two do not pay on the embedded model."""
-    torch.set_num_threads(n or min(2, os.cpu_count() or 1))
-
-
 def pick_device(name: str) -> torch.device:
     """The device of --device; under torchrun each process has a GPU of its own. Raises UserError."""
     if "LOCAL_RANK" in os.environ and name in ("auto", "cuda") and torch.cuda.is_available():
@@ -1611,9 +1715,12 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
             signal.signal(n, h)
 
 
-# The progress line: reward, entropy, flow up and down, λ, measured (predicted) change, evaluations.
+# The progress line: reward, groups whose rewards are all alike, rollouts drawn where a method refills,
+# entropy, flow up and down, λ, measured (predicted) change, evaluations.
 BAR = {
     "reward": "r {:.2f}",
+    "no_contrast": "alike {:.0%}",
+    "draws": "draws {}",
     "entropy": "H {:.3f}",
     "flow_up": "↑{:.3f}",
     "flow_down": "↓{:.3f}",
@@ -1632,15 +1739,17 @@ class Bar:
         from tqdm import tqdm
 
         self.numbers: dict[str, str] = {}
+        self.keys = [key for key in BAR if key != "draws" or run.method.refill]
         steps, shape = run.settings.steps, "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
         self.bar = tqdm(total=steps, initial=run.step, desc=label, disable=quiet, bar_format=shape)
 
     def show(self, row: dict[str, Any]) -> None:
         self.numbers |= {key: form.format(row[key]) for key, form in BAR.items() if row.get(key) is not None}
-        self.bar.set_postfix_str(
-            " ".join(self.numbers[key] for key in BAR if key in self.numbers), refresh=False
-        )
+        self.bar.set_postfix_str(self.text(), refresh=False)
         self.bar.update(row["step"] - self.bar.n)
+
+    def text(self) -> str:
+        return " ".join(self.numbers[key] for key in self.keys if key in self.numbers)
 
 
 def train(args: argparse.Namespace) -> int:
@@ -1652,17 +1761,11 @@ def train(args: argparse.Namespace) -> int:
         check_room(folder)
     else:
         given = given_settings(args)
-        wants = MODEL_DEFAULTS if given.get("model") else {}
-        if given.get("micro_batch"):
-            wants = {k: v for k, v in wants.items() if k != "tokens_per_micro_batch"}
-        given = {**wants, **given}
-        specs, base = getattr(args, "method", ["opefo"]), Settings(**given)
+        wants = Settings(**(MODEL_DEFAULTS if given.get("model") else {}))
+        specs, base = getattr(args, "method", ["opefo"]), overridden(wants, given)
         for name in ("data", "eval_data"):
             if source := getattr(base, name):
                 loaded(flag(name), data_file, source)
-        base.check()
-        if base.mismatch == "auto":
-            base = replace(base, mismatch="tis" if base.engine == "vllm" else "off")
     if len(set(specs)) < len(specs):
         raise UserError(f"--method {' '.join(specs)}: the same run twice; change an option or leave one out")
     plans = [(spec, *parse_spec(spec, base)) for spec in specs]
@@ -1675,19 +1778,35 @@ def train(args: argparse.Namespace) -> int:
                 f"{' and '.join(inert)} does nothing; add e.g. --updates-per-rollout 4",
                 stacklevel=2,
             )
-    set_threads(base.threads)
+    set_threads(base.threads, embedded=not base.model)
     device = pick_device(base.device)
     ranks = Ranks.join(device)
-    for _, settings, method in plans:
-        check_plan(settings, method, device, ranks)
+    for spec, settings, method in plans:
+        with named(spec):
+            check_plan(settings, method, device, ranks)
     if not resume:
         folder = ranks.all(new_folder(args, specs, base.seed))[0]
         check_room(folder)
-    if len(specs) > 1 and ranks.first:
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"specs": specs, "settings": asdict(base)}
-        write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    return compare(plans, folder, device, ranks, resume, getattr(args, "quiet", False) or not ranks.first)
+    quiet = getattr(args, "quiet", False) or not ranks.first
+    with locked(folder, "resume" if resume else "out", ranks):
+        try:
+            if len(specs) > 1 and ranks.first:
+                config = {"specs": specs, "settings": asdict(base)}
+                write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
+            return compare(plans, folder, device, ranks, resume, quiet)
+        except KeyboardInterrupt:
+            if not (folder / "config.json").is_file():
+                raise
+            if ranks.first:
+                print(f"stopped at once; go on from the last checkpoint: --resume {folder}", file=sys.stderr)
+            return 130
+        except Exception as error:
+            if not disk_full(error):
+                raise
+            raise UserError(
+                f"--out {folder}: no room to write ({str(error).splitlines()[0][:160]});\n"
+                f"make room, then go on from the last checkpoint: --resume {folder}"
+            ) from None
 
 
 def check_plan(settings: Settings, method: Method, device: torch.device, ranks: Ranks) -> None:
@@ -1711,8 +1830,6 @@ def check_plan(settings: Settings, method: Method, device: torch.device, ranks: 
         )
     if s.micro_batch and (s.prompts * s.group_size // s.updates_per_rollout // ranks.world) % s.micro_batch:
         raise UserError(f"--micro-batch {s.micro_batch}: must divide one process's share of an update")
-    if s.eval_problems < ranks.world:
-        raise UserError(f"--eval-problems {s.eval_problems}: each of {ranks.world} processes needs one")
     if ranks.world % s.tensor_parallel:
         raise UserError(
             f"--tensor-parallel {s.tensor_parallel}: must divide the {ranks.world} processes; "
@@ -1734,6 +1851,36 @@ def check_room(folder: Path) -> None:
         )
 
 
+def remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+@contextlib.contextmanager
+def locked(folder: Path, name: str, ranks: Ranks) -> Iterator[None]:
+    """Nobody else works in the folder meanwhile: the first rank holds the system's lock on a file in it,
+    which ends with the process, however that ends.  A folder in which nothing was written is removed."""
+    with contextlib.ExitStack() as at_the_end:
+        with ranks.together():
+            if ranks.first:
+                folder.mkdir(parents=True, exist_ok=True)
+                at_the_end.callback(remove_empty, folder)
+                file = at_the_end.enter_context(open(folder / ".lock", "w"))
+                try:
+                    import fcntl
+
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(
+                        f"--{name} {folder}: another run is at work there; wait for it, or choose "
+                        "another --out"
+                    ) from None
+                except (ImportError, OSError):
+                    pass  # Windows, or a disk without locks
+                at_the_end.callback((folder / ".lock").unlink)
+        yield
+
+
 def compare(
     plans: list[tuple[str, Settings, Method]],
     folder: Path,
@@ -1748,7 +1895,7 @@ def compare(
 
     logging.disable_progress_bar()  # of saving and loading a checkpoint
     done, state, engine = {}, "done", None
-    with stop_on_signal() as stop, contextlib.ExitStack() as at_the_end:
+    with contextlib.ExitStack() as at_the_end:
         for spec, settings, method in plans:
             task, model, tokenizer = prepare(settings, device, ranks, quiet)
             if not ranks.first:
@@ -1762,7 +1909,8 @@ def compare(
                 run.load()
             run.create()
             bar = Bar(spec, run, quiet)
-            state = run.run(stop, bar.show)
+            with stop_on_signal() as stop:  # before, there is nothing to finish: Ctrl-C stops at once
+                state = run.run(stop, bar.show)
             bar.bar.close()
             done[spec] = run.rows
             if ranks.first:
@@ -1795,32 +1943,40 @@ def compare(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point.  Exit codes: 0 done, 1 diverged, 2 bad input, 130 stopped by the user."""
-    args = parser().parse_args(argv)
-    if os.environ.get("RANK", "0") != "0":  # what one process of many says, the first one says too
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    """Entry point.  Exit codes: 0 done, 1 diverged, 2 bad input, 130 stopped by the user, 141 by a pipe that
+    nobody reads."""
+    from tqdm import tqdm
+
+    code = 141
+    with warnings.catch_warnings():  # above the progress line
+        warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
         try:
+            args = parser().parse_args(argv)
+            if os.environ.get("RANK", "0") != "0":  # what one process of many says, the first one says too
+                sys.stderr = open(os.devnull, "w")  # noqa: SIM115
             for spec in getattr(args, "method", []):
                 if spec.endswith(":help"):
-                    print(method_help(spec[: -len(":help")]))
+                    print(method_help(spec[: -len(":help")]), flush=True)
                     return 0
             code = train(args)
             Ranks.leave()
+            sys.stdout.flush()
             return code
-        except UserError as error:
+        except (UserError, ImportError) as error:
             print(f"train.py: error: {error}", file=sys.stderr)
             return 2
+        except BrokenPipeError:  # `| head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return code
         except OSError as error:
-            where = getattr(args, "out", "") or getattr(args, "resume", "") or "runs"
-            print(
-                f"train.py: error: --out {where}: {error}; choose a writable folder with room",
-                file=sys.stderr,
-            )
+            out = getattr(args, "out", "") or getattr(args, "resume", "") or "runs"
+            path = Path(str(error.filename))
+            ours = path.is_relative_to(out) or Path(out).is_relative_to(path)
+            text = f"--out {out}: {error}; choose a writable folder" if ours else str(error)
+            print(f"train.py: error: {text}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            print("stopped at once; --resume goes on from the last checkpoint", file=sys.stderr)
+            print("stopped; nothing was written yet", file=sys.stderr)
             return 130
 
 
@@ -2002,4 +2158,5 @@ def trl_trainer() -> type:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

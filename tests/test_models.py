@@ -5,6 +5,7 @@ Everything runs on models that the tests make: byte-level tokenizers, random wei
 """
 
 import csv
+import importlib.util
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ import test_train
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_train import draw_batch, gradient, small_world, without_clock
+from test_train import draw_batch, gradient, short_answers, small_world, without_clock
 
 import eval
 import rollout
@@ -659,6 +660,101 @@ def test_a_tokenizer_larger_than_the_embedding_is_named(lm, model_folder, data_f
         assert len(err.strip().splitlines()) <= 2, err
 
 
+@pytest.mark.parametrize(
+    "argv, bounds",
+    [
+        (["--method", "opefo:micro_batch=8"], (8, 0)),
+        (["--method", "opefo", "--micro-batch", "8"], (8, 0)),
+        (["--method", "opefo:tokens_per_micro_batch=99", "--micro-batch", "8"], (0, 99)),
+        (["--method", "opefo"], (0, 16384)),
+        (["--method", "opefo:prompts=30", "--updates-per-rollout", "3"], (0, 16384)),  # 3 divides 30, not 32
+    ],
+)
+def test_a_default_gives_way_to_what_is_given_anywhere(monkeypatch, tmp_path, data_file, argv, bounds):
+    plans = []
+    monkeypatch.setattr(train, "compare", lambda given, *_: plans.extend(given) or 0)
+    base = ["--model", "owner/any", "--data", str(data_file), "--out", str(tmp_path / "a")]
+    assert train.main([*argv, *base]) == 0
+    ((_, s, _),) = plans
+    assert (s.micro_batch, s.tokens_per_micro_batch) == bounds and s.lr == 1e-6
+
+
+@pytest.mark.parametrize(
+    "argv, threads", [(["--threads", "3"], 3), ([], 1), (["--model", "a/b", "--data", "c"], 2)]
+)
+def test_the_embedded_model_has_one_thread_and_others_what_torch_takes(monkeypatch, tmp_path, argv, threads):
+    seen, before = [], torch.get_num_threads()
+    monkeypatch.setattr(train, "compare", lambda *_: seen.append(torch.get_num_threads()) or 0)
+    try:
+        torch.set_num_threads(2)
+        assert train.main([*argv, "--out", str(tmp_path / "a")]) == 0 and seen == [threads]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_auto_behind_a_name_is_auto():
+    settings = replace(Settings(), engine="vllm", mismatch="off")
+    assert train.parse_spec("grpo:mismatch=auto", settings)[0].mismatch == "tis"
+
+
+def test_what_several_processes_refuse_names_the_method(tmp_path):
+    settings, method = train.parse_spec("grpo:prompts=9", Settings())
+    with pytest.raises(train.UserError, match="^--method grpo:prompts=9: --prompts 9"):
+        with train.named("grpo:prompts=9"):
+            train.check_plan(settings, method, torch.device("cpu"), train.Ranks(0, 2))
+
+
+def test_without_math_verify_nothing_is_loaded(lm, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(train, "shared_grader", rollout.Grader)
+    monkeypatch.setattr(train, "load_model", None)
+    code, rows, folder = lm("--method", "grpo")
+    err = capsys.readouterr().err
+    assert code == 2 and not rows and not folder.exists()
+    assert "math-verify: pip install" in err and len(err.splitlines()) == 1, err
+
+
+def other_data(folder, data):
+    data.write_text(data.read_text().replace('"answer": "7"', '"answer": "8"'))
+
+
+def other_weights(folder, data):
+    model = llama(byte_tokenizer())
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    model.save_pretrained(folder)
+
+
+def other_shape(folder, data):
+    llama(byte_tokenizer(), num_hidden_layers=3).save_pretrained(folder)
+
+
+def other_config(folder, data):
+    llama(byte_tokenizer(), hidden_act="gelu").save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [(other_data, "--data"), (other_weights, "--model"), (other_shape, "--model"), (other_config, "--model")],
+)
+def test_a_run_goes_on_with_its_own_model_and_data_only(
+    lm, model_folder, data_file, tmp_path, capsys, change, words
+):
+    pytest.importorskip("math_verify")
+    folder, data = tmp_path / "m", tmp_path / "d.jsonl"
+    shutil.copytree(model_folder, folder)
+    shutil.copy(data_file, data)
+    assert lm("--method", "grpo", "--model", folder, "--data", data, steps=1)[0] == 0
+    assert train.main(["--resume", "a", "--quiet"]) == 0, "nothing has changed"
+    change(folder, data)
+    before = (tmp_path / "a" / "metrics.jsonl").read_text()
+    capsys.readouterr()
+    assert train.main(["--resume", "a", "--steps", "2", "--quiet"]) == 2
+    err = capsys.readouterr().err
+    assert f"{words} {tmp_path}" in err and "has changed" in err and len(err.splitlines()) <= 2, err
+    assert (tmp_path / "a" / "metrics.jsonl").read_text() == before
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Several processes
 
@@ -764,6 +860,122 @@ def test_bad_input_is_said_once_by_many_processes(tmp_path):
     done = torchrun(ROOT / "train.py", "--method", "grpo", "--prompts", 3, "--quiet", cwd=tmp_path)
     said = [x for x in done.stderr.splitlines() if x.startswith("train.py: error")]
     assert len(said) == 1 and "--prompts 3" in said[0] and done.returncode != 0
+
+
+def evaluated(model, tokenizer, task, k):
+    """`evaluate` with draws that depend on the problem only, whoever asks."""
+
+    class Fixed(rollout.TorchEngine):
+        def sample(self, prompts, n, limit, temperature, top_p, generator, hook, entropy):
+            seeds = [torch.Generator().manual_seed(sum(x * 31**i for i, x in enumerate(p))) for p in prompts]
+            outs = [
+                super(Fixed, self).sample([p], n, limit, generator=g, hook=short_answers, entropy=entropy)
+                for p, g in zip(prompts, seeds)
+            ]
+            wide = lambda x: torch.nn.functional.pad(x, (0, limit - x.shape[1]))  # noqa: E731
+            names = ("ids", "mask", "rollout_logp", "entropy")
+            parts = {name: torch.cat([wide(getattr(o, name)) for o in outs]) for name in names}
+            truncated = torch.cat([o.truncated for o in outs])
+            group = torch.arange(len(prompts)).repeat_interleave(n)
+            return replace(outs[0], prompt_ids=prompts, group=group, truncated=truncated, **parts)
+
+    return eval.evaluate(Fixed(model, tokenizer), task, k)
+
+
+@pytest.mark.parametrize("problems", [1, 5, 6])
+def test_ranks_evaluate_together_as_one_does_alone(problems, monkeypatch, tmp_path):
+    """Also with fewer problems than ranks; entropy is a mean over tokens, of which some ranks have more."""
+    model, tokenizer, task = small_world()
+    monkeypatch.setattr(train, "evaluate", lambda e, task, k, *_, **__: evaluated(model, tokenizer, task, k))
+    task = replace(task, test=task.test[:problems], hard=task.hard[:problems])
+
+    class Some(train.Ranks):
+        def all(self, value):
+            shares.append(value)
+            return shares
+
+    runs = []
+    for world in (1, 3):
+        shares = []
+        for rank in range(world):
+            run = test_train.make_run((model, tokenizer, task), build("grpo"), tmp_path, eval_samples=4)
+            run.ranks = Some(rank, world)
+            got = run._evaluate()
+        runs.append(got)
+    one, three = runs
+    assert one.keys() == three.keys() and len(one["right"]) == problems
+    for key, value in one.items():
+        assert three[key] == pytest.approx(value, abs=1e-9), key
+
+
+def test_an_error_of_one_rank_ends_all_with_one_code_and_is_told_once():
+    class Two(train.Ranks):
+        other = 0
+
+        def all(self, value):
+            return [value, self.other][:: 1 if self.first else -1]
+
+    def end(rank, mine, other):
+        ranks = Two(rank, 2)
+        object.__setattr__(ranks, "other", other)
+        with ranks.together():
+            if mine:
+                raise mine
+
+    end(0, None, 0)
+    bad, full, bug = train.UserError("x"), OSError(28, "No space left on device"), RuntimeError("a bug")
+    for mine, code in ((bad, 2), (full, 2), (bug, 1)):
+        with pytest.raises(type(mine)):
+            end(0, mine, code)  # both fail: the first one speaks
+        for rank, own in ((0, None), (1, None), (1, mine)):
+            with pytest.raises(SystemExit) as left:
+                end(rank, own, code)
+            assert left.value.code == code
+
+
+FAILING_SAVE = """
+import sys, tempfile, torch
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+from unittest import mock
+import train
+from test_train import make_run, small_world
+from interventions import build
+
+cpu = torch.device("cpu")
+ranks = train.Ranks.join(cpu)
+folder = Path(ranks.all(tempfile.mkdtemp(dir="."))[0])
+model, tokenizer, task = small_world(double=False)
+run = make_run((train.shard(model, torch.float32, cpu), tokenizer, task), build("grpo"), folder)
+run.ranks = ranks
+run.save()
+full = OSError(28, "No space left on device")
+for owner, name, code in ((Path, "mkdir", 2), (run, "dtype", 1), (train.Run, "_write", 2),
+                          (train.dcp.FileSystemWriter, "write_data", 2)):
+    how = dict(side_effect=full) if code == 2 else dict(new="no dtype")
+    with mock.patch.object(owner, name, **how) if ranks.first else mock.MagicMock():
+        try:
+            run.save()
+        except (OSError, TypeError) as error:
+            assert ranks.first and train.disk_full(error) == (code == 2), error
+        except SystemExit as left:
+            assert not ranks.first and left.code == code, (name, left.code)
+        else:
+            raise AssertionError(name)
+    assert (folder / "checkpoint" / "state.pt").exists()
+    ranks.all(None)
+run.save()
+train.Ranks.leave()
+"""
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_on_one_rank_ends_on_all(tmp_path):
+    """In the folder, the gathering, the shared writing and the first rank's own writing: nobody waits."""
+    script = tmp_path / "save.py"
+    script.write_text(FAILING_SAVE.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    done = torchrun(script, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_in_step_gives_every_rank_as_many_passes():

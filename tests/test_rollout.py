@@ -1,5 +1,6 @@
 """Chapter 4: masks, sampling, scoring, the chain world and its warm start."""
 
+import inspect
 import itertools
 import math
 import shutil
@@ -690,13 +691,47 @@ def test_the_cache_key_holds_everything_that_determines_the_weights(training, tm
         (WarmStart(), TinyModel(intermediate_size=64)),
     ):
         warm_policy(how, shape, tmp_path)
-    threads = torch.get_num_threads()
+    assert len(training) == 4 == len(list(tmp_path.iterdir()))
+
+
+def test_the_warm_start_has_one_thread_whoever_asks(monkeypatch, tmp_path):
+    """Their number changes rounding, and would change where a run starts."""
+    threads, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(rollout, "supervised", lambda *_: seen.append(torch.get_num_threads()))
     try:
-        torch.set_num_threads(threads + 1)  # other rounding
-        warm_policy(folder=tmp_path)
+        for n in (2, 3):
+            torch.set_num_threads(n)
+            warm_policy(folder=tmp_path)
+            assert torch.get_num_threads() == n
     finally:
         torch.set_num_threads(threads)
-    assert len(training) == 5 == len(list(tmp_path.iterdir()))
+    assert seen == [1], "and the second call read what the first had made"
+
+
+@pytest.mark.parametrize(
+    "old, new, same",
+    [
+        ("    model.eval()\n", "    model.eval()  # a comment\n", True),
+        ("Minimise the cross-entropy", "Minimize the cross-entropy", True),
+        ("model.parameters(), 1.0)", "model.parameters(), 2.0)", False),
+        ("digest()[0] < 51", "digest()[0] < 52", False),
+        ("MAX_OPS = 3", "MAX_OPS = 4", False),
+        ("PAD, EOS, ARROW =", "EOS, PAD, ARROW =", False),
+        ("LONGEST_ANSWER = 500", "LONGEST_ANSWER = 501", True),  # trains nothing
+        ("if temperature == 1 else", "if temperature == 2 else", False),  # token_stats
+        ("logq.clamp(min=-1e4)", "logq.clamp(min=-1e3)", False),  # what that calls
+    ],
+)
+def test_the_cache_key_is_of_all_code_that_trains_and_of_no_comment(monkeypatch, old, new, same):
+    real, seen = inspect.getsource, []
+
+    def changed(thing):
+        seen.append(old in real(thing))
+        return real(thing).replace(old, new)
+
+    before = rollout._code(rollout._DETERMINES)
+    monkeypatch.setattr(inspect, "getsource", changed)
+    assert (rollout._code(rollout._DETERMINES) == before) == same and any(seen)
 
 
 @pytest.mark.parametrize(

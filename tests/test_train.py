@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import random
 import resource
 import shutil
@@ -429,8 +430,38 @@ def test_dynamic_sampling_refills_and_gives_up_in_the_end(tmp_path):
     assert run.position == 8 * train.MAX_DRAWS and run.step == 1
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     assert row["tokens"] == 0 and row["skipped"] == 0
-    run._append("metrics.jsonl", row)
-    assert rows_of(tmp_path)[0]["reward"] is None
+    assert row["reward"] == 0 and row["length"] >= 1, "of all responses drawn"
+    assert row["draws"] == train.MAX_DRAWS and row["no_contrast"] == 1
+    bar = train.Bar("dapo", run, True)
+    bar.show(row)
+    assert "alike 100%" in bar.text() and "draws 10" in bar.text() and "nan" not in bar.text()
+
+
+def test_groups_without_contrast_are_counted(tmp_path):
+    """A verifier that knows three of eight prompts, half of the time: the groups of five say nothing."""
+    model, tokenizer, task = small_world()
+    known = {p.prompt for p in prompts_at(task.train, 0, 0, 3)}
+    even = lambda texts, problems: [p.prompt in known and i % 2 == 0 for i, p in enumerate(problems)]  # noqa: E731
+    run = make_run((model, tokenizer, replace(task, verify=even)), build("grpo"), tmp_path)
+    row = run.train_step()
+    assert row["no_contrast"] == 5 / 8 and row["draws"] == 1 and row["reward"] == 3 / 16
+
+
+def test_a_run_that_learns_nothing_says_so_once(cli, home, monkeypatch):
+    monkeypatch.setattr(rollout, "chain_verify", lambda text, problem: False)
+    code, _, err = cli("--method", "grpo", "--steps", 12, "--eval-every", 20, "--out", "a", *TINY)
+    assert code == 0 and err.count("ten steps in a row") == 1 and "mean 0.00" in err and "--method" in err
+    assert all(r["no_contrast"] == 1 for r in rows_of("a")[1:])
+
+
+@pytest.mark.parametrize(
+    "reward, cut, words", [(0.0, 0.97, "--max-new-tokens above 11"), (0.0, 0.1, "--prompt-template"),
+                           (1.0, 0.0, "too easy")]
+)  # fmt: skip
+def test_the_likely_cause_follows_from_the_numbers(reward, cut, words):
+    run = make_run(small_world(), build("grpo"), model="x")
+    run.rows = [{"reward": reward, "truncated": cut}] * 10
+    assert words in run._nothing_learned() and f"{cut:.0%}" in run._nothing_learned()
 
 
 def gradient_free(model):
@@ -963,13 +994,53 @@ def test_the_first_ctrl_c_asks_and_the_second_stops_at_once(capsys):
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 
 
-def test_stopping_at_once_is_no_traceback(cli, monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
+def interrupted(*_, **__):
+    """Ctrl-C, as the terminal sends it."""
+    signal.raise_signal(signal.SIGINT)
 
+
+def test_ctrl_c_while_modules_are_imported_is_no_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("import signal, time\nsignal.raise_signal(2)\ntime.sleep(60)\n")
+    run = process("--method", "grpo", cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert run.communicate() == ("", "stopped; nothing was written yet\n") and run.returncode == 130
+
+
+def test_ctrl_c_in_the_warm_start_ends_at_once_and_leaves_nothing(cli, home, monkeypatch):
     monkeypatch.setattr(train, "warm_policy", interrupted)
-    code, _, err = cli("--method", "grpo", "--out", "a", *TINY)
-    assert code == 130 and "--resume" in err
+    assert cli("--method", "grpo", "--out", "a", *TINY) == (130, "", "stopped; nothing was written yet\n")
+    assert list(home.iterdir()) == []
+
+
+def test_a_second_ctrl_c_in_a_checkpoint_leaves_the_last_one(cli, home, monkeypatch, uninterrupted):
+    """torch wraps it in an exception of its own, which once was told as a full disk."""
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    spec, real, saved = "par:schedule=entropy", FileSystemWriter.write_data, []
+
+    def write(*args):
+        saved.append(1)
+        if len(saved) == 3:
+            interrupted(), interrupted()
+        return real(*args)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", write)
+    code, _, err = cli("--method", spec, "--out", "a", *SIX, *TINY)
+    assert code == 130 and err.endswith("stopped at once; go on from the last checkpoint: --resume a\n"), err
+    assert not (home / "a" / ".checkpoint.part").exists()
+    assert torch.load(home / "a" / "checkpoint" / "state.pt", weights_only=True)["step"] == 2
+    code, _, err = cli("--resume", "a", "--quiet")
+    assert code == 0, err
+    assert rows_of("a") == uninterrupted(spec)[0][0]
+
+
+def test_a_folder_in_which_a_run_is_at_work_is_refused(cli, home, finished):
+    shutil.copytree(finished, home / "a")
+    before = contents(home)
+    for name, folder in (("--out", "b"), ("--resume", "a")):
+        with train.locked(home / folder, "out", train.ALONE):
+            complains(cli("--method", "prorl", name, folder), f"{name} {folder}", "another run")
+    assert contents(home) == before and not (home / "b").exists()
+    assert cli("--resume", "a", "--quiet")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -1006,7 +1077,10 @@ def test_a_flag_that_contradicts_the_run_is_refused(cli, home, argv, words):
         (["--method", "opefo:form"], ["form", "name=value"]),
         (["--method", "grpo:lr=fast"], ["lr", "fast", "a number"]),
         (["--method", "grpo:lr=-1"], ["-1"]),
-        (["--method", "grpo:steps=0"], ["steps", "0"]),
+        (["--method", "grpo:steps=0"], ["--method grpo:steps=0: --steps 0"]),
+        (["--method", "grpo:micro_batch=7"], ["--method grpo:micro_batch=7: --micro-batch 7"]),
+        (["--method", "grpo:steps=4", "--lr", "-1"], ["error: --lr -1"]),
+        (["--method", "grpo:micro_batch=8,tokens-per-micro-batch=9"], ["--method grpo", "give one"]),
         (["--method", "grpo:seed=1"], ["seed"]),
         (["--method", "grpo", "grpo"], ["grpo", "twice"]),
         (["--method", "nosuch:help"], ["nosuch", "did you mean"]),
@@ -1126,6 +1200,34 @@ def test_a_checkpoint_that_cannot_be_written_is_no_traceback(cli, home, monkeypa
     monkeypatch.setattr(torch, "save", full)
     complains(cli("--method", "grpo", "--steps", 1, "--out", "a", *TINY), "--out a", "checkpoint")
     assert not (home / "a" / "checkpoint").exists() and not (home / "a" / ".checkpoint.part").exists()
+
+
+def test_what_is_no_full_disk_is_told_as_what_it_is(cli, home, monkeypatch):
+    def broken(error):
+        def fail(*_, **__):
+            raise error
+
+        return fail
+
+    command = ["--method", "grpo", "--steps", 1, *TINY, "--out"]
+    monkeypatch.setattr(torch, "save", broken(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(torch.OutOfMemoryError):  # a bug or a limit: its traceback says where
+        cli(*command, "a")
+    assert not (home / "a" / ".checkpoint.part").exists()
+    monkeypatch.setattr(train, "evaluate", broken(ConnectionResetError(104, "Connection reset by peer")))
+    result = cli(*command, "b")
+    complains(result, "Connection reset by peer")
+    assert "--out" not in result[2]
+
+
+def test_a_reader_that_has_read_enough_is_no_error(home, monkeypatch, capsys):
+    end, pipe = os.pipe()
+    os.close(end)
+    with os.fdopen(pipe, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert train.main(["--method", "grpo", "--steps", "1", "--out", "a", *TINY]) == 0
+    assert capsys.readouterr().err == ""
+    check_folder(home / "a", 1)
 
 
 @pytest.fixture(scope="module")
