@@ -979,7 +979,8 @@ class Run:
             torch.where(tk.mask, network.abs(), 0).sum(-1).topk(min(responses, len(network))).indices.tolist()
         ):
             m = tk.mask[i]
-            words = self.tokenizer.convert_ids_to_tokens(tk.ids[i][m].tolist())
+            ids = tk.ids[i][m].tolist()  # one beyond the tokenizer's vocabulary has no word
+            words = [w or str(i) for i, w in zip(ids, self.tokenizer.convert_ids_to_tokens(ids))]
             prompt = ledger.batch.full_ids[i, : int(ledger.batch.start[i]) + 1]
             row = {
                 "step": self.step + 1,
@@ -1326,7 +1327,7 @@ def with_adapters(model: nn.Module, rank: int, seed: int) -> nn.Module:
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     place = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(place), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5.24 in old words
+        warnings.simplefilter("ignore")  # peft tells how it fills in our config, and asks in deprecated words
         torch.manual_seed(seed)
         try:
             return get_peft_model(model, config).eval()
