@@ -836,7 +836,8 @@ def _sample(
             index = running.nonzero()[:, 0]
             past.reorder_cache(index)
             alive, chosen, attend, running = alive[index], chosen[index], attend[index], running[index]
-        how = {"position_ids": (length[alive] + t)[:, None]}  # some decoders would start at 0 again
+        at = length[alive] if ragged else length[:1]
+        how = {"position_ids": (at + t)[:, None]}  # some decoders would start at 0 again
         if ragged:
             how["attention_mask"] = attend = torch.cat([attend, attend.new_ones(len(attend), 1)], 1)
         hidden = decoder(chosen[:, None], **how, **cached).last_hidden_state[:, -1]
@@ -1332,10 +1333,10 @@ def _hidden_of_groups(model: nn.Module, full_ids: Tensor, start: Tensor, length:
     last = decoder(ids, **how, **cached).last_hidden_state[:, -1]  # (P, D)
     past.batch_select_indices(owner)
     column = start[:, None] + torch.arange(1, length, device=start.device)  # (B, length - 1)
-    ids, how = full_ids.gather(1, column.clamp(max=full_ids.shape[1] - 1)), {"position_ids": column}
+    ids = full_ids.gather(1, column.clamp(max=full_ids.shape[1] - 1))
     if ragged:
-        attend = torch.cat([attend[owner], torch.ones_like(ids, dtype=torch.bool)], 1)
-        how["attention_mask"] = attend.long()
+        attend = torch.cat([attend[owner], torch.ones_like(ids, dtype=torch.bool)], 1).long()
+        how = {"attention_mask": attend, "position_ids": column}
     rest = decoder(ids, **how, **cached).last_hidden_state
     return torch.cat([last[owner][:, None], rest], 1)
 

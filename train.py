@@ -980,7 +980,7 @@ class Run:
         ):
             m = tk.mask[i]
             ids = tk.ids[i][m].tolist()  # one beyond the tokenizer's vocabulary has no word
-            words = [w or str(i) for i, w in zip(ids, self.tokenizer.convert_ids_to_tokens(ids))]
+            words = [w or str(x) for w, x in zip(self.tokenizer.convert_ids_to_tokens(ids), ids)]
             prompt = ledger.batch.full_ids[i, : int(ledger.batch.start[i]) + 1]
             row = {
                 "step": self.step + 1,
@@ -1328,7 +1328,7 @@ def with_adapters(model: nn.Module, rank: int, seed: int) -> nn.Module:
     place = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(place), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft tells how it fills in our config, and asks in deprecated words
-        torch.manual_seed(seed)
+        torch.manual_seed(seeded(seed, 0, "adapters").initial_seed())
         try:
             return get_peft_model(model, config).eval()
         except ValueError as error:  # Mamba's layers, which read weights past the adapter
