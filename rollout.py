@@ -262,11 +262,12 @@ def load_model(
 ) -> tuple[nn.Module, Any]:
     """A causal LM and its tokenizer, from a folder or by hub id; safetensors only.  In eval mode.
 
-    Dropout is set to 0, since the ratio of two passes must come from the weights alone; a tokenizer without a
-    pad token pads with its EOS, which is safe because masks go by position (`response_mask`).
+    What is random in training mode is set to 0 (`_still`); a tokenizer without a pad token that the model
+    knows pads with its EOS, which is safe because masks go by position (`response_mask`).  Where the model
+    has no sdpa attention, eager is taken and said.
     Raises ValueError, with the remedy, on anything that is not such a model: also on one whose logits are
     not a plain product of the last hidden state with the head (soft-capped, scaled), since log π is computed
-    in chunks of exactly that product.
+    in chunks of exactly that product, and on one whose cache or padding changes its log π.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -281,9 +282,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(source, **trust)
         capped = getattr(config.get_text_config(), "final_logit_softcapping", None)
-        for key, value in config.to_dict().items():
-            if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
-                setattr(config, key, 0.0)
+        _still(config)
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **trust)
         if not capped:
             model = AutoModelForCausalLM.from_pretrained(
@@ -296,18 +295,37 @@ def load_model(
             )
     except Exception as error:  # missing, gated, damaged, pickled: a dozen classes of three libraries
         reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if attention == "sdpa" and "scaled_dot_product_attention" in reason:
+            print(f"{name}: has no sdpa attention; eager, which needs more memory, is used", file=sys.stderr)
+            return load_model(name, dtype, trust_remote_code, "eager", device)
         raise ValueError(f"{name}: cannot be loaded as a causal LM ({reason}){_load_hint(reason)}") from None
     if capped:
         raise ValueError(
             f"{name}: its logits are not hidden state times output head (soft-capping at {capped:g}); not "
             "supported"
         )
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"{name}: its tokenizer has no EOS token, so no response could end; set eos_token")
-    if tokenizer.pad_token_id is None:
+    known = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= known:
+        raise ValueError(
+            f"{name}: its tokenizer has no EOS token that the model knows, so no response could end; "
+            "set eos_token"
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= known:
         tokenizer.pad_token = tokenizer.eos_token
     model = model.to(device).eval()
-    _check_head(name, model)
+    try:
+        head, cached = _head_gap(model), _cache_gap(model)
+    except Exception as error:  # no decoder, a cache of its own kind, NaN
+        raise ValueError(f"{name}: cannot be sampled ({' '.join(str(error).split())[:200]})") from None
+    if not head <= 1e-2:
+        raise ValueError(
+            f"{name}: its logits are not hidden state times output head (scaling or capping); not supported"
+        )
+    if not cached <= (1e-2 if model.dtype == torch.float32 else 1.0):
+        raise ValueError(
+            f"{name}: with a cache and prompts padded on the left its log π differs by up to {cached:.2g} "
+            "from that of one row alone; not supported"
+        )
     return model, tokenizer
 
 
@@ -325,16 +343,39 @@ def _load_hint(reason: str) -> str:
     return ""
 
 
+def _still(config: Any) -> None:
+    """Dropout, dropped layers and noise in routers to 0, in a config and all that are inside it: the ratio of
+    two passes must come from the weights alone, also in training mode, which gradient checkpointing needs."""
+    for key, value in vars(config).items():
+        if isinstance(value, float) and ("drop" in key or "jitter" in key):
+            setattr(config, key, 0.0)
+        elif hasattr(value, "to_dict"):
+            _still(value)
+
+
 @torch.no_grad()
-def _check_head(name: str, model: nn.Module) -> None:
+def _head_gap(model: nn.Module) -> float:
+    """max |Δz| / (1 + |z|) of hidden state times output head, against the model's own logits z."""
     ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
     hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state
     ours, theirs = model.get_output_embeddings()(hidden).float(), model(ids, use_cache=False).logits.float()
-    if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2):
-        raise ValueError(
-            f"{name}: its logits are not hidden state times output head (they differ by up to "
-            f"{float((ours - theirs).abs().max()):.2g}: scaling or capping); not supported"
-        )
+    return float(((ours - theirs).abs() / (1 + theirs.abs())).max())
+
+
+@torch.no_grad()
+def _cache_gap(model: nn.Module) -> float:
+    """max |Δ log π| of sampling and scoring, against rows without cache or padding: recurrent layers need not
+    honour the padding, nor every decoder the cache."""
+    ids = (torch.arange(13) % model.config.get_text_config().vocab_size).tolist()
+    gaps = []
+    for prompts in ([ids[:5]], [ids[:2], ids[2:]]):
+        out = sample(model, prompts, 2, 2, -1, 0, generator=torch.Generator(model.device).manual_seed(0))
+        scored = score(model, *out.full_ids(0), out.ids, out.mask).logp
+        for p, drawn, *said in zip(prompts, *(x.split(2) for x in (out.ids, out.rollout_logp, scored))):
+            row = torch.cat([torch.tensor([p, p], device=drawn.device), drawn], 1)
+            logp = model(row, use_cache=False).logits.float().log_softmax(-1)[:, len(p) - 1 : -1]
+            gaps += [(logp.gather(-1, drawn[..., None])[..., 0] - x).abs().max() for x in said]
+    return float(torch.stack(gaps).max())
 
 
 # Names under which the public sets keep the two fields, in order of preference.
@@ -821,44 +862,86 @@ def sample(
     generator: torch.Generator | None = None,
     hook: SampleHook | None = None,
     entropy: bool = False,
+    memory: int = 2**33,
 ) -> Rollout:
     """n responses to each prompt, from softmax(z/τ) exactly (its nucleus where top_p < 1).  Every prompt is
-    read once, its KV cache shared by n rows.
+    read once, its KV cache shared by n rows.  All rows of the embeddings count, also those beyond the
+    tokenizer's vocabulary: they are part of the softmax that is trained, and decode to nothing.
 
-    `entropy` also keeps the exact full-vocabulary entropy at every token.  Our own loop beats `generate`
-    because it stops paying for rows that ended: whenever a quarter of the living rows has ended, their cache
-    is dropped.  `hook` may choose the tokens instead: it returns ids, and `rollout_logp` is the policy's
-    log-probability, or (ids, log-probabilities of its own distribution) as CUTS does, or None to leave the
-    token alone.
+    `entropy` also keeps the exact full-vocabulary entropy at every token.  `hook` may choose the tokens
+    instead: it returns ids, and `rollout_logp` is the policy's log-probability, or (ids, log-probabilities of
+    its own distribution) as CUTS does, or None to leave the token alone.  As many rows are sampled at once as
+    caches of about `memory` bytes can hold; which ones changes nothing, since each has its own uniform
+    numbers from the start.  A hook draws for itself, so with one all rows are sampled at once.
     """
-    from transformers import DynamicCache
-
-    device = next(model.parameters()).device
-    tokens, attend = _left_pad(prompt_ids, pad, device)  # (P, L)
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    past = DynamicCache(config=model.config)
-    ragged = not bool(attend.all())
-    position = (attend.cumsum(-1) - 1).clamp(min=0) if ragged else None
-    hidden = decoder(
-        tokens,
-        attention_mask=attend if ragged else None,
-        position_ids=position,
-        past_key_values=past,
-        use_cache=True,
-    )
-    hidden = hidden.last_hidden_state[:, -1].repeat_interleave(n, 0)  # (B, D)
-    if n > 1:
-        past.batch_repeat_interleave(n)
-    attend, length = attend.repeat_interleave(n, 0), attend.sum(-1).repeat_interleave(n)
-    batch = len(hidden)
-    rows = torch.arange(batch, device=device) % n  # each row's number among its prompt's responses
+    batch, device = len(prompt_ids) * n, next(model.parameters()).device
     ids = torch.full((batch, max_new_tokens), pad, device=device)
     logp = torch.zeros(batch, max_new_tokens, device=device)
     nats = torch.zeros_like(logp) if entropy else None
-    alive = torch.arange(batch, device=device)  # rows of the output that the cache still holds
-    running = torch.ones(batch, dtype=torch.bool, device=device)  # (alive,) has not ended
+    uniform = torch.rand(batch, max_new_tokens, dtype=torch.float64, device=device, generator=generator)
     stops = torch.tensor([eos] if isinstance(eos, int) else list(eos), device=device)
-    for t in range(max_new_tokens):
+    longest = max(map(len, prompt_ids), default=0) + max_new_tokens
+    most = max(1, batch if hook else memory // _row_bytes(model, longest))
+    for first in range(0, batch or 1, most):
+        own, rows = slice(first, first + most), torch.arange(first, min(first + most, batch), device=device)
+        out = ids[own], logp[own], None if nats is None else nats[own]
+        shared = prompt_ids[first // n : -(-(first + most) // n)]
+        how = (stops, pad, temperature, top_p, uniform[own], generator, hook)
+        _sample(model, shared, rows // n - first // n, rows % n, *out, *how)
+    mask = response_mask(ids, eos)
+    group = torch.arange(len(prompt_ids), device=device).repeat_interleave(n)
+    truncated = ~torch.isin(torch.where(mask, ids, -1), stops).any(-1)
+    cut = slice(0, int(mask.any(0).sum()))
+    nats = None if nats is None else nats[:, cut]
+    return Rollout(prompt_ids, ids[:, cut], mask[:, cut], logp[:, cut], group, truncated, nats)
+
+
+def _row_bytes(model: nn.Module, length: int) -> int:
+    """About what `sample` needs for a row of `length` tokens: keys, values and a few copies of its logits."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 1
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return length * 2 * config.num_hidden_layers * kept * size * model.dtype.itemsize + 32 * config.vocab_size
+
+
+def _sample(
+    model: nn.Module,
+    prompt_ids: list[list[int]],
+    owner: Tensor,
+    rows: Tensor,
+    ids: Tensor,
+    logp: Tensor,
+    nats: Tensor | None,
+    stops: Tensor,
+    pad: int,
+    temperature: float,
+    top_p: float,
+    uniform: Tensor,
+    generator: torch.Generator | None,
+    hook: SampleHook | None,
+) -> None:
+    """The rows of `sample` that are in memory at once, written into ids, logp and nats, each (B, T).
+
+    owner (B,): the prompt of each row; rows (B,): its number among that prompt's responses.  Our own loop
+    beats `generate` because it stops paying for rows that ended: whenever a quarter of the living rows has
+    ended, their cache is dropped.
+    """
+    from transformers import DynamicCache
+
+    tokens, attend = _left_pad(prompt_ids, pad, ids.device)  # (P, L)
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    past = DynamicCache(config=model.config)
+    cached = _cached(decoder, past)
+    ragged = not bool(attend.all())
+    how = {"attention_mask": attend, "position_ids": (attend.cumsum(-1) - 1).clamp(min=0)} if ragged else {}
+    hidden = decoder(tokens, **how, **cached)
+    hidden = hidden.last_hidden_state[:, -1][owner]  # (B, D)
+    past.reorder_cache(owner)  # the one way to choose rows that recurrent layers have too
+    attend, length = attend[owner], attend.sum(-1)[owner]
+    alive = torch.arange(len(rows), device=ids.device)  # rows of the output that the cache still holds
+    running = torch.ones_like(alive, dtype=torch.bool)  # (alive,) has not ended
+    for t in range(ids.shape[1]):
         logits = head(hidden).float() / temperature  # (alive, V)
         if top_p < 1:
             logits = nucleus(logits, top_p)
@@ -867,52 +950,48 @@ def sample(
             raise FloatingPointError("the policy's probabilities are NaN: its weights have diverged")
         drawn = hook(logits, t, rows[alive], generator) if hook else None
         if drawn is None:
-            drawn = draw(logprob, generator)
+            drawn = draw(logprob, uniform[alive, t])
         chosen, behaviour = (
             drawn if isinstance(drawn, tuple) else (drawn, logprob.gather(-1, drawn[:, None])[:, 0])
         )
         ids[alive, t] = torch.where(running, chosen, pad)
         logp[alive, t] = torch.where(running, behaviour, 0)
         if nats is not None:
-            nats[alive, t] = -torch.where(logprob > -torch.inf, logprob.exp() * logprob, 0).sum(-1)
+            of_all = -torch.where(logprob > -torch.inf, logprob.exp() * logprob, 0).sum(-1)
+            nats[alive, t] = torch.where(running, of_all, 0)
         running = running & ~torch.isin(chosen, stops)
         left = int(running.sum())
-        if left == 0 or t == max_new_tokens - 1:
+        if left == 0 or t == ids.shape[1] - 1:
             break
         if left <= 0.75 * len(running):
             index = running.nonzero()[:, 0]
-            past.batch_select_indices(index)
+            past.reorder_cache(index)
             alive, chosen, attend, running = alive[index], chosen[index], attend[index], running[index]
+        at = length[alive] if ragged else length[:1]
+        how = {"position_ids": (at + t)[:, None]}  # some decoders would start at 0 again
         if ragged:
-            attend = torch.cat([attend, attend.new_ones(len(attend), 1)], 1)
-            position = (length[alive] + t)[:, None]
-        step = decoder(
-            chosen[:, None],
-            attention_mask=attend if ragged else None,
-            position_ids=position,
-            past_key_values=past,
-            use_cache=True,
-        )
-        hidden = step.last_hidden_state[:, -1]
-    mask = response_mask(ids, eos) & (torch.arange(max_new_tokens, device=device) <= t)
-    group = torch.arange(len(prompt_ids), device=device).repeat_interleave(n)
-    truncated = ~torch.isin(torch.where(mask, ids, -1), stops).any(-1)
-    cut = slice(0, t + 1)
-    nats = None if nats is None else nats[:, cut]
-    return Rollout(prompt_ids, ids[:, cut], mask[:, cut], logp[:, cut], group, truncated, nats)
+            how["attention_mask"] = attend = torch.cat([attend, attend.new_ones(len(attend), 1)], 1)
+        hidden = decoder(chosen[:, None], **how, **cached).last_hidden_state[:, -1]
 
 
-def draw(logprob: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """(B,) an index for each row of (B, V) log-probabilities: where their cumulated probability passes a
-    uniform number.
+def _cached(decoder: nn.Module, past: Any) -> dict[str, Any]:
+    """The arguments that give a decoder its cache: `cache`, before transformers 5.24 (and in code that comes
+    with a model) `past_key_values`, `cache_params` in Mamba."""
+    known = inspect.signature(type(decoder).forward).parameters  # an instance may have a wrapper
+    name = next((name for name in ("cache", "cache_params") if name in known), "past_key_values")
+    return {name: past, "use_cache": True}
+
+
+def draw(logprob: Tensor, uniform: Tensor) -> Tensor:
+    """(B,) an index for each row of (B, V) log-probabilities: where their cumulated probability passes that
+    row's uniform number.
 
     In float64, so that a token of probability 1e-12 in a vocabulary of 150,000 keeps it.  `torch.multinomial`
     makes a random number for every entry, which on a CPU took a tenth of a training step of the tiny model.
     """
     total = logprob.exp().cumsum(-1, dtype=torch.float64)
     total /= total[:, -1:].clone()  # ends in exactly 1, which no uniform number reaches
-    uniform = torch.rand(len(total), 1, dtype=torch.float64, device=total.device, generator=generator)
-    return torch.searchsorted(total, uniform, right=True)[:, 0]
+    return torch.searchsorted(total, uniform[:, None], right=True)[:, 0]
 
 
 def _left_pad(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -1366,7 +1445,7 @@ def _hidden_of_groups(model: nn.Module, full_ids: Tensor, start: Tensor, length:
 
     past = DynamicCache(config=model.config)
     plain = all(type(layer).__name__ == "DynamicLayer" for layer in past.layers)
-    recomputes = model.training and getattr(model, "is_gradient_checkpointing", False)
+    recomputes = model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     split = hasattr(model, "through") and dist.get_world_size() > 1
     if not plain or recomputes or split or length < 2:
         return None
@@ -1381,14 +1460,15 @@ def _hidden_of_groups(model: nn.Module, full_ids: Tensor, start: Tensor, length:
     ids = torch.where(attend, prompt.gather(1, position.clamp(min=0)), 0)
     ragged, decoder = not bool(attend.all()), model.get_decoder()
     how = {"attention_mask": attend.long(), "position_ids": position.clamp(min=0)} if ragged else {}
-    last = decoder(ids, past_key_values=past, use_cache=True, **how).last_hidden_state[:, -1]  # (P, D)
+    cached = _cached(decoder, past)
+    last = decoder(ids, **how, **cached).last_hidden_state[:, -1]  # (P, D)
     past.batch_select_indices(owner)
     column = start[:, None] + torch.arange(1, length, device=start.device)  # (B, length - 1)
     ids = full_ids.gather(1, column.clamp(max=full_ids.shape[1] - 1))
     if ragged:
         attend = torch.cat([attend[owner], torch.ones_like(ids, dtype=torch.bool)], 1).long()
         how = {"attention_mask": attend, "position_ids": column}
-    rest = decoder(ids, past_key_values=past, use_cache=True, **how).last_hidden_state
+    rest = decoder(ids, **how, **cached).last_hidden_state
     return torch.cat([last[owner][:, None], rest], 1)
 
 

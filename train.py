@@ -56,7 +56,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any, ClassVar
 
 if __name__ == "__main__":  # Ctrl-C in the seconds that the imports below take
@@ -505,15 +505,27 @@ def local(x: Tensor) -> Tensor:
 def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name in `transformers`, weight) of the whole model, one after another, LoRA merged in.  All ranks must
     read it to the end together."""
-    adapters = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")}
+    plain = lambda name: name.removeprefix("base_model.model.").replace(".base_layer", "")  # noqa: E731
+    adapters = {
+        f"{plain(n)}.{getattr(m, 'parameter_name', 'weight')}": m  # experts are parameters without a module
+        for n, m in model.named_modules()
+        if hasattr(m, "lora_A") and hasattr(m, "base_layer")
+    }
     for name, p in model.named_parameters():
-        if ".lora_" in name:
-            continue
-        weight, owner = whole(p.detach()), adapters.get(name.removesuffix(".base_layer.weight"))
-        if owner is not None and name.endswith(".base_layer.weight"):
-            a, b = (whole(m["default"].weight.detach()).float() for m in (owner.lora_A, owner.lora_B))
-            weight = (weight.float() + owner.scaling["default"] * (b @ a)).to(weight.dtype)
-        yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), weight
+        if ".lora_" not in name:
+            weight, layer = whole(p.detach()), adapters.get(plain(name))
+            yield plain(name), weight if layer is None else merged(weight, layer)
+
+
+def merged(weight: Tensor, layer: nn.Module) -> Tensor:
+    """A weight with its LoRA adapter added by the layer's own rule, which knows of transposed weights and of
+    stacked experts, from all ranks' shards."""
+    alone, parts = copy.copy(layer), {}
+    for key in ("lora_A", "lora_B"):
+        part = whole(getattr(layer, key)["default"].weight.detach()).float()
+        parts[key] = {"default": SimpleNamespace(weight=part)}
+    alone._modules = {**layer._modules, **parts}
+    return (weight.float() + alone.get_delta_weight("default")).to(weight.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1397,9 +1409,10 @@ def prepare(
     if told and ranks.first:
         print("\n".join(told), file=sys.stderr)
     if s.lora:
-        model = with_adapters(model, s.lora)
+        model = with_adapters(model, s.lora, s.seed)
     if s.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.24
+        (recompute or model.gradient_checkpointing_enable)({"use_reentrant": False})
     return task, model, tokenizer
 
 
@@ -1417,14 +1430,22 @@ def sharded(settings: Settings, device: torch.device, ranks: Ranks) -> bool:
     return ranks.world > 1 or (compute_dtype(settings, device) == torch.bfloat16 and not settings.lora)
 
 
-def with_adapters(model: nn.Module, rank: int) -> nn.Module:
-    """LoRA (2106.09685) on every linear layer but the head, scaled by alpha / rank = 2, float32."""
+def with_adapters(model: nn.Module, rank: int, seed: int) -> nn.Module:
+    """LoRA (2106.09685) on every linear layer but the head, and on experts, scaled by alpha / rank = 2,
+    float32, drawn from `seed`."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise UserError(f"--lora {rank}: needs the package peft: pip install 'entropy-flow[llm]'") from None
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, config).eval()
+    place = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(place), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft tells how it fills in our config, and asks in deprecated words
+        torch.manual_seed(seeded(seed, 0, "adapters").initial_seed())
+        try:
+            return get_peft_model(model, config).eval()
+        except ValueError as error:  # Mamba's layers, which read weights past the adapter
+            raise UserError(f"--lora {rank}: {' '.join(str(error).split())[:200]}") from None
 
 
 def vllm_engine(

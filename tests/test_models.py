@@ -7,12 +7,14 @@ Everything runs on models that the tests make: byte-level tokenizers, random wei
 import csv
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,16 +96,118 @@ def test_a_tokenizer_without_pad_pads_with_its_eos(tmp_path):
     assert got.pad_token_id == got.eos_token_id == 1
 
 
-def test_dropout_is_switched_off_also_in_training_mode(tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel
+def built(kind, **changes):
+    """A tiny causal LM of a model type, with random weights far from uniform."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    tokenizer = byte_tokenizer()
-    shape = {"vocab_size": len(tokenizer), "n_embd": 32, "n_layer": 1, "n_head": 2}
-    config = GPT2Config(**shape, resid_pdrop=0.5, attn_pdrop=0.5)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    model, ids = load_model(str(tmp_path))[0], torch.arange(3, 40)[None]
-    assert torch.equal(model.train()(ids).logits, model.train()(ids).logits)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    more = {"num_key_value_heads": 1, "max_position_embeddings": 128, "vocab_size": 259}
+    tokens = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": 1}
+    config = AutoConfig.for_model(kind, **{**shape, **more, **tokens, **changes})
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        try:
+            model = AutoModelForCausalLM.from_config(config)
+        except ValueError:  # no sdpa
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        for name, p in model.named_parameters():
+            if "norm" not in name:
+                p.mul_(6.0) if p.ndim > 1 else p.add_(0.3 * torch.randn_like(p))
+    return model.eval()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(model):
+        model.save_pretrained(tmp_path / "model")
+        byte_tokenizer().save_pretrained(tmp_path / "model")
+        return str(tmp_path / "model")
+
+    return save
+
+
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+NESTED = {
+    "text_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16,
+                    "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 259,
+                    "attention_dropout": 0.5},
+    "vision_config": {**VISION, "image_size": 28, "patch_size": 14},
+    "mm_tokens_per_image": 1, "image_token_index": 250, "boi_token_index": 251, "eoi_token_index": 252,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind, random",
+    [
+        ("gpt2", {"resid_pdrop": 0.5, "attn_pdrop": 0.5}),
+        ("opt", {"layerdrop": 0.5, "dropout": 0.5, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+        ("mixtral", {"router_jitter_noise": 0.5, "num_local_experts": 4}),
+        ("gemma3", NESTED),
+    ],
+)
+def test_what_is_random_in_training_mode_is_switched_off(saved, kind, random):
+    model, ids = load_model(saved(built(kind, **random)))[0].train(), torch.arange(3, 40)[None]
+    want = model(ids).logits
+    assert all(torch.equal(model(ids).logits, want) for _ in range(3))
+
+
+LINEAR = {"linear_num_value_heads": 2, "linear_num_key_heads": 1, "linear_key_head_dim": 16}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_n_groups": 1}
+EVERY_CACHE = [
+    ("llama", {}),
+    ("lfm2", {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 16}),
+    ("falcon_h1", {**MAMBA, "mamba_d_ssm": 32, "mamba_d_head": 8}),
+    ("bamba", {**MAMBA, "mamba_d_head": 16, "attn_layer_indices": [1]}),  # forgets the cache's length
+    ("qwen3_5_text", {**LINEAR, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+                      "linear_value_head_dim": 16, "head_dim": 16}),
+    ("gpt_oss", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4,
+                 "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    ("bloom", {"n_layer": 2, "n_head": 2}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, shape", EVERY_CACHE)
+def test_every_kind_of_cache_samples_and_scores_the_unpadded_model(saved, capsys, kind, shape):
+    """Recurrent layers, sliding windows and attention sinks; ragged prompts and equal ones; rows that end
+    early; models that have no sdpa attention are loaded with eager, which is said."""
+    model = load_model(saved(built(kind, **shape)))[0]
+    assert ("eager" in capsys.readouterr().err) == (kind in ("gpt_oss", "bloom"))
+    for prompts in ([[5, 4, 3, 9, 7]], [[5, 4, 3], [7], [*range(20, 31)], [9, 9]]):
+        stops = list(range(0, 259, 4))
+        out = rollout.sample(model, prompts, 3, 10, stops, 0, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            scored = rollout.score(model, *out.full_ids(0), out.ids, out.mask).logp
+        for i, (ids, mask) in enumerate(zip(out.ids, out.mask)):
+            prompt, drawn = prompts[i // 3], ids[mask]
+            with torch.no_grad():
+                z = model(torch.tensor([prompt + drawn.tolist()]), use_cache=False).logits[0]
+            want = z.log_softmax(-1)[len(prompt) - 1 : -1].gather(-1, drawn[:, None])[:, 0]
+            torch.testing.assert_close(out.rollout_logp[i][mask], want, rtol=0, atol=1e-3)
+            torch.testing.assert_close(scored[i][mask], want, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "kind, shape, words",
+    [
+        ("mamba", {"state_size": 8}, "padded on the left"),  # multiplies one state by a whole mask
+        ("minimax", {"layer_types": ["linear_attention", "full_attention", "linear_attention"],
+                     "num_local_experts": 2, "head_dim": 16}, "cannot be sampled"),  # a cache of its own
+    ],
+)  # fmt: skip
+def test_a_model_whose_cache_does_not_serve_is_refused(saved, kind, shape, words):
+    with pytest.raises(ValueError, match=words) as error:
+        load_model(saved(built(kind, **shape)))
+    assert "\n" not in str(error.value)
+
+
+def test_special_tokens_that_the_model_does_not_know(saved):
+    """Tokens were added without rows for them: a pad is replaced, without an EOS no response could end."""
+    folder = saved(llama(byte_tokenizer()))
+    byte_tokenizer(pad_token="<new>").save_pretrained(folder)
+    assert load_model(folder)[1].pad_token_id == 1
+    byte_tokenizer(eos_token="<new>").save_pretrained(folder)
+    with pytest.raises(ValueError, match="EOS"):
+        load_model(folder)
 
 
 def no_config(folder):
@@ -547,6 +651,106 @@ def test_lora_trains_adapters_only_and_saves_a_merged_model(lm, model_folder):
     delta = after[min(changed)] - before[min(changed)]
     assert torch.linalg.matrix_rank(delta, rtol=1e-3) <= 2
     assert train.main(["--resume", str(folder), "--steps", "3", "--quiet"]) == 0
+
+
+LORA_KINDS = [
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": True}),
+    ("gpt2", {}),  # Conv1D, transposed
+    ("phi3", {}),  # fused projections
+    ("mixtral", {"num_local_experts": 3}),  # stacked experts, and a router
+    ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 16}),
+]
+
+
+@pytest.mark.parametrize("kind, shape", LORA_KINDS)
+def test_the_merged_weights_are_the_adapted_policy(tmp_path, kind, shape):
+    pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    bare, ids = built(kind, **shape), torch.arange(3, 40)[None]
+    names = {name: p.shape for name, p in bare.named_parameters()}
+    state, start = torch.random.get_rng_state(), bare(ids).logits
+    model = train.with_adapters(bare, 2, 7)
+    assert torch.equal(torch.random.get_rng_state(), state), "adapters are drawn from the run's seed only"
+    again = dict(train.with_adapters(built(kind, **shape), 2, 7).named_parameters())
+    assert all(torch.equal(p, again[name]) for name, p in model.named_parameters())
+    other = dict(train.with_adapters(built(kind, **shape), 2, 8).named_parameters())
+    assert any(not torch.equal(p, other[name]) for name, p in model.named_parameters())
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    weights = {name: w.contiguous() for name, w in train.full_weights(model)}
+    assert {name: w.shape for name, w in weights.items()} == names
+    model.get_base_model().save_pretrained(tmp_path, state_dict=weights)
+    live, loaded = model(ids).logits, AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits
+    assert float((live - start).detach().abs().max()) > 0.1
+    torch.testing.assert_close(loaded, live, rtol=0, atol=1e-4)
+
+
+def test_adapters_on_experts_train_and_the_checkpoint_is_the_policy(lm, saved, monkeypatch):
+    pytest.importorskip("math_verify")
+    pytest.importorskip("peft")
+    ids, live, write = torch.arange(3, 40)[None], [], train.Run._write
+
+    def spy(self, part):
+        live.append(self.model(ids).logits.detach())
+        write(self, part)
+
+    monkeypatch.setattr(train.Run, "_write", spy)
+    code, _, folder = lm("--model", saved(built("mixtral", num_local_experts=3)), "--method", "grpo",
+                         "--lora", 2, "--reward", "random", "--gradient-checkpointing")  # fmt: skip
+    assert code == 0 and not torch.equal(live[0], live[-1])
+    loaded = load_model(str(folder / "checkpoint"))[0](ids).logits
+    torch.testing.assert_close(loaded, live[-1], rtol=0, atol=1e-4)
+
+
+def test_adapters_that_peft_refuses_are_named(lm, saved, capsys):
+    pytest.importorskip("math_verify")
+    pytest.importorskip("peft")
+    folder = saved(built("falcon_h1", **{**MAMBA, "mamba_d_ssm": 32, "mamba_d_head": 8}))
+    code = lm("--model", folder, "--method", "grpo", "--lora", 2)[0]
+    err = capsys.readouterr().err.strip()
+    assert code == 2 and "--lora 2" in err and "out_proj" in err and len(err.splitlines()) == 1
+
+
+def test_rows_of_the_embeddings_beyond_the_vocabulary_may_be_sampled(lm, saved):
+    """A third of the softmax has no word; all files are written, and such a token is there as its number."""
+    pytest.importorskip("math_verify")
+    folder = saved(llama(byte_tokenizer(), vocab_size=400))
+    code, rows, out = lm("--model", folder, "--method", "grpo", "--reward", "random", "--ledger", "full",
+                         "--ledger-every", 1)  # fmt: skip
+    assert code == 0 and len(rows) == 3
+    flows = [json.loads(x) for x in (out / "flows.jsonl").read_text().splitlines()]
+    words = [w for row in flows for w in row["tokens"]]
+    assert all(isinstance(w, str) for w in words) and any(w.isdigit() and int(w) >= 259 for w in words)
+    assert (out / "samples.jsonl").stat().st_size
+
+
+def test_a_run_says_nothing_and_uses_nothing_deprecated(lm, capsys, warm_cache, monkeypatch):
+    """Neither Python's warnings, which are errors here, nor transformers' log, nor anything on stderr: the
+    embedded world, a language model with and without adapters, recomputation, and going on."""
+    pytest.importorskip("math_verify")
+    pytest.importorskip("peft")
+    monkeypatch.setenv("ENTROPY_FLOW_CACHE", str(warm_cache))
+    logging.Logger.warning_once.cache_clear()  # of transformers: what an earlier test heard is said again
+    said, handler = [], logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            for category in (FutureWarning, DeprecationWarning):
+                warnings.simplefilter("error", category)
+            tiny = ["--prompts", "4", "--group-size", "4", "--eval-problems", "4", "--eval-samples", "2"]
+            tiny += ["--threads", "1", "--steps", "2", "--quiet", "--out", "embedded"]
+            assert train.main(["--method", "grpo", *tiny]) == 0
+            assert lm("--method", "ref_kl", "--gradient-checkpointing")[0] == 0
+            assert lm("--method", "grpo", "--lora", 2, out="b")[0] == 0
+            assert train.main(["--resume", "b", "--steps", "3", "--quiet"]) == 0
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert (said, capsys.readouterr().err) == ([], "")
 
 
 def test_bfloat16_keeps_float32_masters(lm, model_folder):

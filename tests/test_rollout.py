@@ -207,16 +207,16 @@ def test_dropping_finished_rows_early_changes_nothing(model, monkeypatch):
     from transformers import DynamicCache
 
     drops = []
-    real = DynamicCache.batch_select_indices
+    real = DynamicCache.reorder_cache
 
     def spy(self, index):
         drops.append(len(index))
         return real(self, index)
 
-    monkeypatch.setattr(DynamicCache, "batch_select_indices", spy)
+    monkeypatch.setattr(DynamicCache, "reorder_cache", spy)
     lengths = [4, 1, 9, 2, 0, 6, 3, 2]
     out = sample(model, PROMPTS, 8, 9, 1, 0, hook=forced(lengths), entropy=True)
-    assert len(drops) >= 3, "the test did not reach the code that drops rows"
+    assert len(drops) >= 4 and drops[0] == 32, "the test did not reach the code that drops rows"
     assert out.mask.sum(-1).tolist() == [n or 9 for n in lengths] * 4
     for i, (ids, mask) in enumerate(zip(out.ids, out.mask)):
         logp = plain_logp(model, PROMPTS[i // 8], ids[mask].tolist())
@@ -310,6 +310,37 @@ def test_sampling_uses_only_its_generator(model):
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(99)
     assert torch.equal(draw(5), a) and not torch.equal(draw(6), a)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_what_is_drawn_does_not_depend_on_how_many_rows_are_sampled_at_once(model, monkeypatch, top_p):
+    """Rows end at different times and parts cut through groups; the memory of 5, 1 and all rows."""
+    seen, real = [], rollout._sample
+
+    def spy(*args):
+        seen.append(len(args[2]))
+        real(*args)
+
+    monkeypatch.setattr(rollout, "_sample", spy)
+    row = rollout._row_bytes(model, 7 + 9)
+
+    def drawn(memory):
+        seed = torch.Generator().manual_seed(3)
+        return sample(model, PROMPTS, 3, 9, 1, 0, 1.0, top_p, seed, entropy=True, memory=memory)
+
+    whole = drawn(2**33)
+    assert seen == [12] and len(set(whole.mask.sum(-1).tolist())) > 2
+    for memory, parts in ((6 * row - 1, [5, 5, 2]), (0, [1] * 12)):
+        seen.clear()
+        got = drawn(memory)
+        assert seen == parts
+        for key in ("ids", "mask", "truncated", "group"):
+            assert torch.equal(getattr(got, key), getattr(whole, key)), key
+        for key in ("rollout_logp", "entropy"):
+            torch.testing.assert_close(getattr(got, key), getattr(whole, key), rtol=0, atol=1e-4)
+    seen.clear()
+    sample(model, PROMPTS, 3, 9, 1, 0, hook=lambda *_: None, memory=0)
+    assert seen == [12], "a hook draws for itself, so its rows stay together"
 
 
 def test_a_hook_that_returns_none_leaves_sampling_alone(model):
@@ -826,22 +857,18 @@ def test_a_draw_is_exact_over_a_grid_of_uniform_numbers(vocabulary, spread, seed
     logits[torch.rand(vocabulary, generator=g) < 0.3] = -torch.inf
     logits[int(torch.randint(vocabulary, (), generator=g))] = 0.0
     logprob = logits.log_softmax(-1)
-    grid = (torch.arange(4096, dtype=torch.float64)[:, None] + 0.5) / 4096
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollout.torch, "rand", lambda *_, **__: grid)
-        count = torch.bincount(rollout.draw(logprob.expand(4096, -1)), minlength=vocabulary)
+    grid = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
+    count = torch.bincount(rollout.draw(logprob.expand(4096, -1), grid), minlength=vocabulary)
     assert float((count - 4096 * logprob.double().exp()).abs().max()) <= 1.01
     assert int(count[logprob == -torch.inf].sum()) == 0
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
-def test_the_ends_of_the_uniform_numbers_draw_possible_tokens(uniform, monkeypatch):
+def test_the_ends_of_the_uniform_numbers_draw_possible_tokens(uniform):
     """Also a token of probability 1e-20, and none of probability 0 before or behind."""
     p = torch.tensor([0, 0, 1e-20, 0.3, 0.7, 0, 0])
-    monkeypatch.setattr(
-        rollout.torch, "rand", lambda *_, **__: torch.full((1, 1), uniform, dtype=torch.float64)
-    )
-    assert int(rollout.draw(p.log()[None])) == (2 if uniform == 0 else 4)
+    drawn = rollout.draw(p.log()[None], torch.tensor([uniform], dtype=torch.float64))
+    assert int(drawn) == (2 if uniform == 0 else 4)
 
 
 # ------------------------------------------------------------------------------------------------------------
