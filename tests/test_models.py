@@ -9,6 +9,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -33,7 +34,6 @@ from rollout import Problem, hold_out, load_model, read_problems, render, task_o
 from train import Settings, accumulate_gradient, in_step, join, micro_batches, reassembled
 
 ROOT = Path(train.__file__).parent
-warm_cache = test_train.warm_cache  # a fixture
 
 
 def byte_tokenizer(**special):
@@ -694,9 +694,9 @@ def test_adapters_on_experts_train_and_the_checkpoint_is_the_policy(lm, saved, m
     pytest.importorskip("peft")
     ids, live, write = torch.arange(3, 40)[None], [], train.Run._write
 
-    def spy(self, part):
+    def spy(self, *rest):
         live.append(self.model(ids).logits.detach())
-        write(self, part)
+        write(self, *rest)
 
     monkeypatch.setattr(train.Run, "_write", spy)
     code, _, folder = lm("--model", saved(built("mixtral", num_local_experts=3)), "--method", "grpo",
@@ -724,7 +724,7 @@ def test_rows_of_the_embeddings_beyond_the_vocabulary_may_be_sampled(lm, saved):
     assert code == 0 and len(rows) == 3
     flows = [json.loads(x) for x in (out / "flows.jsonl").read_text().splitlines()]
     words = [w for row in flows for w in row["tokens"]]
-    assert all(isinstance(w, str) for w in words) and any(w.isdigit() and int(w) >= 259 for w in words)
+    assert all(isinstance(w, str) for w in words) and any(re.fullmatch("<[0-9]{3}>", w) for w in words)
     assert (out / "samples.jsonl").stat().st_size
 
 
@@ -847,11 +847,10 @@ def test_there_is_no_truncated_sampling_in_training_and_the_reason_is_told(capsy
     assert flags[0] in err and "biased" in err and "eval.py" in err and "did you mean" not in err
 
 
-@pytest.mark.parametrize("word", ["What", "[PAD]"])
-def test_a_tokenizer_larger_than_the_embedding_is_named(lm, model_folder, data_file, tmp_path, capsys, word):
-    """A prompt's token or the padding: either would index past the embedding's last row."""
+def test_a_tokenizer_larger_than_the_embedding_is_named(lm, model_folder, data_file, tmp_path, capsys):
+    """A prompt's token would index past the embedding's last row; a padding token becomes EOS (below)."""
+    word, tokenizer = "What", byte_tokenizer()
     shutil.copytree(model_folder, tmp_path / "grown")
-    tokenizer = byte_tokenizer(**({"pad_token": word} if word == "[PAD]" else {}))
     tokenizer.add_tokens([word])
     tokenizer.save_pretrained(tmp_path / "grown")
     assert lm("--method", "grpo", "--model", "grown")[0] == 2
@@ -884,7 +883,7 @@ def test_a_default_gives_way_to_what_is_given_anywhere(monkeypatch, tmp_path, da
 
 
 @pytest.mark.parametrize(
-    "argv, threads", [(["--threads", "3"], 3), ([], 1), (["--model", "a/b", "--data", "c"], 2)]
+    "argv, threads", [(["--threads", "3"], 3), ([], 1), (["--model", "a/b", "--data", "a/b"], 2)]
 )
 def test_the_embedded_model_has_one_thread_and_others_what_torch_takes(monkeypatch, tmp_path, argv, threads):
     seen, before = [], torch.get_num_threads()
@@ -1009,6 +1008,7 @@ def torchrun(*arguments, cwd, n=2):
     return subprocess.run([*command, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_gradient_of_one(tmp_path):
     """Relative difference at most 1e-5 in float32, also where the ranks' numbers of micro-batches differ."""
     specs = ("grpo", "opefo", "clip_cov:ratio=.1", "dapo", "ref_kl:beta=.1", "steer", "gspo", "entropy_bonus")
@@ -1018,6 +1018,7 @@ def test_two_ranks_give_the_gradient_of_one(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_with_one_and_with_two(tmp_path, warm_cache, monkeypatch):
     """Checkpoints belong to no number of ranks: weights and AdamW's states are the same after loading."""
     monkeypatch.setenv("ENTROPY_FLOW_CACHE", str(warm_cache))
@@ -1206,6 +1207,7 @@ def test_join_pads_to_the_widest():
 # Checkpoints
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle_of_writing_a_checkpoint(tmp_path, warm_cache):
     """The process dies between the first and the last file of its second checkpoint; the first one is whole,
     and the resumed run's numbers are those of a run that nobody killed."""

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ import rollout
 import train
 from grpo import Progress, Tokens
 from interventions import METHODS, build
-from rollout import TinyModel, WarmStart, chain_task, tiny_tokenizer
+from rollout import TinyModel, chain_task, tiny_tokenizer
 from train import (
     Ledger,
     Run,
@@ -46,42 +46,6 @@ TINY = ["--prompts", "8", "--group-size", "8", "--eval-samples", "2", "--threads
 
 # ------------------------------------------------------------------------------------------------------------
 # Tools
-
-
-@dataclass(frozen=True)
-class Memorise(WarmStart):
-    """Few problems, three solutions each, learnt by heart: a policy in four seconds instead of thirty, that
-    solves about half of what a run of seed 0 asks first, and nothing else."""
-
-    steps: int = 320
-    batch: int = 64
-    lr: float = 6e-3
-    decay_steps: int = 340
-
-    def draw(self, generator):
-        _, rows, start = rollout.chain_solutions()
-        prompts, few = self.few()
-        pick = few[torch.randint(len(few), (self.batch,), generator=generator)]
-        first, last = torch.from_numpy(start)[pick][:, [0, -1]].T
-        third = torch.randint(3, (self.batch,), generator=generator)
-        return torch.cat([prompts[pick], torch.from_numpy(rows)[first + third * (last - first) // 3]], 1)
-
-    @staticmethod
-    def few():
-        number = {p: i for i, p in enumerate(rollout.chain_solutions()[0])}
-        prompts, _ = rollout._train_prompts()
-        return prompts, torch.tensor([number[p] for p in prompts_at(chain_task().train, 0, 0, 80)])
-
-
-@pytest.fixture(scope="session")
-def warm_cache(tmp_path_factory):
-    """One cache for all runs of this file, with `Memorise` in the place of the warm start: the machinery is
-    tested here, not the score.  `test_rollout` tests the real warm start."""
-    folder, real = tmp_path_factory.mktemp("warm"), rollout.supervised
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollout, "supervised", lambda m, how, progress=iter: real(m, Memorise(), progress))
-        rollout.warm_policy(WarmStart(seed=0), folder=folder)
-    return folder
 
 
 @pytest.fixture()
