@@ -1118,7 +1118,7 @@ def _import_vllm(device: torch.device) -> Any:
 
 
 class VllmEngine:
-    """`Engine` on vLLM 0.26 to 0.33, through its public interface only.
+    """`Engine` on vLLM 0.26 to 0.32, through its public interface only.
 
     model             folder or hub id in the `transformers` layout
     dtype             in which weights are held and computed; `push` converts

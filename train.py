@@ -1577,7 +1577,7 @@ def parser() -> argparse.ArgumentParser:
         prog="train.py",
         description="Train a language model with verifiable rewards and watch its entropy. Without --model\n"
         "it trains a small transformer on an embedded arithmetic task: nothing is downloaded, two minutes\n"
-        "on two cores.",
+        "on one core.",
         epilog="examples:\n"
         "  python train.py --method opefo\n"
         "  python train.py --method grpo opefo steer --out runs/three\n"

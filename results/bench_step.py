@@ -4,7 +4,7 @@ this machine.
     python results/bench_step.py           a step, split into its parts, and every method's cost (two minutes)
     python results/bench_step.py --command      also `python train.py --method grpo opefo` from an empty cache
 
-512 responses of at most 11 tokens to 32 prompts, two threads: the default settings. Parts are medians over 20
+512 responses of at most 11 tokens to 32 prompts, one thread: the default settings. Parts are medians over 20
 steps, three times over; methods are interleaved with plain GRPO on one fixed batch and compared by medians.
 """
 
@@ -115,7 +115,7 @@ def command() -> None:
 
 
 def main() -> None:
-    set_threads(2)
+    set_threads(0)
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as folder:
         parts(Path(folder))
