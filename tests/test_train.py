@@ -961,6 +961,7 @@ def test_the_first_ctrl_c_asks_and_the_second_stops_at_once(capsys):
 def interrupted(*_, **__):
     """Ctrl-C, as the terminal sends it."""
     signal.raise_signal(signal.SIGINT)
+    time.sleep(0.1)  # its handler runs at the latest here
 
 
 def test_ctrl_c_while_modules_are_imported_is_no_traceback(tmp_path):
