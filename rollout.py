@@ -1942,6 +1942,8 @@ class Grader:
             if not said or said.startswith("!"):  # the server itself is gone: someone killed it, or see below
                 server.kill()
                 server.wait()
+                with suppress(OSError):
+                    server.stdin.close()  # with what it did not read
                 server = self._start()
         finally:
             self.idle.put(server)

@@ -1279,13 +1279,16 @@ class Run:
 
     def _training(self, act: Callable[..., Any], folder: Path) -> None:
         """dcp.save or dcp.load of training/.  What fails is raised bare, and a Ctrl-C before all else."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".* in a single process")  # no wonder
-            try:
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # torch's half-written files
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".* in a single process")  # no wonder
                 act(self._tensors(), checkpoint_id=folder / "training", no_dist=not dist.is_initialized())
-            except CheckpointException as error:  # not an Exception; holds those of all ranks
-                causes = [e for e, _ in error.failures.values()]
-                raise min(causes, key=lambda e: isinstance(e, Exception)) from None
+        except CheckpointException as error:  # not an Exception; holds those of all ranks
+            causes = [e.with_traceback(None) for e, _ in error.failures.values()]
+            raise min(causes, key=lambda e: isinstance(e, Exception)) from None
+        finally:
+            sys.unraisablehook = hook
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         """Trained weights, AdamW's states and the reference by parameter name, whatever the number of ranks.
