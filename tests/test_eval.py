@@ -755,7 +755,8 @@ def test_runs_of_two_tasks_are_compared_apart(cli, tmp_path):
     assert code == 0, err
     assert "== the embedded task: 3 of 6 runs" in out and "== data/chain.jsonl: 3 of 6 runs" in out
     assert "[data=" not in out
-    told = {p.name: list(csv.DictReader(open(p / "frontier.csv"))) for p in (tmp_path / "cmp").glob("*/")}
+    tables = (tmp_path / "cmp").glob("*/frontier.csv")
+    told = {p.parent.name: list(csv.DictReader(open(p))) for p in tables}
     assert {x: {r["problems"] for r in rows} for x, rows in told.items()} == {
         "1-embedded": {"held-out problems", "hard problems"}, "2-chain.jsonl": {"held-out problems"}
     }  # fmt: skip
