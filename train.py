@@ -1285,6 +1285,8 @@ class Run:
                 act(self._tensors(), checkpoint_id=folder / "training", no_dist=not dist.is_initialized())
             except CheckpointException as error:  # not an Exception; holds those of all ranks
                 causes = [e for e, _ in error.failures.values()]
+                for e in causes:  # a stream that a Ctrl-C cuts short complains of its own position
+                    causes += [e.__context__] if e.__context__ else []
                 raise min(causes, key=lambda e: isinstance(e, Exception)) from None
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
