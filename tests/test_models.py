@@ -414,6 +414,28 @@ def test_what_is_not_one_answer_is_left_out(tmp_path):
         read_problems(lines_of(tmp_path / "c.jsonl", rows[2:3]))
 
 
+def test_an_array_after_a_byte_order_mark_is_read_and_one_in_a_jsonl_names_the_remedy(tmp_path):
+    rows = json.dumps([{"problem": "1 + 1?", "answer": "2"}]).encode()
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + rows)
+    assert read_problems(str(tmp_path / "a.json"))[0] == [Problem("1 + 1?", "2")]
+    (tmp_path / "a.jsonl").write_bytes(rows)
+    with pytest.raises(ValueError, match="one array has to be called .json"):
+        read_problems(str(tmp_path / "a.jsonl"))
+
+
+def test_the_fingerprint_sees_a_matrix_in_the_middle(tmp_path):
+    """A merged adapter leaves the embedding, which comes first, and the last norm as they were."""
+    from safetensors.torch import save_file
+
+    found = set()
+    for value in (0.0, 1.0):
+        layer = torch.full((512, 256), value)
+        weights = {"a": torch.zeros(512, 1024), "b": layer, "c": torch.zeros(512, 1024)}
+        save_file(weights, tmp_path / "model.safetensors")
+        found.add(eval.fingerprint(tmp_path))
+    assert len(found) == 2
+
+
 def test_json_csv_and_parquet_files_tell_the_same(tmp_path, monkeypatch):
     rows = [{"problem": 'p, "q"\nr', "answer": "018"}, {"problem": "1 + 1?", "answer": None}]
     rows += [{"problem": "2 + 2?", "answer": "4"}]
