@@ -1811,7 +1811,9 @@ def train(args: argparse.Namespace) -> int:
         folder = ranks.all(new_folder(args, specs, base.seed))[0]
         check_room(folder)
     quiet = getattr(args, "quiet", False) or not ranks.first
-    with locked(folder, "resume" if resume else "out", ranks):
+    with contextlib.ExitStack() as locks:
+        for place in [folder, *(folder / label_of(x) for x in specs if len(specs) > 1)]:
+            locks.enter_context(locked(place, "resume" if resume else "out", ranks))
         try:
             if len(specs) > 1 and ranks.first:
                 config = {"specs": specs, "settings": asdict(base)}

@@ -1037,6 +1037,13 @@ def test_a_second_ctrl_c_in_the_middle_of_a_write_is_no_full_disk(cli, home, mon
     assert code == 130 and err.endswith("stopped at once; go on from the last checkpoint: --resume a\n"), err
 
 
+def test_the_folders_of_a_comparison_are_locked_too(cli, home):
+    """Also that of a method whose turn has not come, and whichever of the two runs began first."""
+    with train.locked(home / "a" / "psr", "out", train.ALONE):
+        complains(cli("--method", "grpo", "psr", "--out", "a", *TINY), "--out a/psr", "another run")
+        assert not (home / "a" / "grpo").exists() and not (home / "a" / "config.json").exists()
+
+
 def test_a_folder_in_which_a_run_is_at_work_is_refused(cli, home, finished):
     shutil.copytree(finished, home / "a")
     before = contents(home)
