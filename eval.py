@@ -36,6 +36,7 @@ import html
 import json
 import math
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # Ctrl-C in the seconds that the imports below take
+    said = b"stopped; nothing was written yet\n"
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, said) and os._exit(130))
 
 import numpy as np
 import torch
@@ -1190,14 +1195,17 @@ def over_temperatures(
 
 
 def fingerprint(folder: Path) -> str:
-    """Of a model's weights: size, first and last megabyte of each safetensors file; "" where none is."""
+    """Of a model's weights: size, end, and 4 kB at 256 places of each safetensors file, for a merged adapter
+    changes neither the embedding nor the last norm; "" where none is."""
     digest, files = hashlib.sha256(), sorted(folder.glob("*.safetensors"))
     for path in files:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
-            for start in (0, max(0, size - 2**20)):
+            for start in range(0, size, max(1, size // 256)):
                 file.seek(start)
-                digest.update(file.read(2**20))
+                digest.update(file.read(2**12))
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read())
         digest.update(f"{path.name} {size}".encode())
     return digest.hexdigest()[:16] if files else ""
 
@@ -2026,4 +2034,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

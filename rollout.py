@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import ast
 import atexit
+import codecs
 import csv
 import gc
 import hashlib
@@ -460,7 +461,7 @@ def _rows(source: str) -> Iterable[tuple[str, Any]]:
 
             table = ParquetFile(io.BytesIO(data)).read().to_pylist()
             return [(f"row {n}: ", row) for n, row in enumerate(table, 1)]
-        if kind == ".json" and data.lstrip().startswith(b"["):
+        if kind == ".json" and data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             return [(f"row {n}: ", row) for n, row in enumerate(_loads(data), 1)]
     except ImportError:
         raise ValueError(f"{source}: parquet needs the package pyarrow: pip install pyarrow") from None
@@ -501,7 +502,10 @@ def _field(row: Any, keys: Sequence[str], read: Callable[[str, Any], Any]) -> tu
     """The first of `keys` that the row has, and what `read` makes of its value.  Raises ValueError saying
     what is missing."""
     if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
+        hint = (
+            "a file that is one array has to be called .json" if isinstance(row, list) else "convert to JSONL"
+        )
+        raise ValueError(f"not a JSON object; {hint}")
     if None in row:
         raise ValueError("more cells than the file has columns")
     found = [k for k in keys if row.get(k) not in (None, "", []) and row[k] == row[k]]  # NaN is not itself
@@ -512,6 +516,8 @@ def _field(row: Any, keys: Sequence[str], read: Callable[[str, Any], Any]) -> tu
 
 def _question(key: str, value: Any) -> list[tuple[str, str]]:
     """(role, text) of every turn, a user's last.  Raises ValueError on what would not be shown as it is."""
+    if isinstance(value, str) and re.match(r"\s*\[\s*\{.*['\"]role['\"]", value):  # a CSV's cell
+        raise ValueError(f"'{key}' is chat messages written as text; give them as JSON, in JSONL or parquet")
     turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
     if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
         raise ValueError(f"'{key}' is neither text nor a list of chat messages")

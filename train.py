@@ -188,7 +188,8 @@ class Settings:
     attention: str = "sdpa"
     """sdpa, flash_attention_2 or eager"""
     lora: int = 0
-    """rank of LoRA adapters on all linear layers (package peft); 0: all weights are trained"""
+    """rank of LoRA adapters on all linear layers but the head, and on experts (package peft); 0: all weights
+    are trained"""
     trust_remote_code: bool = False
     """run code that comes with the model"""
     report_to: str = "none"
@@ -505,16 +506,25 @@ def local(x: Tensor) -> Tensor:
 def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name in `transformers`, weight) of the whole model, one after another, LoRA merged in.  All ranks must
     read it to the end together."""
-    plain = lambda name: name.removeprefix("base_model.model.").replace(".base_layer", "")  # noqa: E731
-    adapters = {
-        f"{plain(n)}.{getattr(m, 'parameter_name', 'weight')}": m  # experts are parameters without a module
+    layers = adapters(model)
+    for name, p in model.named_parameters():
+        if ".lora_" not in name:
+            weight, layer = whole(p.detach()), layers.get(plain_name(name))
+            yield plain_name(name), weight if layer is None else merged(weight, layer)
+
+
+def plain_name(name: str) -> str:
+    """What a parameter under LoRA is called without it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def adapters(model: nn.Module) -> dict[str, nn.Module]:
+    """The LoRA layers by the weight that each adapts.  Experts are parameters without a module."""
+    return {
+        f"{plain_name(n)}.{getattr(m, 'parameter_name', 'weight')}": m
         for n, m in model.named_modules()
         if hasattr(m, "lora_A") and hasattr(m, "base_layer")
     }
-    for name, p in model.named_parameters():
-        if ".lora_" not in name:
-            weight, layer = whole(p.detach()), adapters.get(plain(name))
-            yield plain(name), weight if layer is None else merged(weight, layer)
 
 
 def merged(weight: Tensor, layer: nn.Module) -> Tensor:
@@ -1286,6 +1296,8 @@ class Run:
                 act(self._tensors(), checkpoint_id=folder / "training", no_dist=not dist.is_initialized())
         except CheckpointException as error:  # not an Exception; holds those of all ranks
             causes = [e.with_traceback(None) for e, _ in error.failures.values()]
+            for e in causes:  # a stream that a Ctrl-C cuts short complains of its own position
+                causes += [e.__context__.with_traceback(None)] if e.__context__ else []
             raise min(causes, key=lambda e: isinstance(e, Exception)) from None
         finally:
             sys.unraisablehook = hook
@@ -1434,8 +1446,8 @@ def sharded(settings: Settings, device: torch.device, ranks: Ranks) -> bool:
 
 
 def with_adapters(model: nn.Module, rank: int, seed: int) -> nn.Module:
-    """LoRA (2106.09685) on every linear layer but the head, and on experts, scaled by alpha / rank = 2,
-    float32, drawn from `seed`."""
+    """LoRA (2106.09685) on every linear layer but the head, and on experts, where peft knows them, scaled by
+    alpha / rank = 2, float32, drawn from `seed`.  Warns of matrices that got none."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -1446,9 +1458,19 @@ def with_adapters(model: nn.Module, rank: int, seed: int) -> nn.Module:
         warnings.simplefilter("ignore")  # peft tells how it fills in our config, and asks in deprecated words
         torch.manual_seed(seeded(seed, 0, "adapters").initial_seed())
         try:
-            return get_peft_model(model, config).eval()
+            adapted = get_peft_model(model, config).eval()
         except ValueError as error:  # Mamba's layers, which read weights past the adapter
             raise UserError(f"--lora {rank}: {' '.join(str(error).split())[:200]}") from None
+    ends = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    ends.append(model.get_output_embeddings().weight)
+    found, frozen = adapters(adapted), dict(adapted.named_parameters())
+    frozen = {plain_name(n): p for n, p in frozen.items() if ".lora_" not in n and p.ndim > 1}
+    bare = [n for n, p in frozen.items() if n not in found and not any(p is w for w in ends)]
+    if bare:
+        warnings.warn(
+            f"--lora {rank}: {len(bare)} matrices stay as they are, {bare[0]} for one", stacklevel=2
+        )
+    return adapted
 
 
 def vllm_engine(
@@ -1812,7 +1834,9 @@ def train(args: argparse.Namespace) -> int:
         folder = ranks.all(new_folder(args, specs, base.seed))[0]
         check_room(folder)
     quiet = getattr(args, "quiet", False) or not ranks.first
-    with locked(folder, "resume" if resume else "out", ranks):
+    with contextlib.ExitStack() as locks:
+        for place in [folder, *(folder / label_of(x) for x in specs if len(specs) > 1)]:
+            locks.enter_context(locked(place, "resume" if resume else "out", ranks))
         try:
             if len(specs) > 1 and ranks.first:
                 config = {"specs": specs, "settings": asdict(base)}

@@ -292,8 +292,8 @@ def test_unusable_rows_are_counted_and_named_and_only_fatal_together(tmp_path):
     bad = ["{", "[1]", '{"problem": "p"}', '{"answer": "1"}', '{"problem": " ", "answer": "1"}']
     path.write_text("\n".join([*bad, '{"problem": "p", "answer": "1"}']))
     problems, notes = read_problems(str(path))
-    assert len(problems) == 1 and "5 unusable" in notes[1] and "1 more" in notes[1]
-    assert "line 1: not a JSON object (2 in all)" in notes[1]
+    assert len(problems) == 1 and "5 unusable" in notes[1] and "2 more" in notes[1]
+    assert "line 1: not a JSON object; convert to JSONL; line 2: " in notes[1]
     path.write_text("\n".join(bad))
     with pytest.raises(ValueError, match="no usable row.*line 1"):
         read_problems(str(path))
@@ -414,6 +414,28 @@ def test_what_is_not_one_answer_is_left_out(tmp_path):
         read_problems(lines_of(tmp_path / "c.jsonl", rows[2:3]))
 
 
+def test_an_array_after_a_byte_order_mark_is_read_and_one_in_a_jsonl_names_the_remedy(tmp_path):
+    rows = json.dumps([{"problem": "1 + 1?", "answer": "2"}]).encode()
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + rows)
+    assert read_problems(str(tmp_path / "a.json"))[0] == [Problem("1 + 1?", "2")]
+    (tmp_path / "a.jsonl").write_bytes(rows)
+    with pytest.raises(ValueError, match="one array has to be called .json"):
+        read_problems(str(tmp_path / "a.jsonl"))
+
+
+def test_the_fingerprint_sees_a_matrix_in_the_middle(tmp_path):
+    """A merged adapter leaves the embedding, which comes first, and the last norm as they were."""
+    from safetensors.torch import save_file
+
+    found = set()
+    for value in (0.0, 1.0):
+        layer = torch.full((512, 256), value)
+        weights = {"a": torch.zeros(512, 1024), "b": layer, "c": torch.zeros(512, 1024)}
+        save_file(weights, tmp_path / "model.safetensors")
+        found.add(eval.fingerprint(tmp_path))
+    assert len(found) == 2
+
+
 def test_json_csv_and_parquet_files_tell_the_same(tmp_path, monkeypatch):
     rows = [{"problem": 'p, "q"\nr', "answer": "018"}, {"problem": "1 + 1?", "answer": None}]
     rows += [{"problem": "2 + 2?", "answer": "4"}]
@@ -428,6 +450,9 @@ def test_json_csv_and_parquet_files_tell_the_same(tmp_path, monkeypatch):
     (tmp_path / "b.csv").write_text("problem,answer\n2, 3 or 4?,9\n1?,1\n")
     problems, notes = read_problems(str(tmp_path / "b.csv"))
     assert problems == [Problem("1?", "1")] and "line 2: more cells than" in notes[1]
+    (tmp_path / "c.csv").write_text("prompt,answer\n\"[{'role': 'user', 'content': 'p'}]\",9\n1?,1\n")
+    problems, notes = read_problems(str(tmp_path / "c.csv"))
+    assert problems == [Problem("1?", "1")] and "chat messages written as text" in notes[1]
     for name in ("x.json", "x.csv", "x.parquet"):
         (tmp_path / name).write_bytes(b"[\xff")
         with pytest.raises(ValueError, match=f"{name}: cannot be read"):
@@ -663,6 +688,12 @@ LORA_KINDS = [
 ]
 
 
+def test_matrices_without_an_adapter_are_told():
+    pytest.importorskip("peft")
+    with pytest.warns(UserWarning, match="--lora 2: .* matrices stay as they are, model.layers.0"):
+        train.with_adapters(built("gpt_oss"), 2, 0)
+
+
 @pytest.mark.parametrize("kind, shape", LORA_KINDS)
 def test_the_merged_weights_are_the_adapted_policy(tmp_path, kind, shape):
     pytest.importorskip("peft")
@@ -671,7 +702,9 @@ def test_the_merged_weights_are_the_adapted_policy(tmp_path, kind, shape):
     bare, ids = built(kind, **shape), torch.arange(3, 40)[None]
     names = {name: p.shape for name, p in bare.named_parameters()}
     state, start = torch.random.get_rng_state(), bare(ids).logits
-    model = train.with_adapters(bare, 2, 7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # every matrix has an adapter
+        model = train.with_adapters(bare, 2, 7)
     assert torch.equal(torch.random.get_rng_state(), state), "adapters are drawn from the run's seed only"
     again = dict(train.with_adapters(built(kind, **shape), 2, 7).named_parameters())
     assert all(torch.equal(p, again[name]) for name, p in model.named_parameters())

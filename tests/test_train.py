@@ -960,14 +960,23 @@ def test_the_first_ctrl_c_asks_and_the_second_stops_at_once(capsys):
 
 def interrupted(*_, **__):
     """Ctrl-C, as the terminal sends it."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # the tests run in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.raise_signal(signal.SIGINT)
-    time.sleep(0.1)  # its handler runs at the latest here
 
 
 def test_ctrl_c_while_modules_are_imported_is_no_traceback(tmp_path):
     (tmp_path / "torch.py").write_text("import signal, time\nsignal.raise_signal(2)\ntime.sleep(60)\n")
     run = process("--method", "grpo", cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert run.communicate() == ("", "stopped; nothing was written yet\n") and run.returncode == 130
+
+
+def test_ctrl_c_while_eval_imports_is_no_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("import signal, time\nsignal.raise_signal(2)\ntime.sleep(60)\n")
+    command = [sys.executable, str(Path(train.__file__).with_name("eval.py")), "--help"]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (130, "", "stopped; nothing was written yet\n")
 
 
 def test_ctrl_c_in_the_warm_start_ends_at_once_and_leaves_nothing(cli, home, monkeypatch):
@@ -996,6 +1005,45 @@ def test_a_second_ctrl_c_in_a_checkpoint_leaves_the_last_one(cli, home, monkeypa
     code, _, err = cli("--resume", "a", "--quiet")
     assert code == 0, err
     assert rows_of("a") == uninterrupted(spec)[0][0]
+
+
+def test_a_second_ctrl_c_in_the_middle_of_a_write_is_no_full_disk(cli, home, monkeypatch):
+    """torch's writer then ends with "unexpected pos", which is also what it says on a full disk."""
+    from contextlib import contextmanager
+
+    from torch.distributed.checkpoint.filesystem import FileSystem
+
+    real, opened = FileSystem.create_stream, []
+
+    class Stream:
+        def __init__(self, stream):
+            self.stream, self.writes = stream, 0
+
+        def write(self, data):
+            self.writes += 1
+            if self.writes == 2:
+                interrupted(), interrupted()
+            return self.stream.write(data)
+
+        def __getattr__(self, name):
+            return getattr(self.stream, name)
+
+    @contextmanager
+    def create(*args):
+        opened.append(str(args[1]))
+        with real(*args) as stream:
+            yield Stream(stream) if opened[-1].endswith(".distcp") and len(opened) > 3 else stream
+
+    monkeypatch.setattr(FileSystem, "create_stream", create)
+    code, _, err = cli("--method", "grpo", "--out", "a", *SIX, *TINY)
+    assert code == 130 and err.endswith("stopped at once; go on from the last checkpoint: --resume a\n"), err
+
+
+def test_the_folders_of_a_comparison_are_locked_too(cli, home):
+    """Also that of a method whose turn has not come, and whichever of the two runs began first."""
+    with train.locked(home / "a" / "psr", "out", train.ALONE):
+        complains(cli("--method", "grpo", "psr", "--out", "a", *TINY), "--out a/psr", "another run")
+        assert not (home / "a" / "grpo").exists() and not (home / "a" / "config.json").exists()
 
 
 def test_a_folder_in_which_a_run_is_at_work_is_refused(cli, home, finished):
