@@ -4,6 +4,7 @@
 """
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -80,6 +81,21 @@ def test_every_pytest_command_of_the_readme_selects_a_test():
 def test_files_named_in_the_readme_exist():
     for name in re.findall(r"\]\(((?!http)[^)#]+)\)", README.read_text()):
         assert (ROOT / name).exists(), f"README.md links to {name}, which does not exist"
+
+
+def test_what_is_installed_is_held_against_the_table(monkeypatch, capsys):
+    versions = runpy.run_path(str(ROOT / ".ci" / "versions.py"))
+    here = {"Python": "3.11", "torch": "2.13.0+cpu", "vllm": "0.32.0"}
+    monkeypatch.setitem(versions["main"].__globals__, "installed", here.get)
+    monkeypatch.setitem(
+        versions["main"].__globals__,
+        "requires",
+        lambda _: ["torch<2.15,>=2.11", 'vllm<0.33; extra == "vllm"'],
+    )
+    assert versions["main"]() == 0 and "CI: the vLLM engine on a CPU, " in capsys.readouterr().out
+    here["vllm"] = "0.33.0"
+    assert versions["main"]() == 1
+    assert "0.33.0" in (out := capsys.readouterr().out) and "OFF: pip install 'vllm<0.33'" in out
 
 
 def test_one_version():
