@@ -893,6 +893,7 @@ def wait_for(path, lines, run):
     raise AssertionError(f"{path} did not get {lines} lines: {run.poll()} {run.communicate()}")
 
 
+@pytest.mark.slow
 def test_kill_9_of_the_process_itself(home, cli, uninterrupted):
     spec = "par:schedule=entropy"
     run = process("--method", spec, "--out", "a", *SIX, *TINY, cwd=home)
@@ -1188,6 +1189,7 @@ def test_a_disk_without_room_is_refused_before_any_work(cli, home, monkeypatch):
     complains(cli("--method", "grpo", "--out", "a"), "--out", "room")
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_in_the_end_leaves_the_last_checkpoint(home, cli, uninterrupted):
     """The files of a checkpoint may not grow beyond 300 kB: the libraries report that as they like."""
     spec = "par:schedule=entropy"
