@@ -1050,7 +1050,8 @@ def load_policy(folder: Path, attention: str = "") -> tuple[nn.Module, Any]:
     if not (path / "config.json").is_file():
         raise ValueError(f"{folder}: holds no checkpoint/; name the folder of a run, e.g. runs/opefo-s0")
     try:
-        how = {"attn_implementation": attention or own_attention(path, torch.device("cpu"))}
+        kind = attention or own_attention(path, torch.device("cpu"))
+        how = {} if kind == "sdpa" else {"attn_implementation": kind}  # sdpa, else eager
         return AutoModelForCausalLM.from_pretrained(path, **how).eval(), AutoTokenizer.from_pretrained(path)
     except Exception as error:  # damage shows as any of a dozen classes of three libraries
         raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0][:160]})") from None

@@ -655,6 +655,13 @@ def test_a_run_is_shown_at_its_temperature_with_its_attention_whatever_its_data_
     assert asked[2] == (0.7, "sdpa")
 
 
+def test_a_run_whose_model_has_no_sdpa_is_shown_too(lm, saved, capsys):
+    """It was trained with eager in the place of sdpa, and so it is loaded."""
+    pytest.importorskip("math_verify")
+    assert lm("--model", saved(built("bloom")), "--method", "grpo")[0] == 0
+    assert eval.main(["--show", "a"]) == 0, capsys.readouterr().err
+
+
 def test_gradient_checkpointing_and_budget_change_no_number(lm):
     pytest.importorskip("math_verify")
     plain = lm("--method", "grpo", "--reward", "random", out="a")[1]
