@@ -29,13 +29,16 @@ Left out against a production harness: few-shot prompts, stop strings, code exec
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import difflib
 import hashlib
 import html
+import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 from collections import Counter
@@ -51,6 +54,7 @@ if __name__ == "__main__":  # Ctrl-C in the seconds that the imports below take
 
 import numpy as np
 import torch
+import tyro
 from torch import nn
 
 from entropy_math import check_entropy_law, entropy_change
@@ -1752,6 +1756,32 @@ def show(record: Record, seed: int, attention: str, out: Path) -> None:
 # 8. The command line and the demonstration
 
 MARK = "eval.json"  # in every folder that this file writes to
+
+
+def command_line(
+    kind: type, prog: str, argv: Sequence[str] | None, absent: dict[str, str] | None = None
+) -> Any:
+    """A dataclass filled by tyro from the words of a command line: fields are flags, their docstrings the
+    help, nested dataclasses its groups.  tyro's framed complaint becomes one line, with exit code 2; `absent`
+    are flags that one may look for, and why there are none."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    for word in words:
+        if why := (absent or {}).get(word.split("=")[0]):
+            print(f"{prog}: error: {word}: {why}", file=sys.stderr)
+            raise SystemExit(2)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            style = tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff
+            return tyro.cli(kind, prog=prog, args=words, config=style)
+    except SystemExit as end:
+        if end.code:
+            lines = [line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│")]
+            text = " ".join(lines).split(" For full helptext")[0].split(" Argument helptext")[0]
+            print(
+                f"{prog}: error: {re.sub(' *─+ *', '; ', text).rstrip('; ')}  (see --help)", file=sys.stderr
+            )
+        raise
 
 
 class Parser(argparse.ArgumentParser):

@@ -37,6 +37,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad as pad_right
 
 from entropy_math import TokenStats, exact_score
 
@@ -60,6 +61,8 @@ class Tokens:
     | correct      | (B,)   | rollout   | was the answer right?  None: reward > 0 counts as right            |
     | group        | (B,)   | rollout   | integer id of the prompt                                           |
     | truncated    | (B,)   | rollout   | the length limit ended the response, not EOS                       |
+    | full_ids     | (B, L) | rollout   | prompt and response in one row, padded on the right                |
+    | start        | (B,)   | rollout   | where in that row the first response token is predicted            |
     | logp         | (B, T) | scoring   | log π(y_t), carries the gradient                                   |
     | entropy      | (B, T) | scoring   | H(π(.|s_t)) over the full vocabulary, nats                         |
     | p2, p2logp   | (B, T) | scoring   | Σ_v p_v² and Σ_v p_v² log p_v                                      |
@@ -78,6 +81,8 @@ class Tokens:
     correct: Tensor | None = None
     group: Tensor | None = None
     truncated: Tensor | None = None
+    full_ids: Tensor | None = None
+    start: Tensor | None = None
     logp: Tensor | None = None
     entropy: Tensor | None = None
     p2: Tensor | None = None
@@ -131,6 +136,19 @@ class Tokens:
     def lengths(self) -> Tensor:
         """(B,) number of response tokens, EOS included."""
         return self.mask.sum(-1)
+
+
+def concat_padded(parts: list[Tokens], pad: int = 0) -> Tokens:
+    """The rows of several batches in one, each field padded to its widest part: ids by `pad`, others by 0."""
+
+    def joined(name: str) -> Tensor:
+        values = [getattr(t, name) for t in parts]
+        width = max(v.shape[-1] for v in values)
+        fill = pad if name in ("ids", "full_ids") else 0
+        wide = [v if v.dim() == 1 else pad_right(v, (0, width - v.shape[1]), value=fill) for v in values]
+        return torch.cat(wide)
+
+    return Tokens(**{x.name: joined(x.name) for x in fields(Tokens) if getattr(parts[0], x.name) is not None})
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
