@@ -37,7 +37,6 @@ policy in training.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import errno
@@ -53,11 +52,11 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import MethodType, SimpleNamespace
-from typing import Any, ClassVar
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 if __name__ == "__main__":  # Ctrl-C in the seconds that the imports below take
     said = b"stopped; nothing was written yet\n"
@@ -66,6 +65,7 @@ if __name__ == "__main__":  # Ctrl-C in the seconds that the imports below take
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import tyro
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
@@ -74,7 +74,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import interventions
 from entropy_math import adam_preconditioner, entropy_directional_change, network_flow, token_stats
-from eval import Parser, draw, evaluate, fingerprint, set_threads, table, token_names, usable_device
+from eval import command_line, draw, evaluate, fingerprint, set_threads, table, token_names, usable_device
 from grpo import Method, Plan, Progress, Tokens, batch_loss, mismatch_weight, plan_update, token_flow
 from rollout import (
     PROMPT_TEMPLATE,
@@ -107,225 +107,141 @@ class UserError(Exception):
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Settings
+#
+# Every setting is a field; its type, default and docstring make its flag and its line in --help.  The four
+# groups are those of --help.  `Settings` is all of them in one, as config.json has it.
 
 
 @dataclass(frozen=True)
-class Settings:
-    """All settings of one run.  The docstring under a field is its line in --help."""
+class Training:
+    """What is learned, from how many samples, and how many of them at once."""
 
-    method: str = "grpo"
-    """the method with its options, e.g. opefo:form=exact"""
     steps: int = 300
     """rollouts, each followed by its updates"""
-    seed: int = 0
-    """of the warm start, the prompts' order and the sampling"""
     lr: float = 3e-4
-    """AdamW's learning rate, constant; a smaller one also slows the collapse, so compare with grpo:lr=..."""
+    """AdamW's constant learning rate (with --model: 1e-6); a smaller one also slows the collapse"""
     prompts: int = 32
     """prompts per rollout"""
     group_size: int = 16
-    """responses per prompt: their mean reward is the baseline of their advantages"""
+    """responses per prompt; their mean reward is the baseline of their advantages"""
     updates_per_rollout: int = 1
-    """optimizer steps per rollout: 1 is strictly on-policy; more need the clip, and clip-like methods need
-    more"""
-    micro_batch: int = 0
-    """responses per forward pass, to bound memory; the gradient does not depend on it; 0: all at once"""
-    tokens_per_micro_batch: int = 0
-    """the same as a budget of tokens, prompt and padding included: responses of like length share a pass; 0:
-    no budget (with --model 16384)"""
-    gradient_checkpointing: bool = False
-    """keep only each layer's input for the backward pass and compute the rest again: a third slower, far less
-    memory"""
-    reward: str = "correct"
-    """what is optimised: correct, length_penalty (the same less DAPO's overlong penalty), or for study the
-    spurious random and wrong"""
-    mismatch: str = "auto"
-    """weights against an engine whose probabilities differ from the trainer's: tis, icepop or off; auto: tis
-    with vLLM, else off"""
-    mismatch_low: float = 0.5
-    """icepop drops tokens whose ratio lies below"""
-    mismatch_high: float = 2.0
-    """tis cuts the ratio here; icepop drops tokens whose ratio lies above"""
+    """optimizer steps per rollout; 1 is strictly on-policy, where no clip acts"""
+    grad_clip: float = 1.0
+    """largest gradient norm; 0 means no clipping"""
     temperature: float = 1.0
-    """of sampling, and of all probabilities in the loss: what is drawn is what is trained"""
+    """used in sampling and for every probability in the loss: what is drawn is what is trained"""
+    reward: Literal["correct", "length_penalty", "random", "wrong"] = "correct"
+    """length_penalty adds DAPO's overlong penalty; random and wrong are spurious, for study"""
+    mismatch: Literal["auto", "tis", "icepop", "off"] = "auto"
+    """weights against an engine whose probabilities differ from ours; auto: tis with vLLM, else off"""
+    mismatch_low: float = 0.5
+    """icepop drops tokens whose probability ratio is smaller"""
+    mismatch_high: float = 2.0
+    """tis cuts larger probability ratios to this; icepop drops their tokens"""
+    micro_batch: int = 0
+    """responses per forward pass, to bound memory; the gradient stays the same; 0 means all at once"""
+    tokens_per_micro_batch: int = 0
+    """the same in tokens, with prompts and padding (with --model: 16384); 0 means no limit"""
+    gradient_checkpointing: bool = False
+    """recompute each layer in the backward pass: a third slower, far less memory"""
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """Evaluations, and the ledger of what each step did to the entropy."""
+
     eval_every: int = 30
-    """steps between evaluations and checkpoints; both also happen at the end"""
+    """steps between evaluations, each with a checkpoint; the last step has both"""
     eval_samples: int = 32
-    """samples per held-out problem, the k of pass@k"""
-    ledger: str = "step"
-    """the entropy ledger: off, step (measured against predicted change), or full (also each token's network
-    flow)"""
+    """samples per held-out problem, the k of pass@k (with --model: 8)"""
+    ledger: Literal["off", "step", "full"] = "step"
+    """step: measured against predicted change; full: also the network flow of each token"""
     ledger_every: int = 10
     """steps between ledger entries; each costs about one more training pass"""
-    grad_clip: float = 1.0
-    """largest gradient norm; 0: no clipping"""
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model and problems of your own.  Without --model, a small transformer learns an embedded task."""
+
     model: str = ""
-    """hub id or folder of a causal LM (safetensors); empty: the embedded transformer, built in code"""
+    """hub id or folder of a causal language model (safetensors); needs --data"""
     data: str = ""
-    """problems and answers: a .jsonl, .json, .csv or .parquet file, or owner/name@config:split of the hub;
-    empty: the embedded task"""
+    """problems and answers: a .jsonl, .json, .csv or .parquet file, or owner/name@config:split of the hub"""
     eval_data: str = ""
-    """the same for evaluation; empty: --eval-problems of the data are held out"""
+    """the same for evaluation; without it, --eval-problems of the data are held out"""
     eval_problems: int = 96
-    """held-out problems"""
+    """number of held-out problems"""
     prompt_template: str = PROMPT_TEMPLATE
-    """how a problem is put; {problem} is where it goes"""
-    chat: str = "auto"
-    """auto: the template is a user's turn where the tokenizer has a chat template; off: it is plain text"""
+    """text around a problem, which takes the place of {problem}"""
+    chat: Literal["auto", "off"] = "auto"
+    """auto: the prompt is a user's turn if the tokenizer has a chat template; off: it is plain text"""
     max_prompt_tokens: int = 1024
-    """problems with longer prompts are left out, and counted"""
+    """problems with longer prompts are left out and counted"""
     max_new_tokens: int = 1024
     """longest response; the embedded task has its own limit"""
-    engine: str = "torch"
-    """what samples: torch (our loop) or vllm"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """numbers to compute in; the weights stay float32; auto: bfloat16 for a --model on a GPU"""
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    """kernel of the attention layers"""
+    lora: int = 0
+    """rank of LoRA adapters on all linear layers but the head, and on experts; 0 trains all weights"""
+    trust_remote_code: bool = False
+    """run code that comes with the model"""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where it runs, what draws the responses, and the seed."""
+
+    engine: Literal["torch", "vllm"] = "torch"
+    """what samples; torch is the loop of rollout.py"""
     tensor_parallel: int = 1
     """GPUs that share one vLLM engine"""
     vllm_memory: float = 0.4
     """share of the GPU's memory that vLLM may take while it is awake"""
-    dtype: str = "auto"
-    """of the computation: float32 or bfloat16 (weights and AdamW's states stay float32); auto: bfloat16 for
-    --model on a GPU"""
-    attention: str = "sdpa"
-    """sdpa, flash_attention_2 or eager"""
-    lora: int = 0
-    """rank of LoRA adapters on all linear layers but the head, and on experts (package peft); 0: all weights
-    are trained"""
-    trust_remote_code: bool = False
-    """run code that comes with the model"""
-    report_to: str = "none"
-    """also log to tensorboard or wandb"""
+    seed: int = 0
+    """seed of the warm start, the order of the prompts and the sampling"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
     threads: int = 0
-    """CPU threads; 0: one for the embedded model, which gains little from more and loses much on a busy
-    machine; with --model what torch takes: OMP_NUM_THREADS, else every core"""
-    without: ClassVar[tuple[str, ...]] = ()  # fields that interventions.hyperparameters leaves out
-
-    def check(self) -> None:
-        """Raise UserError on the first impossible value or combination, naming flag, value and remedy."""
-        for name in (
-            *("steps", "prompts", "eval_every", "eval_samples", "ledger_every", "updates_per_rollout"),
-            *("eval_problems", "max_prompt_tokens", "max_new_tokens", "tensor_parallel"),
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"{flag(name)} {getattr(self, name)}: must be at least 1")
-        for name in ("micro_batch", "tokens_per_micro_batch", "threads", "grad_clip", "seed", "lora"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{flag(name)} {getattr(self, name)}: must not be negative")
-        if not 0 < self.lr < 1e36:  # beyond, AdamW's step overflows float32
-            raise UserError(f"--lr {self.lr}: must be a positive number, e.g. 3e-4")
-        if not 1e-3 <= self.temperature <= 1e3:  # beyond, float32 logits overflow
-            raise UserError(f"--temperature {self.temperature}: must lie between 0.001 and 1000")
-        for name, most in (("seed", 2**63 - 1), ("threads", 1024)):
-            if getattr(self, name) > most:
-                raise UserError(f"{flag(name)} {getattr(self, name)}: must be at most {most}")
-        if self.group_size < 2:
-            raise UserError(
-                f"--group-size {self.group_size}: advantages compare responses to one prompt; use at least 2"
-            )
-        if self.prompts % self.updates_per_rollout:
-            raise UserError(
-                f"--updates-per-rollout {self.updates_per_rollout}: must divide --prompts {self.prompts}, "
-                "since a prompt's responses stay together in one update"
-            )
-        rows = self.prompts * self.group_size // self.updates_per_rollout
-        if self.micro_batch and rows % self.micro_batch:
-            raise UserError(
-                f"--micro-batch {self.micro_batch}: must divide the {rows} responses of one update "
-                "(prompts x group size / updates per rollout)"
-            )
-        if self.micro_batch and self.tokens_per_micro_batch:
-            raise UserError("--micro-batch and --tokens-per-micro-batch bound the same thing; give one")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                words = f"{', '.join(choices[:-1])} or {choices[-1]}"
-                raise UserError(f"{flag(name)} {getattr(self, name)}: choose {words}")
-        if not 0 < self.mismatch_low < 1 < self.mismatch_high:
-            raise UserError(
-                f"--mismatch-low {self.mismatch_low} --mismatch-high {self.mismatch_high}: the ratio is near "
-                "1, so the first must lie between 0 and 1 and the second above"
-            )
-        if not 0 < self.vllm_memory < 1:
-            raise UserError(f"--vllm-memory {self.vllm_memory}: must be a share between 0 and 1")
-        if bool(self.model) != bool(self.data):
-            has, lacks = ("model", "data") if self.model else ("data", "model")
-            raise UserError(
-                f"--{has} {getattr(self, has)}: needs --{lacks} too; the embedded model reads its own few "
-                "words only, and the embedded task is written in them"
-            )
-        if self.lora and not self.model:
-            raise UserError(
-                f"--lora {self.lora}: the embedded model is small enough; give --model and --data"
-            )
-        if self.ledger == "full" and self.updates_per_rollout > 1:
-            raise UserError("--ledger full: books the tokens of one update; use --updates-per-rollout 1")
+    """CPU threads; 0: one for the embedded model, with --model what torch takes"""
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    """also log there"""
 
 
-# Settings that are one of a few words.
-CHOICES = {
-    "ledger": ("off", "step", "full"),
-    "reward": tuple(REWARDS),
-    "mismatch": ("auto", "tis", "icepop", "off"),
-    "chat": ("auto", "off"),
-    "engine": ("torch", "vllm"),
-    "dtype": ("auto", "float32", "bfloat16"),
-    "attention": ("sdpa", "flash_attention_2", "eager"),
-    "report_to": ("none", "tensorboard", "wandb"),
-}
+@dataclass(frozen=True)
+class Settings(Training, Measuring, LanguageModel, Machine):
+    """All settings of one run, and its method with its options, e.g. opefo:form=exact."""
+
+    method: str = "grpo"
+
+
+# These may also ride behind the name of a method.  The others belong to the whole comparison.
+PER_METHOD = tuple(f.name for group in (Training, Measuring) for f in fields(group))
 
 BOUNDS = ("micro_batch", "tokens_per_micro_batch")  # of memory: at most one of them
 
 # What a language model wants otherwise than the embedded one, where the command line does not say.
 MODEL_DEFAULTS = {"lr": 1e-6, "tokens_per_micro_batch": 16384, "eval_samples": 8}
 
+RANGES: dict[str, tuple[float, float]] = {
+    "group_size": (2, math.inf),  # advantages compare the responses to one prompt
+    "lr": (1e-12, 1e36),  # beyond, AdamW's step overflows float32
+    "temperature": (1e-3, 1e3),  # beyond, float32 logits overflow
+    "mismatch_low": (0, 1),  # the ratio is near 1
+    "mismatch_high": (1, math.inf),
+    "vllm_memory": (0.01, 1),
+    "seed": (0, 2**63 - 1),
+    "threads": (0, 1024),
+    **dict.fromkeys(("micro_batch", "tokens_per_micro_batch", "grad_clip", "lora"), (0, math.inf)),
+}
+RANGES |= {f.name: (1, math.inf) for f in fields(Settings) if type(f.default) is int and f.name not in RANGES}
+
 
 def flag(name: str) -> str:
     """The flag of a setting: eval_every -> --eval-every."""
     return "--" + name.replace("_", "-")
-
-
-def convert(name: str, text: str) -> Any:
-    """The value of a setting from its text.  Raises UserError naming flag, value and type."""
-    kind = {"int": int, "float": float, "str": str, "bool": truth}[Settings.__annotations__[name]]
-    try:
-        return kind(text)
-    except ValueError:
-        kinds = {int: "a whole number", float: "a number", truth: "true or false"}
-        raise UserError(f"{flag(name)} {text}: must be {kinds[kind]}") from None
-
-
-def truth(text: str) -> bool:
-    """true or false; ValueError on any other word."""
-    if text.lower() not in ("true", "false"):
-        raise ValueError
-    return text.lower() == "true"
-
-
-# Settings that belong to the whole comparison.  The others may ride behind a method's name.
-SHARED = (
-    *("method", "seed", "device", "threads", "model", "data", "eval_data", "eval_problems", "chat", "dtype"),
-    *("prompt_template", "max_prompt_tokens", "max_new_tokens", "engine", "tensor_parallel", "vllm_memory"),
-    *("attention", "lora", "trust_remote_code", "report_to"),
-)
-PER_METHOD = tuple(f.name for f in fields(Settings) if f.name not in SHARED)
-
-
-def parse_spec(spec: str, base: Settings) -> tuple[Settings, Method]:
-    """`name:key=value,key=value` -> settings and method.  A key is a hyperparameter of the method or a
-    setting."""
-    try:
-        name, options = interventions.parse(spec)
-        options = {key.replace("-", "_"): value for key, value in options.items()}
-        own = {k: convert(k, v) for k, v in options.items() if k in PER_METHOD}
-        method = interventions.build(name, **{k: v for k, v in options.items() if k not in PER_METHOD})
-    except ValueError as error:
-        raise UserError(f"--method {spec}: {error}") from None
-    settings = overridden(base, {"method": spec, **own})
-    if settings.mismatch == "auto":
-        settings = replace(settings, mismatch="tis" if settings.engine == "vllm" else "off")
-    with named(spec):
-        settings.check()
-    return settings, method
 
 
 def overridden(base: Settings, given: dict[str, Any]) -> Settings:
@@ -335,15 +251,84 @@ def overridden(base: Settings, given: dict[str, Any]) -> Settings:
     return replace(base, **given)
 
 
-@contextlib.contextmanager
-def named(spec: str) -> Iterator[None]:
-    """An error about a setting that rides behind a method's name begins with that name."""
+def parse_spec(spec: str, base: Settings) -> tuple[Settings, Method]:
+    """`name:key=value,key=value` -> settings and method.  A key is a hyperparameter of the method or one of
+    PER_METHOD.  Raises UserError."""
     try:
-        yield
-    except UserError as error:
-        text, own = str(error), map(flag, interventions.parse(spec)[1])
-        blamed = any(f in text for f in own) and not text.startswith("--method")
-        raise UserError(f"--method {spec}: {text}" if blamed else text) from None
+        name, options = interventions.parse(spec)
+        options = {key.replace("-", "_"): value for key, value in options.items()}
+        own = {k: options.pop(k) for k in PER_METHOD if k in options}
+        own = {k: interventions.convert(name, k, v, type(getattr(base, k))) for k, v in own.items()}
+        method = interventions.build(name, **options)
+    except ValueError as error:
+        raise UserError(f"--method {spec}: {error}") from None
+    settings = overridden(base, {"method": spec, **own})
+    if settings.mismatch == "auto":
+        settings = replace(settings, mismatch="tis" if settings.engine == "vllm" else "off")
+    return settings, method
+
+
+def complaints(s: Settings, method: Method, device: torch.device, ranks: Ranks) -> Iterator[str]:
+    """What is wrong with one job: impossible values, then what does not go together.  Each names flag, value
+    and remedy; what comes after the first may rest on it."""
+    for name, (low, high) in RANGES.items():
+        if not low <= getattr(s, name) <= high:
+            bounds = f"be at least {low}" if high == math.inf else f"lie between {low} and {high}"
+            yield f"{flag(name)} {getattr(s, name)}: must {bounds}"
+    for name, kind in get_type_hints(Settings).items():
+        if get_origin(kind) is Literal and getattr(s, name) not in get_args(kind):
+            yield f"{flag(name)} {getattr(s, name)}: choose {', '.join(get_args(kind))}"
+    updates = ranks.world * s.updates_per_rollout
+    share = s.prompts * s.group_size // updates
+    chooses = type(method).sample is not Method.sample
+    resets = type(method).reset_reference is not Method.reset_reference
+    for bad, text in (
+        (s.prompts % updates,
+         f"--prompts {s.prompts}: must be a multiple of --updates-per-rollout {s.updates_per_rollout} x "
+         f"{ranks.world} processes; the responses to a prompt stay together"),
+        (s.micro_batch and share % s.micro_batch,
+         f"--micro-batch {s.micro_batch}: must divide the {share} responses of one update in one process"),
+        (s.micro_batch and s.tokens_per_micro_batch,
+         "--micro-batch and --tokens-per-micro-batch bound the same thing; give one"),
+        (s.model and not s.data, f"--model {s.model}: needs --data; the embedded task has a few words only"),
+        (s.data and not s.model, f"--data {s.data}: needs --model; the embedded one has a few words only"),
+        (s.lora and not s.model, f"--lora {s.lora}: needs --model and --data"),
+        (s.lora and resets,
+         f"--method {s.method}: makes the policy its reference, which with --lora is the model as it was"),
+        (chooses and (s.engine == "vllm" or s.mismatch != "off"),
+         f"--method {s.method}: chooses tokens itself, which vLLM does not allow and --mismatch would undo; "
+         "use --engine torch --mismatch off"),
+        (s.ledger == "full" and s.updates_per_rollout > 1,
+         "--ledger full: books the tokens of one update; use --updates-per-rollout 1"),
+        (s.ledger == "full" and sharded(s, device, ranks),
+         "--ledger full: needs whole weights; use one process and --dtype float32, or --ledger step"),
+        (ranks.world % s.tensor_parallel,
+         f"--tensor-parallel {s.tensor_parallel}: must divide the {ranks.world} processes; start with "
+         f"torchrun --nproc-per-node {s.tensor_parallel}"),
+    ):  # fmt: skip
+        if bad:
+            yield text
+
+
+def make_job(spec: str, base: Settings, device: torch.device, ranks: Ranks) -> Job:
+    """One method of a command line.  Raises UserError, which begins with the method's name if the setting
+    rides behind it, and warns of a method that does nothing."""
+    settings, method = parse_spec(spec, base)
+    if text := next(complaints(settings, method, device, ranks), ""):
+        own = any(flag(key) in text for key in interventions.parse(spec)[1])
+        raise UserError(f"--method {spec}: {text}" if own and not text.startswith("--method") else text)
+    members = getattr(method, "members", [method])
+    inert = [m.key for m in members if not m.on_policy and settings.updates_per_rollout == 1]
+    if inert:
+        warnings.warn(
+            f"{spec}: with one update per rollout the ratio is exactly 1, and the clip or penalty of "
+            f"{' and '.join(inert)} does nothing; add e.g. --updates-per-rollout 4",
+            stacklevel=2,
+        )
+    return spec, settings, method
+
+
+Job = tuple[str, Settings, Method]  # the method as the user wrote it, what it needs to run
 
 
 def label_of(spec: str) -> str:
@@ -1552,194 +1537,187 @@ def reporter(settings: Settings, folder: Path) -> Callable[[dict[str, Any]], Non
     return lambda row: log({k: v for k, v in row.items() if isinstance(v, (int, float))}, row["step"])
 
 
+# SHIM until the loop is rewritten: what sections 2 to 6 will provide.
+Ranks.is_main, Ranks.max = Ranks.first, Ranks.most
+load_task_and_policy = prepare
+
+
+def train(run: Run) -> Iterator[dict[str, Any]]:
+    run.push()
+    if run.step == 0 and not run.rows:
+        run._record({"step": 0}, True)
+        yield run.rows[-1]
+    while run.step < run.settings.steps:
+        row = run.train_step()
+        run._record(row, run.step % run.settings.eval_every == 0 or run.step == run.settings.steps)
+        yield run.rows[-1]
+        if run.skipped_in_row >= 10:
+            run.save()
+            raise FloatingPointError(
+                "ten updates in a row had a non-finite loss or gradient, and none was taken"
+            )
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 7. The command line
 
-GROUPS = {
-    "training": (
-        "steps",
-        "seed",
-        "lr",
-        "prompts",
-        "group_size",
-        "updates_per_rollout",
-        "grad_clip",
-        "reward",
-    ),
-    "sampling and evaluation": ("temperature", "eval_every", "eval_samples", "eval_problems"),
-    "the entropy ledger": ("ledger", "ledger_every"),
-    "language models": (
-        *("model", "data", "eval_data", "prompt_template", "chat", "max_prompt_tokens", "max_new_tokens"),
-        *("dtype", "attention", "lora", "trust_remote_code"),
-    ),
-    "engine": ("engine", "tensor_parallel", "vllm_memory", "mismatch", "mismatch_low", "mismatch_high"),
-    "machine and logs": (
-        *(
-            "micro_batch",
-            "tokens_per_micro_batch",
-            "gradient_checkpointing",
-            "device",
-            "threads",
-            "report_to",
-        ),
-    ),
-}
+
+@dataclass(frozen=True)
+class Command:  # its docstring, with the list of methods, follows
+    method: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SPEC [SPEC ...]")] = ("opefo",)
+    """one or more methods, run one after another from the same warm start"""
+    out: str = ""
+    """folder of the run; without it, a new one under runs/"""
+    resume: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[FOLDER]")] = None
+    """go on with a run from its last checkpoint; without FOLDER, that of --out or the newest"""
+    quiet: bool = False
+    """no progress line, only the summary"""
+    training: Training = Training()
+    measuring: Measuring = Measuring()
+    language_model: LanguageModel = LanguageModel()
+    machine: Machine = Machine()
+
+    def values(self) -> dict[str, Any]:
+        """Settings by name, given or not, and the methods as one word."""
+        groups = [group for group in vars(self).values() if is_dataclass(group)]
+        return {k: v for group in groups for k, v in vars(group).items()} | {"method": " ".join(self.method)}
 
 
-NO_TRUNCATION = (
+Command.__doc__ = """Train a language model with verifiable rewards and watch its entropy.
+
+Without --model it trains a small transformer on an embedded arithmetic task: nothing is downloaded, and it
+takes two minutes on one core.
+
+examples:
+  python train.py --method opefo
+  python train.py --method grpo opefo steer --out runs/three
+  python train.py --method grpo grpo:lr=1e-4 opefo:form=paper clip_cov:ratio=.02
+  python train.py --method steer:help          the options of one method
+  python train.py --resume runs/three          go on after Ctrl-C or a crash
+
+methods (options ride behind the name, NAME:key=value,key=value; so may training and measuring options):
+""" + "\n".join(f"  {name:<20} {cls.idea}" for name, cls in interventions.METHODS.items())
+
+ABSENT = dict.fromkeys(
+    ("--top-p", "--top-k"),
     "not in training: the gradient of a policy that is sampled from the likeliest tokens only, but scored on "
-    "all, is biased; eval.py has --top-p"
+    "all, is biased; eval.py has --top-p",
 )
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line.  Flags that were not given are absent, so that --resume can tell them from
-    defaults."""
-    helps = {name: text for name, _, _, text in interventions.hyperparameters(Settings)}
-    defaults = {f.name: f.default for f in fields(Settings)}
-    ideas = "\n".join(f"  {name:<20} {cls.idea}" for name, cls in interventions.METHODS.items())
-    p = Parser(
-        prog="train.py",
-        description="Train a language model with verifiable rewards and watch its entropy. Without --model\n"
-        "it trains a small transformer on an embedded arithmetic task: nothing is downloaded, two minutes\n"
-        "on one core.",
-        epilog="examples:\n"
-        "  python train.py --method opefo\n"
-        "  python train.py --method grpo opefo steer --out runs/three\n"
-        "  python train.py --method grpo grpo:lr=1e-4 opefo:form=paper clip_cov:ratio=.02\n"
-        "  python train.py --method steer:help            the options of one method\n"
-        "  python train.py --resume runs/three            go on after Ctrl-C or a crash\n\n"
-        f"methods (options ride behind the name, NAME:key=value,key=value; training settings too):\n{ideas}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    p.absent = dict.fromkeys(("--top-p", "--top-k"), NO_TRUNCATION)
-    p.add_argument(
-        "--method",
-        nargs="+",
-        metavar="SPEC",
-        help="one or more methods, run one after another (default: opefo)",
-    )
-    for title, names in GROUPS.items():
-        group = p.add_argument_group(title)
-        for name in names:
-            value = repr(defaults[name]) if isinstance(defaults[name], str) else str(defaults[name])
-            value += f", with --model {MODEL_DEFAULTS[name]}" if name in MODEL_DEFAULTS else ""
-            switch = {"nargs": "?", "const": "true"} if defaults[name] is False else {}
-            text = f"{helps[name]} (default: {value})".replace("; 0:", "; 0 means").replace("%", "%%")
-            group.add_argument(flag(name), metavar=name.upper(), help=text, **switch)
-    group = p.add_argument_group("files")
-    group.add_argument("--out", help="folder of the run (default: a new one under runs/)")
-    group.add_argument(
-        "--resume", nargs="?", const="", metavar="FOLDER",
-        help="go on with a run from its last checkpoint (default folder: --out, else the newest run)",
-    )  # fmt: skip
-    group.add_argument("--quiet", action="store_true", help="no progress bar, only the summary")
-    return p
+def new_run(command: Command, given: set[str]) -> tuple[list[str], Settings]:
+    """Methods and settings of a new run.  Raises UserError where a file of problems is missing."""
+    specs, values = list(command.method), command.values()
+    if not specs or len(set(specs)) < len(specs):
+        raise UserError(f"{' '.join(['--method', *specs])}: give at least one method, and none twice")
+    base = Settings(**(MODEL_DEFAULTS if values["model"] else {}))
+    base = overridden(base, {name: values[name] for name in given - {"method"}})
+    for name in ("data", "eval_data"):
+        try:
+            if values[name]:
+                data_file(values[name])
+        except ValueError as error:
+            raise UserError(f"{flag(name)} {error}") from None
+    return specs, base
 
 
-def given_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that the command line names, converted."""
-    return {
-        f.name: convert(f.name, getattr(args, f.name))
-        for f in fields(Settings)
-        if f.name != "method" and hasattr(args, f.name)
-    }
-
-
-RUN_FILES = (
-    "config.json",
-    "metrics.jsonl",
-    "samples.jsonl",
-    "flows.jsonl",
-    "checkpoint",
-    "checkpoint-previous",
-    "checkpoint-best",
-    "entropy.png",
-    "summary.txt",
-)
-
-
-def run_file(folder: Path, specs: list[str]) -> Path | None:
-    """A file of an earlier run that a new one would overwrite, in the folder or in those of its methods."""
-    places = [folder, *(folder / label_of(x) for x in specs if len(specs) > 1)]
-    return next((p / name for p in places for name in RUN_FILES if (p / name).exists()), None)
-
-
-def new_folder(args: argparse.Namespace, specs: list[str], seed: int) -> Path:
-    """--out, which must not hold a run; without it a fresh name under runs/."""
-    if hasattr(args, "out"):
-        folder = Path(args.out)
-        if folder.is_file():
-            raise UserError(f"--out {folder}: is a file; give a folder")
-        taken = run_file(folder, specs)
-        if taken:
-            raise UserError(
-                f"--out {folder}: {taken} is there already, and nothing is overwritten;\n"
-                f"choose another folder, or go on with a run: --resume {taken.parent}"
-            )
-        return folder
-    name = "-vs-".join(label_of(x) for x in specs)[:80] + f"-s{seed}"
-    folder, n = Path("runs") / name, 2
-    while run_file(folder, specs):
-        folder, n = Path("runs") / f"{name}-{n}", n + 1
-    return folder
-
-
-def old_folder(args: argparse.Namespace) -> Path:
-    """The folder to resume: --resume FOLDER, --out FOLDER, or the newest under runs/."""
-    named = args.resume or getattr(args, "out", "")
-    if getattr(args, "out", named) != named:
-        raise UserError(f"--out {args.out}: the run to go on with is {named}; leave --out out")
-    if named:
-        if not (Path(named) / "config.json").is_file():
-            raise UserError(f"--resume {named}: holds no run (no config.json); start one with --out {named}")
-        return Path(named)
-    runs = sorted(Path("runs").glob("*/config.json"), key=lambda p: p.stat().st_mtime)
-    if not runs:
-        raise UserError("--resume: there is no run under runs/; name its folder")
-    return runs[-1].parent
-
-
-def resumed_plan(args: argparse.Namespace, folder: Path) -> tuple[list[str], Settings]:
-    """Specs and settings of an earlier call.  A flag that contradicts them is refused; only --steps may be
-    raised."""
+def stored_run(folder: Path, command: Command, given: set[str]) -> tuple[list[str], Settings]:
+    """Methods and settings of an earlier call.  Raises UserError where a flag contradicts them; only --steps
+    may be raised."""
     try:
-        stored = json.loads((folder / "config.json").read_text())
-        specs, base = list(map(str, stored["specs"])), Settings(**stored["settings"])
-        if not specs:
-            raise ValueError("no method")
-        for f in fields(Settings):
-            if type(getattr(base, f.name)) is not type(f.default):
-                raise ValueError(f"{f.name} is {getattr(base, f.name)!r}")
+        config = json.loads((folder / "config.json").read_text())
+        specs, base = list(map(str, config["specs"])), Settings(**config["settings"])
+        wrong = [f.name for f in fields(base) if type(getattr(base, f.name)) is not type(f.default)]
+        if wrong or not specs:
+            raise ValueError(f"settings.{wrong[0]} is of another type" if wrong else "no method")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"--resume {folder}: config.json is damaged ({error}); start a new run") from None
-    if hasattr(args, "method") and args.method != specs:
-        raise UserError(
-            f"--method {' '.join(args.method)}: {folder} was started with {' '.join(specs)};\n"
-            "leave --method out"
-        )
-    for name, value in given_settings(args).items():
-        was = getattr(base, name)
-        if name == "steps" and value > was:
-            base = replace(base, steps=value)
-        elif value != was:
+    began, now = {**vars(base), "method": " ".join(specs)}, command.values()
+    for name in sorted(given):
+        if name == "steps" and now[name] > base.steps:
+            base = replace(base, steps=now[name])
+        elif now[name] != began[name]:
             raise UserError(
-                f"{flag(name)} {value}: {folder} was started with {was}; leave it out, or start a new run"
+                f"{flag(name)} {now[name]}: {folder} was started with {began[name]};\n"
+                "leave it out, or start a new run"
             )
     return specs, base
 
 
+def places(folder: Path, specs: list[str]) -> list[Path]:
+    """The folder of each method's run: a comparison has one for each."""
+    return [folder / label_of(x) for x in specs] if len(specs) > 1 else [folder]
+
+
+def taken(folder: Path, specs: list[str]) -> Path | None:
+    """A folder among those of a new run that holds a run already."""
+    every = (folder, *places(folder, specs))
+    return next((p for p in every for n in ("config.json", "metrics.jsonl") if (p / n).exists()), None)
+
+
+def new_folder(out: str, specs: list[str], seed: int) -> Path:
+    """--out, which must not hold a run; without it a fresh name under runs/."""
+    if out and (there := taken(Path(out), specs)):
+        raise UserError(
+            f"--out {out}: {there} holds a run already, and nothing is overwritten;\n"
+            f"choose another folder, or go on with that run: --resume {there}"
+        )
+    name = "-vs-".join(label_of(x) for x in specs)[:80] + f"-s{seed}"
+    folder, n = Path(out or f"runs/{name}"), 2
+    while taken(folder, specs):
+        folder, n = Path(f"runs/{name}-{n}"), n + 1
+    return folder
+
+
+def old_folder(command: Command) -> Path:
+    """The folder to resume: --resume FOLDER, --out FOLDER, or the newest under runs/."""
+    named = " ".join(command.resume or ()) or command.out
+    if command.out not in ("", named):
+        raise UserError(f"--out {command.out}: the run to go on with is {named}; leave --out out")
+    runs = [Path(named)] if named else sorted(Path("runs").glob("*"), key=lambda p: p.stat().st_mtime)
+    runs = [folder for folder in runs if (folder / "config.json").is_file()]
+    if not runs:
+        raise UserError(f"--resume {named or 'runs/*'}: no run there (no config.json); start one with --out")
+    return runs[-1]
+
+
 def pick_device(name: str) -> torch.device:
-    """The device of --device; under torchrun each process has a GPU of its own. Raises UserError."""
+    """The device of --device; under torchrun each process has a GPU of its own.  Raises UserError."""
     if "LOCAL_RANK" in os.environ and name in ("auto", "cuda") and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # torchrun: one GPU a process
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         return torch.device("cuda", torch.cuda.current_device())
     try:
         return usable_device(name)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+@contextlib.contextmanager
+def locked(folders: list[Path], ranks: Ranks) -> Iterator[None]:
+    """Nobody else works in the folders meanwhile: the first rank holds the system's lock on a file in each,
+    which ends with the process, however that ends.  Folders in which nothing was written are removed."""
+    try:
+        with contextlib.ExitStack() as held:
+            with ranks.together():
+                for folder in folders if ranks.is_main else ():
+                    folder.mkdir(parents=True, exist_ok=True)
+                    file = held.enter_context(open(folder / ".lock", "w"))
+                    try:
+                        import fcntl
+
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        raise UserError(
+                            f"{folder}: another run is at work there; wait for it, or choose another --out"
+                        ) from None
+                    except (ImportError, OSError):
+                        pass  # Windows, or a disk without locks
+                    held.callback((folder / ".lock").unlink)
+            yield
+    finally:
+        for folder in reversed(folders if ranks.is_main else ()):
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only if it is empty
 
 
 @contextlib.contextmanager
@@ -1763,231 +1741,115 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
 
 # The progress line: reward, groups whose rewards are all alike, rollouts drawn where a method refills,
 # entropy, flow up and down, λ, measured (predicted) change, evaluations.
+# fmt: off
 BAR = {
-    "reward": "r {:.2f}",
-    "no_contrast": "alike {:.0%}",
-    "draws": "draws {}",
-    "entropy": "H {:.3f}",
-    "flow_up": "↑{:.3f}",
-    "flow_down": "↓{:.3f}",
-    "lam": "λ {:+.2f}",
-    "dH_measured": "dH {:+.4f}",
-    "dH_predicted": "(pred {:+.4f})",
-    "pass@1": "pass@1 {:.2f}",
-    "pass@k": "pass@k {:.2f}",
+    "reward": "r {:.2f}", "no_contrast": "alike {:.0%}", "draws": "draws {}", "entropy": "H {:.3f}",
+    "flow_up": "↑{:.3f}", "flow_down": "↓{:.3f}", "lam": "λ {:+.2f}", "dH_measured": "dH {:+.4f}",
+    "dH_predicted": "(pred {:+.4f})", "pass@1": "pass@1 {:.2f}", "pass@k": "pass@k {:.2f}",
 }
+# fmt: on
 
 
-class Bar:
-    """One progress line for a run: the ledger and the last evaluation."""
-
-    def __init__(self, label: str, run: Run, quiet: bool):
-        from tqdm import tqdm
-
-        self.numbers: dict[str, str] = {}
-        self.keys = [key for key in BAR if key != "draws" or run.method.refill]
-        steps, shape = run.settings.steps, "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
-        self.bar = tqdm(total=steps, initial=run.step, desc=label, disable=quiet, bar_format=shape)
-
-    def show(self, row: dict[str, Any]) -> None:
-        self.numbers |= {key: form.format(row[key]) for key, form in BAR.items() if row.get(key) is not None}
-        self.bar.set_postfix_str(self.text(), refresh=False)
-        self.bar.update(row["step"] - self.bar.n)
-
-    def text(self) -> str:
-        return " ".join(self.numbers[key] for key in self.keys if key in self.numbers)
+def numbers_of(row: dict[str, Any], refill: bool) -> dict[str, str]:
+    """What the progress line shows of a row."""
+    known = {
+        key: form for key, form in BAR.items() if row.get(key) is not None and (refill or key != "draws")
+    }
+    return {key: form.format(row[key]) for key, form in known.items()}
 
 
-def train(args: argparse.Namespace) -> int:
-    """Everything that a command line asks for.  Returns the exit code."""
-    resume = hasattr(args, "resume")
-    if resume:
-        folder = old_folder(args)
-        specs, base = resumed_plan(args, folder)
-        check_room(folder)
-    else:
-        given = given_settings(args)
-        wants = Settings(**(MODEL_DEFAULTS if given.get("model") else {}))
-        specs, base = getattr(args, "method", ["opefo"]), overridden(wants, given)
-        for name in ("data", "eval_data"):
-            if source := getattr(base, name):
-                loaded(flag(name), data_file, source)
-    if len(set(specs)) < len(specs):
-        raise UserError(f"--method {' '.join(specs)}: the same run twice; change an option or leave one out")
-    plans = [(spec, *parse_spec(spec, base)) for spec in specs]
-    for spec, settings, method in plans:
-        members = getattr(method, "members", [method])
-        inert = [m.key for m in members if not m.on_policy and settings.updates_per_rollout == 1]
-        if inert:
-            warnings.warn(
-                f"{spec}: with one update per rollout the ratio is exactly 1, and the clip or penalty of "
-                f"{' and '.join(inert)} does nothing; add e.g. --updates-per-rollout 4",
-                stacklevel=2,
+def follow(run: Run, spec: str, quiet: bool) -> int:
+    """Train to the end, or to the end of the step in which the user stops it.  Returns the exit code."""
+    from tqdm import tqdm
+
+    steps, shape = run.settings.steps, "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+    bar = tqdm(total=steps, initial=run.step, desc=spec, disable=quiet, bar_format=shape)
+    shown: dict[str, str] = {}
+    try:
+        with bar, stop_on_signal() as stop:
+            for row in train(run):
+                shown |= numbers_of(row, run.method.refill)
+                bar.set_postfix_str(" ".join(shown[key] for key in BAR if key in shown), refresh=False)
+                bar.update(row["step"] - bar.n)
+                stopped = run.ranks.max(stop())  # a signal may reach one rank before the others
+                if stopped and run.step < steps:
+                    run.save()
+                    return 130
+    except FloatingPointError as error:
+        if run.ranks.is_main:
+            print(
+                f"train.py: error: {spec}: {error} (after step {run.step});\n"
+                f"the last checkpoint is in {run.folder / 'checkpoint'}; try a smaller --lr",
+                file=sys.stderr,
             )
-    set_threads(base.threads, embedded=not base.model)
-    device = pick_device(base.device)
-    ranks = Ranks.join(device)
-    for spec, settings, method in plans:
-        with named(spec):
-            check_plan(settings, method, device, ranks)
-    if not resume:
-        folder = ranks.all(new_folder(args, specs, base.seed))[0]
-        check_room(folder)
-    quiet = getattr(args, "quiet", False) or not ranks.first
-    with contextlib.ExitStack() as locks:
-        for place in [folder, *(folder / label_of(x) for x in specs if len(specs) > 1)]:
-            locks.enter_context(locked(place, "resume" if resume else "out", ranks))
-        try:
-            if len(specs) > 1 and ranks.first:
-                config = {"specs": specs, "settings": asdict(base)}
-                write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
-            return compare(plans, folder, device, ranks, resume, quiet)
-        except KeyboardInterrupt:
-            if not (folder / "config.json").is_file():
-                raise
-            if ranks.first:
-                print(f"stopped at once; go on from the last checkpoint: --resume {folder}", file=sys.stderr)
-            return 130
-        except Exception as error:
-            if not disk_full(error):
-                raise
-            raise UserError(
-                f"--out {folder}: no room to write ({str(error).splitlines()[0][:160]});\n"
-                f"make room, then go on from the last checkpoint: --resume {folder}"
-            ) from None
-
-
-def check_plan(settings: Settings, method: Method, device: torch.device, ranks: Ranks) -> None:
-    """Raise UserError where a method, the engine and the number of processes do not go together."""
-    s, where = settings, f"--method {settings.method}:"
-    if type(method).sample is not Method.sample and (s.engine == "vllm" or s.mismatch != "off"):
-        raise UserError(
-            f"{where} chooses tokens itself, which vLLM does not let it and --mismatch would undo; "
-            "use --engine torch --mismatch off"
-        )
-    if s.lora and type(method).reset_reference is not Method.reset_reference:
-        raise UserError(f"{where} makes the policy its reference, which with --lora is the model as it was")
-    if s.ledger == "full" and sharded(s, device, ranks):
-        raise UserError(
-            "--ledger full: needs whole weights; use one process and --dtype float32, or --ledger step"
-        )
-    if s.prompts % (ranks.world * s.updates_per_rollout):
-        raise UserError(
-            f"--prompts {s.prompts}: must be a multiple of processes x updates per rollout, "
-            f"{ranks.world} x {s.updates_per_rollout}"
-        )
-    if s.micro_batch and (s.prompts * s.group_size // s.updates_per_rollout // ranks.world) % s.micro_batch:
-        raise UserError(f"--micro-batch {s.micro_batch}: must divide one process's share of an update")
-    if ranks.world % s.tensor_parallel:
-        raise UserError(
-            f"--tensor-parallel {s.tensor_parallel}: must divide the {ranks.world} processes; "
-            f"start with torchrun --nproc-per-node {s.tensor_parallel}"
-        )
-
-
-def check_room(folder: Path) -> None:
-    """Fail before the work, not after it."""
-    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    if not parent.is_dir():
-        raise UserError(f"--out {folder}: {parent} is not a folder; choose another")
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"--out {folder}: {parent} is not writable; choose another folder")
-    free = shutil.disk_usage(parent).free
-    if free < 50 * 2**20:
-        raise UserError(
-            f"--out {folder}: {free / 2**20:.0f} MB free, 50 MB needed; make room or choose another disk"
-        )
-
-
-def remove_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
-@contextlib.contextmanager
-def locked(folder: Path, name: str, ranks: Ranks) -> Iterator[None]:
-    """Nobody else works in the folder meanwhile: the first rank holds the system's lock on a file in it,
-    which ends with the process, however that ends.  A folder in which nothing was written is removed."""
-    with contextlib.ExitStack() as at_the_end:
-        with ranks.together():
-            if ranks.first:
-                folder.mkdir(parents=True, exist_ok=True)
-                at_the_end.callback(remove_empty, folder)
-                file = at_the_end.enter_context(open(folder / ".lock", "w"))
-                try:
-                    import fcntl
-
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise UserError(
-                        f"--{name} {folder}: another run is at work there; wait for it, or choose "
-                        "another --out"
-                    ) from None
-                except (ImportError, OSError):
-                    pass  # Windows, or a disk without locks
-                at_the_end.callback((folder / ".lock").unlink)
-        yield
+        return 1
+    return 0
 
 
 def compare(
-    plans: list[tuple[str, Settings, Method]],
-    folder: Path,
-    device: torch.device,
-    ranks: Ranks,
-    resume: bool,
-    quiet: bool,
+    jobs: list[Job], folder: Path, device: torch.device, ranks: Ranks, resume: bool, quiet: bool
 ) -> int:
     """Run the methods one after another from the same warm start; table and picture at the end, or as far as
     it came."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of saving and loading a checkpoint
-    done, state, engine = {}, "done", None
+    done, code, engine = {}, 0, None
     with contextlib.ExitStack() as at_the_end:
-        for spec, settings, method in plans:
-            task, model, tokenizer = prepare(settings, device, ranks, quiet)
-            if not ranks.first:
+        for (spec, settings, method), place in zip(jobs, places(folder, [job[0] for job in jobs])):
+            task, model, tokenizer = load_task_and_policy(settings, device, ranks, quiet)
+            if not ranks.is_main:
                 sys.stderr = sys.__stderr__  # from here on a process may fail alone, and says so itself
             if settings.engine == "vllm" and engine is None:
                 engine = vllm_engine(settings, task, model, tokenizer, device, ranks)
                 at_the_end.callback(engine.close)
-            place = folder if len(plans) == 1 else folder / label_of(spec)
             run = make_run(settings, method, place, task, model, tokenizer, engine, device, ranks)
             if resume:
                 run.load()
             run.create()
-            bar = Bar(spec, run, quiet)
-            with stop_on_signal() as stop:  # before, there is nothing to finish: Ctrl-C stops at once
-                state = run.run(stop, bar.show)
-            bar.bar.close()
+            code = follow(run, spec, quiet)
             done[spec] = run.rows
-            if ranks.first:
-                draw({spec: run.rows}, place / "entropy.png")
             skipped = sum(row.get("skipped", 0) for row in run.rows)
-            if skipped and ranks.first:
-                print(f"{spec}: {skipped} updates skipped: non-finite loss or gradient", file=sys.stderr)
-            if state != "done":
+            if ranks.is_main:
+                draw({spec: run.rows}, place / "entropy.png")
+                if skipped:
+                    print(f"{spec}: {skipped} updates skipped: non-finite loss or gradient", file=sys.stderr)
+            if code:
                 break
-    code = {"done": 0, "broken": 1, "stopped": 130}[state]
-    if not ranks.first:
-        return code
-    if len(done) > 1:
-        draw(done, folder / "entropy.png")
-    text = table(done)
-    write_atomically(folder / "summary.txt", text + "\n")
-    print(f"\n{text}\n\npicture: {folder / 'entropy.png'}    numbers: {folder}/**/metrics.jsonl")
-    if state == "stopped":
-        print(
-            f"stopped at step {run.step} of {run.settings.steps}; "
-            f"go on with: python train.py --resume {folder}"
-        )
-    if state == "broken":
-        print(
-            f"train.py: error: {spec}: {run.why} (after step {run.step});\n"
-            f"the last checkpoint is in {place / 'checkpoint'}; try a smaller --lr",
-            file=sys.stderr,
-        )
+    if ranks.is_main:
+        if len(done) > 1:
+            draw(done, folder / "entropy.png")
+        text = table(done)
+        (folder / "summary.txt").write_text(text + "\n")
+        print(f"\n{text}\n\npicture: {folder / 'entropy.png'}    numbers: {folder}/**/metrics.jsonl")
+        if code == 130:
+            print(f"stopped at step {run.step} of {run.settings.steps}; "
+                  f"go on with: python train.py --resume {folder}")  # fmt: skip
     return code
+
+
+def execute(command: Command, given: set[str]) -> int:
+    """Everything that a command line asks for.  Returns the exit code."""
+    resume = command.resume is not None
+    folder = old_folder(command) if resume else None
+    specs, base = stored_run(folder, command, given) if resume else new_run(command, given)
+    device = pick_device(base.device)
+    ranks = Ranks.join(device)
+    jobs = [make_job(spec, base, device, ranks) for spec in specs]
+    set_threads(base.threads, embedded=not base.model)
+    folder = folder or ranks.all(new_folder(command.out, specs, base.seed))[0]
+    with locked(list(dict.fromkeys((folder, *places(folder, specs)))), ranks):
+        try:
+            if len(specs) > 1 and ranks.is_main:
+                config = {"specs": specs, "settings": asdict(base)}
+                write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
+            return compare(jobs, folder, device, ranks, resume, command.quiet or not ranks.is_main)
+        except KeyboardInterrupt:
+            if not (folder / "config.json").is_file():
+                raise
+            if ranks.is_main:
+                print(f"stopped at once; go on from the last checkpoint: --resume {folder}", file=sys.stderr)
+            return 130
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1995,18 +1857,19 @@ def main(argv: list[str] | None = None) -> int:
     nobody reads."""
     from tqdm import tqdm
 
-    code = 141
+    code, words = 141, sys.argv[1:] if argv is None else argv
     with warnings.catch_warnings():  # above the progress line
         warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
         try:
-            args = parser().parse_args(argv)
+            command = command_line(Command, "train.py", words, ABSENT)
             if os.environ.get("RANK", "0") != "0":  # what one process of many says, the first one says too
                 sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-            for spec in getattr(args, "method", []):
+            for spec in command.method:
                 if spec.endswith(":help"):
-                    print(method_help(spec[: -len(":help")]), flush=True)
+                    print(method_help(spec.removesuffix(":help")), flush=True)
                     return 0
-            code = train(args)
+            flags = {word.split("=")[0].replace("_", "-") for word in words}
+            code = execute(command, {f.name for f in fields(Settings) if flag(f.name) in flags})
             Ranks.leave()
             sys.stdout.flush()
             return code
@@ -2017,11 +1880,9 @@ def main(argv: list[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return code
         except OSError as error:
-            out = getattr(args, "out", "") or getattr(args, "resume", "") or "runs"
-            path = Path(str(error.filename))
-            ours = path.is_relative_to(out) or Path(out).is_relative_to(path)
-            text = f"--out {out}: {error}; choose a writable folder" if ours else str(error)
-            print(f"train.py: error: {text}", file=sys.stderr)
+            out = command.out or " ".join(command.resume or ()) or "runs"
+            remedy = "" if isinstance(error, ConnectionError) else "; make room, or choose a writable folder"
+            print(f"train.py: error: --out {out}: {error}{remedy}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("stopped; nothing was written yet", file=sys.stderr)
@@ -2080,8 +1941,7 @@ def check_trl(trainer: Any, method: Method) -> None:
         warnings.warn(f"{method.key}: TRL draws no further prompts, so updates shrink", stacklevel=3)
 
 
-@cache
-def trl_trainer() -> type:
+class InsideTRL:
     """`trl.GRPOTrainer` with one more argument, `method`: a spec as on the command line, or a Method.
 
         trainer = trl_trainer()("Qwen/Qwen3-0.6B", reward, GRPOConfig(...), data, method="opefo")
@@ -2104,105 +1964,110 @@ def trl_trainer() -> type:
     `dapo` drops groups but cannot draw others.  Refused: `mixed_cuts`, `lp_reg`, `prorl`, images, router
     losses. Made for TRL 1.16 (extra `trl`), whose private methods it overrides; imported by this call only.
     """
+
+    def __init__(self, *args: Any, method: str | Method = "grpo", **kwargs: Any) -> None:
+        if isinstance(method, str):
+            name, options = interventions.parse(method)
+            method = interventions.build(name, **options)
+        super().__init__(*args, **kwargs)
+        check_trl(self, method)
+        self.method = method
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.scores = super()._calculate_rewards(*args, **kwargs)  # (rows of all ranks, reward functions)
+        return self.scores
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        out = super()._generate_and_score_completions(inputs)
+        row = torch.arange(len(inputs), device=self.scores.device)
+        row += self.accelerator.process_index * len(inputs)
+        scores = self.scores[row]  # (B, reward functions), NaN where a function said nothing
+        out["reward"] = (scores * self.reward_weights.to(scores.device)).nansum(-1)
+        out["group"] = torch.where(scores.isnan().all(-1), -1 - row, row // self.num_generations)
+        return out
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        from trl.trainer.utils import split_tensor_dict
+
+        n, m = self.args.gradient_accumulation_steps, self.args.steps_per_generation
+        if not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is None or self._step % (m * self.num_iterations) == 0:
+            generation = self._generate_and_score_completions(generation_batch)
+            self._buffered_inputs = split_tensor_dict(generation, m)
+        i = self._step % m
+        if i % n == 0:
+            self._plan_update(self._buffered_inputs[i : i + n])
+        return self._buffered_inputs[i]
+
+    def _text(self, rows: dict[str, Tensor]) -> tuple[Tensor, Tensor, int]:
+        both = [torch.cat([rows[f"prompt_{x}"], rows[f"completion_{x}"]], 1) for x in ("ids", "mask")]
+        return *both, rows["completion_ids"].shape[1]
+
+    def _plan_update(self, window: list[dict[str, Tensor]]) -> None:
+        """Tokens and plan of an update from all its rows, on all ranks, rank by rank."""
+        parts = []
+        for rows in window:
+            ids, attention, T = self._text(rows)
+            with torch.no_grad(), self.accelerator.autocast():
+                out = self.model(input_ids=ids, attention_mask=attention, logits_to_keep=T + 1)
+            parts.append(vars(token_stats(out.logits[:, :-1], ids[:, -T:], self.temperature, False)))
+        rows = {k: torch.cat([r[k] for r in window]) for k, v in window[0].items() if v.ndim}
+        mask = (rows["completion_mask"] * rows.get("tool_mask", 1)).bool() & (rows["group"] >= 0)[:, None]
+        ended = torch.isin(rows["completion_ids"], torch.tensor(self.eos_token_ids, device=mask.device))
+        sampled = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        ratio = rows.get("importance_sampling_ratio")  # vLLM's mismatch weight, (B, T) or (B, 1)
+        stats = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+        tokens = Tokens(rows["completion_ids"], mask, reward=rows["reward"], group=rows["group"], **stats)
+        tokens.truncated = ~(ended & mask).any(-1)
+        tokens.old_logp = None if sampled else rows["old_per_token_logps"]  # as in `_updates`
+        tokens.ref_logp = rows.get("ref_per_token_logps")
+        tokens.mismatch = None if ratio is None else ratio.expand(mask.shape)
+        gather, pad = self.accelerator.gather, self.accelerator.pad_across_processes
+        self.tokens = tokens._map(lambda v: gather(pad(v, dim=1).to(v.dtype)))  # pad makes bool an integer
+        step, total, seed = self.state.global_step, self.state.max_steps, self.args.seed
+        self.method.progress = Progress(step, total, seed, self.max_completion_length, self.temperature)
+        self.plan = plan_update(self.tokens, self.method)
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        if not self.model.training:
+            return super()._compute_loss(model, inputs)
+        fresh = self._get_per_token_logps_and_entropies(model, *self._text(inputs), compute_entropy=True)
+        (B, T), n = fresh[0].shape, self.args.gradient_accumulation_steps
+        first = B * (self.accelerator.process_index * n + self._step % n)
+        s = slice(first, first + B)
+        width = self.plan.adv.shape[1] - T  # another rank may have longer responses
+        logp, entropy = (nn.functional.pad(x, (0, width)) for x in fresh[:2])
+        tokens = replace(self.tokens.rows(s), logp=logp, entropy=entropy)
+        loss, _ = batch_loss(tokens, self.plan.rows(s), self.method)
+        return loss * self.accelerator.num_processes  # ranks' gradients are averaged, ours add up
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self._step % self.args.gradient_accumulation_steps == 0:  # the update's last micro-batch
+            self.method.after_step(self.plan)
+            for name, value in {**self.plan.metrics, "entropy": self.plan.entropy}.items():
+                self._metrics["train"][name].append(value)
+        return loss
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            torch.save(self.method.state_dict(), folder / "method.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.method.load_state_dict(torch.load(Path(checkpoint) / "method.pt", weights_only=True))
+
+
+@cache
+def trl_trainer() -> type:
+    """The class of `InsideTRL`; trl is imported by this call only."""
     from trl import GRPOTrainer
-    from trl.trainer.utils import split_tensor_dict
 
-    class EntropyFlowTrainer(GRPOTrainer):
-        def __init__(self, *args: Any, method: str | Method = "grpo", **kwargs: Any) -> None:
-            if isinstance(method, str):
-                name, options = interventions.parse(method)
-                method = interventions.build(name, **options)
-            super().__init__(*args, **kwargs)
-            check_trl(self, method)
-            self.method = method
-
-        def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-            self.scores = super()._calculate_rewards(*args, **kwargs)  # (rows of all ranks, reward functions)
-            return self.scores
-
-        def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-            out = super()._generate_and_score_completions(inputs)
-            row = torch.arange(len(inputs), device=self.scores.device)
-            row += self.accelerator.process_index * len(inputs)
-            scores = self.scores[row]  # (B, reward functions), NaN where a function said nothing
-            out["reward"] = (scores * self.reward_weights.to(scores.device)).nansum(-1)
-            out["group"] = torch.where(scores.isnan().all(-1), -1 - row, row // self.num_generations)
-            return out
-
-        def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-            n, m = self.args.gradient_accumulation_steps, self.args.steps_per_generation
-            if not self.model.training:
-                return super()._prepare_inputs(generation_batch)
-            if self._buffered_inputs is None or self._step % (m * self.num_iterations) == 0:
-                whole = self._generate_and_score_completions(generation_batch)
-                self._buffered_inputs = split_tensor_dict(whole, m)
-            i = self._step % m
-            if i % n == 0:
-                self._plan_update(self._buffered_inputs[i : i + n])
-            return self._buffered_inputs[i]
-
-        def _text(self, rows: dict[str, Tensor]) -> tuple[Tensor, Tensor, int]:
-            both = [torch.cat([rows[f"prompt_{x}"], rows[f"completion_{x}"]], 1) for x in ("ids", "mask")]
-            return *both, rows["completion_ids"].shape[1]
-
-        def _plan_update(self, window: list[dict[str, Tensor]]) -> None:
-            """Tokens and plan of an update from all its rows, on all ranks, rank by rank."""
-            parts = []
-            for rows in window:
-                ids, attention, T = self._text(rows)
-                with torch.no_grad(), self.accelerator.autocast():
-                    out = self.model(input_ids=ids, attention_mask=attention, logits_to_keep=T + 1)
-                parts.append(vars(token_stats(out.logits[:, :-1], ids[:, -T:], self.temperature, False)))
-            rows = {k: torch.cat([r[k] for r in window]) for k, v in window[0].items() if v.ndim}
-            mask = (rows["completion_mask"] * rows.get("tool_mask", 1)).bool() & (rows["group"] >= 0)[:, None]
-            ended = torch.isin(rows["completion_ids"], torch.tensor(self.eos_token_ids, device=mask.device))
-            sampled = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
-            ratio = rows.get("importance_sampling_ratio")  # vLLM's mismatch weight, (B, T) or (B, 1)
-            stats = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-            tokens = Tokens(rows["completion_ids"], mask, reward=rows["reward"], group=rows["group"], **stats)
-            tokens.truncated = ~(ended & mask).any(-1)
-            tokens.old_logp = None if sampled else rows["old_per_token_logps"]  # as in `_updates`
-            tokens.ref_logp = rows.get("ref_per_token_logps")
-            tokens.mismatch = None if ratio is None else ratio.expand(mask.shape)
-            join, pad = self.accelerator.gather, self.accelerator.pad_across_processes
-            self.tokens = tokens._map(lambda v: join(pad(v, dim=1).to(v.dtype)))  # pad makes bool an integer
-            step, total, seed = self.state.global_step, self.state.max_steps, self.args.seed
-            self.method.progress = Progress(step, total, seed, self.max_completion_length, self.temperature)
-            self.plan = plan_update(self.tokens, self.method)
-
-        def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-            if not self.model.training:
-                return super()._compute_loss(model, inputs)
-            fresh = self._get_per_token_logps_and_entropies(model, *self._text(inputs), compute_entropy=True)
-            (B, T), n = fresh[0].shape, self.args.gradient_accumulation_steps
-            first = B * (self.accelerator.process_index * n + self._step % n)
-            s = slice(first, first + B)
-            width = self.plan.adv.shape[1] - T  # another rank may have longer responses
-            logp, entropy = (nn.functional.pad(x, (0, width)) for x in fresh[:2])
-            tokens = replace(self.tokens.rows(s), logp=logp, entropy=entropy)
-            loss, _ = batch_loss(tokens, self.plan.rows(s), self.method)
-            return loss * self.accelerator.num_processes  # ranks' gradients are averaged, ours add up
-
-        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-            loss = super().training_step(*args, **kwargs)
-            if self._step % self.args.gradient_accumulation_steps == 0:  # the update's last micro-batch
-                self.method.after_step(self.plan)
-                for name, value in {**self.plan.metrics, "entropy": self.plan.entropy}.items():
-                    self._metrics["train"][name].append(value)
-            return loss
-
-        def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-            super()._save_checkpoint(model, trial)
-            if self.args.should_save:
-                folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-                torch.save(self.method.state_dict(), folder / "method.pt")
-
-        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            if checkpoint is not None:
-                self.method.load_state_dict(torch.load(Path(checkpoint) / "method.pt", weights_only=True))
-
-    return EntropyFlowTrainer
+    return type("EntropyFlowTrainer", (InsideTRL, GRPOTrainer), {"__doc__": InsideTRL.__doc__})
 
 
 if __name__ == "__main__":
