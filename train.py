@@ -253,15 +253,12 @@ def overridden(base: Settings, given: dict[str, Any]) -> Settings:
 
 def parse_spec(spec: str, base: Settings) -> tuple[Settings, Method]:
     """`name:key=value,key=value` -> settings and method.  A key is a hyperparameter of the method or one of
-    PER_METHOD.  Raises UserError."""
-    try:
-        name, options = interventions.parse(spec)
-        options = {key.replace("-", "_"): value for key, value in options.items()}
-        own = {k: options.pop(k) for k in PER_METHOD if k in options}
-        own = {k: interventions.convert(name, k, v, type(getattr(base, k))) for k, v in own.items()}
-        method = interventions.build(name, **options)
-    except ValueError as error:
-        raise UserError(f"--method {spec}: {error}") from None
+    PER_METHOD.  Raises ValueError."""
+    name, options = interventions.parse(spec)
+    options = {key.replace("-", "_"): value for key, value in options.items()}
+    own = {k: options.pop(k) for k in PER_METHOD if k in options}
+    own = {k: interventions.convert(name, k, v, type(getattr(base, k))) for k, v in own.items()}
+    method = interventions.build(name, **options)
     settings = overridden(base, {"method": spec, **own})
     if settings.mismatch == "auto":
         settings = replace(settings, mismatch="tis" if settings.engine == "vllm" else "off")
@@ -298,10 +295,9 @@ def complaints(s: Settings, method: Method, device: torch.device, ranks: Ranks) 
         (chooses and (s.engine == "vllm" or s.mismatch != "off"),
          f"--method {s.method}: chooses tokens itself, which vLLM does not allow and --mismatch would undo; "
          "use --engine torch --mismatch off"),
-        (s.ledger == "full" and s.updates_per_rollout > 1,
-         "--ledger full: books the tokens of one update; use --updates-per-rollout 1"),
-        (s.ledger == "full" and sharded(s, device, ranks),
-         "--ledger full: needs whole weights; use one process and --dtype float32, or --ledger step"),
+        (s.ledger == "full" and (s.updates_per_rollout > 1 or sharded(s, device, ranks)),
+         "--ledger full: books the tokens of one update, of whole weights; use --updates-per-rollout 1, one "
+         "process and --dtype float32, or --ledger step"),
         (ranks.world % s.tensor_parallel,
          f"--tensor-parallel {s.tensor_parallel}: must divide the {ranks.world} processes; start with "
          f"torchrun --nproc-per-node {s.tensor_parallel}"),
@@ -310,7 +306,7 @@ def complaints(s: Settings, method: Method, device: torch.device, ranks: Ranks) 
             yield text
 
 
-def make_job(spec: str, base: Settings, device: torch.device, ranks: Ranks) -> Job:
+def make_job(spec: str, base: Settings, device: torch.device, ranks: Ranks) -> tuple[Settings, Method]:
     """One method of a command line.  Raises UserError, which begins with the method's name if the setting
     rides behind it, and warns of a method that does nothing."""
     settings, method = parse_spec(spec, base)
@@ -325,10 +321,7 @@ def make_job(spec: str, base: Settings, device: torch.device, ranks: Ranks) -> J
             f"{' and '.join(inert)} does nothing; add e.g. --updates-per-rollout 4",
             stacklevel=2,
         )
-    return spec, settings, method
-
-
-Job = tuple[str, Settings, Method]  # the method as the user wrote it, what it needs to run
+    return settings, method
 
 
 def label_of(spec: str) -> str:
@@ -1649,24 +1642,21 @@ def places(folder: Path, specs: list[str]) -> list[Path]:
     return [folder / label_of(x) for x in specs] if len(specs) > 1 else [folder]
 
 
-def taken(folder: Path, specs: list[str]) -> Path | None:
-    """A folder among those of a new run that holds a run already."""
-    every = (folder, *places(folder, specs))
-    return next((p for p in every for n in ("config.json", "metrics.jsonl") if (p / n).exists()), None)
-
-
 def new_folder(out: str, specs: list[str], seed: int) -> Path:
     """--out, which must not hold a run; without it a fresh name under runs/."""
-    if out and (there := taken(Path(out), specs)):
-        raise UserError(
-            f"--out {out}: {there} holds a run already, and nothing is overwritten;\n"
-            f"choose another folder, or go on with that run: --resume {there}"
-        )
-    name = "-vs-".join(label_of(x) for x in specs)[:80] + f"-s{seed}"
-    folder, n = Path(out or f"runs/{name}"), 2
-    while taken(folder, specs):
-        folder, n = Path(f"runs/{name}-{n}"), n + 1
-    return folder
+    name, n = "-vs-".join(label_of(x) for x in specs)[:80] + f"-s{seed}", 1
+    while True:
+        folder = Path(out or f"runs/{name}{f'-{n}' if n > 1 else ''}")
+        files = [p / x for p in (folder, *places(folder, specs)) for x in ("config.json", "metrics.jsonl")]
+        there = next((file.parent for file in files if file.exists()), None)
+        if not there:
+            return folder
+        if out:
+            raise UserError(
+                f"--out {out}: {there} holds a run already, and nothing is overwritten;\n"
+                f"choose another folder, or go on with that run: --resume {there}"
+            )
+        n += 1
 
 
 def old_folder(command: Command) -> Path:
@@ -1682,14 +1672,11 @@ def old_folder(command: Command) -> Path:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of --device; under torchrun each process has a GPU of its own.  Raises UserError."""
+    """The device of --device; under torchrun each process has a GPU of its own.  Raises ValueError."""
     if "LOCAL_RANK" in os.environ and name in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         return torch.device("cuda", torch.cuda.current_device())
-    try:
-        return usable_device(name)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    return usable_device(name)
 
 
 @contextlib.contextmanager
@@ -1752,17 +1739,16 @@ BAR = {
 
 def numbers_of(row: dict[str, Any], refill: bool) -> dict[str, str]:
     """What the progress line shows of a row."""
-    known = {
-        key: form for key, form in BAR.items() if row.get(key) is not None and (refill or key != "draws")
-    }
-    return {key: form.format(row[key]) for key, form in known.items()}
+    keys = [key for key in BAR if row.get(key) is not None and (refill or key != "draws")]
+    return {key: BAR[key].format(row[key]) for key in keys}
 
 
-def follow(run: Run, spec: str, quiet: bool) -> int:
+def follow(run: Run, quiet: bool) -> int:
     """Train to the end, or to the end of the step in which the user stops it.  Returns the exit code."""
     from tqdm import tqdm
 
-    steps, shape = run.settings.steps, "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+    spec, steps = run.settings.method, run.settings.steps
+    shape = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
     bar = tqdm(total=steps, initial=run.step, desc=spec, disable=quiet, bar_format=shape)
     shown: dict[str, str] = {}
     try:
@@ -1787,7 +1773,12 @@ def follow(run: Run, spec: str, quiet: bool) -> int:
 
 
 def compare(
-    jobs: list[Job], folder: Path, device: torch.device, ranks: Ranks, resume: bool, quiet: bool
+    jobs: list[tuple[Settings, Method]],
+    folder: Path,
+    device: torch.device,
+    ranks: Ranks,
+    resume: bool,
+    quiet: bool,
 ) -> int:
     """Run the methods one after another from the same warm start; table and picture at the end, or as far as
     it came."""
@@ -1796,7 +1787,7 @@ def compare(
     logging.disable_progress_bar()  # of saving and loading a checkpoint
     done, code, engine = {}, 0, None
     with contextlib.ExitStack() as at_the_end:
-        for (spec, settings, method), place in zip(jobs, places(folder, [job[0] for job in jobs])):
+        for (settings, method), place in zip(jobs, places(folder, [s.method for s, _ in jobs])):
             task, model, tokenizer = load_task_and_policy(settings, device, ranks, quiet)
             if not ranks.is_main:
                 sys.stderr = sys.__stderr__  # from here on a process may fail alone, and says so itself
@@ -1807,13 +1798,14 @@ def compare(
             if resume:
                 run.load()
             run.create()
-            code = follow(run, spec, quiet)
-            done[spec] = run.rows
-            skipped = sum(row.get("skipped", 0) for row in run.rows)
+            code = follow(run, quiet)
+            done[settings.method] = run.rows
             if ranks.is_main:
-                draw({spec: run.rows}, place / "entropy.png")
-                if skipped:
-                    print(f"{spec}: {skipped} updates skipped: non-finite loss or gradient", file=sys.stderr)
+                draw({settings.method: run.rows}, place / "entropy.png")
+            skipped = sum(row.get("skipped", 0) for row in run.rows)
+            if ranks.is_main and skipped:
+                text = f"{settings.method}: {skipped} updates skipped: non-finite loss or gradient"
+                print(text, file=sys.stderr)
             if code:
                 break
     if ranks.is_main:
@@ -1823,19 +1815,22 @@ def compare(
         (folder / "summary.txt").write_text(text + "\n")
         print(f"\n{text}\n\npicture: {folder / 'entropy.png'}    numbers: {folder}/**/metrics.jsonl")
         if code == 130:
-            print(f"stopped at step {run.step} of {run.settings.steps}; "
-                  f"go on with: python train.py --resume {folder}")  # fmt: skip
+            at = f"stopped at step {run.step} of {run.settings.steps}"
+            print(f"{at}; go on with: python train.py --resume {folder}")
     return code
 
 
 def execute(command: Command, given: set[str]) -> int:
     """Everything that a command line asks for.  Returns the exit code."""
     resume = command.resume is not None
-    folder = old_folder(command) if resume else None
-    specs, base = stored_run(folder, command, given) if resume else new_run(command, given)
-    device = pick_device(base.device)
-    ranks = Ranks.join(device)
-    jobs = [make_job(spec, base, device, ranks) for spec in specs]
+    try:
+        folder = old_folder(command) if resume else None
+        specs, base = stored_run(folder, command, given) if resume else new_run(command, given)
+        device = pick_device(base.device)
+        ranks = Ranks.join(device)
+        jobs = [make_job(spec, base, device, ranks) for spec in specs]
+    except ValueError as error:
+        raise UserError(str(error)) from None
     set_threads(base.threads, embedded=not base.model)
     folder = folder or ranks.all(new_folder(command.out, specs, base.seed))[0]
     with locked(list(dict.fromkeys((folder, *places(folder, specs)))), ranks):
@@ -1894,7 +1889,7 @@ def method_help(name: str) -> str:
     try:
         interventions.build(name)  # an unknown name or a senseless composition ends here
     except ValueError as error:
-        raise UserError(f"--method {name}: {error}") from None
+        raise UserError(str(error)) from None
     lines = []
     for key in name.split("+"):
         cls = interventions.METHODS[key]
@@ -1947,22 +1942,19 @@ class InsideTRL:
         trainer = trl_trainer()("Qwen/Qwen3-0.6B", reward, GRPOConfig(...), data, method="opefo")
 
     TRL keeps sampling (transformers or vLLM), rewards, optimizer, ranks and checkpoints; the objective is
-    that of `accumulate_gradient`.  What differs from plain TRL:
+    ours.  What differs from plain TRL:
 
-    - Before the first of an update's `gradient_accumulation_steps` micro-batches, one pass without graph
-      scores all of them, on all ranks: the scope of every statistic.  It costs a forward pass, during which
-      the logits of one micro-batch exist at once.
-    - TRL shuffles the responses of one generation, which tears groups apart where it makes several updates.
-      Here rows stay in prompt order.
-    - Advantages are the method's, grpo (2.1), and so are clip range, aggregation and penalties: a GRPOConfig
-      setting that would be overruled is refused.  `beta` only makes TRL keep a reference model, for methods
-      that need one.
-    - A response is right if its reward, summed over the reward functions, is positive.  One that no function
-      scored teaches nothing and is in nobody's baseline.
+    - Before the first micro-batch of an update, a pass without graph scores all of them, on all ranks: the
+      scope of every statistic.  It costs a forward pass.
+    - Rows stay in prompt order; TRL shuffles them, which tears groups apart where it makes several updates.
+    - Advantages, clip range, aggregation and penalties are the method's; a GRPOConfig setting that would be
+      overruled is refused.  `beta` only makes TRL keep a reference model, for methods that need one.
+    - A response is right if the sum of its rewards is positive.  One that no reward function scored teaches
+      nothing and is in nobody's baseline.
     - Schedules and draws count optimizer steps.  Evaluation reports TRL's own loss.
 
-    `dapo` drops groups but cannot draw others.  Refused: `mixed_cuts`, `lp_reg`, `prorl`, images, router
-    losses. Made for TRL 1.16 (extra `trl`), whose private methods it overrides; imported by this call only.
+    `dapo` drops groups but cannot draw others.  Made for TRL 1.16 (extra `trl`), whose private methods it
+    overrides.
     """
 
     def __init__(self, *args: Any, method: str | Method = "grpo", **kwargs: Any) -> None:

@@ -24,13 +24,13 @@ CPU = torch.device("cpu")
 # Bad input: one or two lines that name flag, value and remedy; exit code 2; nothing left behind
 
 WRONG = {  # a command line -> words of the complaint
-    "--method opfeo": ["--method opfeo", "did you mean opefo"],
-    "--method grpo stear": ["--method stear", "did you mean steer"],
+    "--method opfeo": ["method 'opfeo'", "did you mean opefo"],
+    "--method grpo stear": ["method 'stear'", "did you mean steer"],
     "--method clip_cov:ration=.02": ["ration", "did you mean ratio"],
     "--method clip_cov:ratio=much": ["ratio='much'", "a number"],
     "--method opefo:form=exactly": ["form", "exactly", "exact"],
     "--method opefo:form": ["form", "name=value"],
-    "--method grpo:lr=fast": ["--method grpo:lr=fast", "a number"],
+    "--method grpo:lr=fast": ["grpo: lr='fast'", "a number"],
     "--method grpo:lr=-1": ["--method grpo:lr=-1: --lr -1"],
     "--method grpo:ledger=half": ["--method grpo:ledger=half: --ledger half", "off, step, full"],
     "--method grpo:steps=0": ["--method grpo:steps=0: --steps 0", "at least 1"],
@@ -143,8 +143,8 @@ def jobs_of(monkeypatch, *argv):
 def test_a_setting_behind_a_name_overrides_the_flag(home, monkeypatch):
     spec = "grpo:lr=1e-4,updates-per-rollout=2,eps_high=.28,gradient_checkpointing=true"
     one, two = jobs_of(monkeypatch, "--method", spec, "grpo", "--lr", "1e-3")
-    assert (one[1].lr, one[1].updates_per_rollout, one[1].gradient_checkpointing) == (1e-4, 2, True)
-    assert one[2].eps_high == 0.28 and (two[1].lr, two[1].updates_per_rollout) == (1e-3, 1)
+    assert (one[0].lr, one[0].updates_per_rollout, one[0].gradient_checkpointing) == (1e-4, 2, True)
+    assert one[1].eps_high == 0.28 and (two[0].lr, two[0].updates_per_rollout) == (1e-3, 1)
 
 
 @pytest.mark.parametrize(
@@ -159,9 +159,9 @@ def test_a_setting_behind_a_name_overrides_the_flag(home, monkeypatch):
 )
 def test_a_default_gives_way_to_what_is_given_anywhere(home, monkeypatch, argv, bounds):
     Path("sums.jsonl").write_text("{}")
-    ((_, s, _),) = jobs_of(monkeypatch, *argv, "--model", "owner/any", "--data", "sums.jsonl")
+    ((s, _),) = jobs_of(monkeypatch, *argv, "--model", "owner/any", "--data", "sums.jsonl")
     assert (s.micro_batch, s.tokens_per_micro_batch) == bounds and (s.lr, s.eval_samples) == (1e-6, 8)
-    ((_, s, _),) = jobs_of(monkeypatch, "--lr=3e-4", "--model", "owner/any", "--data", "sums.jsonl")
+    ((s, _),) = jobs_of(monkeypatch, "--lr=3e-4", "--model", "owner/any", "--data", "sums.jsonl")
     assert s.lr == 3e-4, "given, though it is the default of the embedded model"
 
 
@@ -263,8 +263,9 @@ def test_a_run_goes_on_as_it_was_with_more_steps_at_most(home, monkeypatch):
     given = ["--seed", 4, "--prompts", 8, "--method", "grpo:lr=1e-5", "opefo", "--steps", 5]
     for argv, steps in (([], 2), (given, 5)):
         jobs = jobs_of(monkeypatch, "--resume", "a", *argv)
-        assert [(j[0], j[1].lr, j[1].seed) for j in jobs] == [("grpo:lr=1e-5", 1e-5, 4), ("opefo", 3e-4, 4)]
-        assert {(j[1].steps, j[1].prompts) for j in jobs} == {(steps, 8)}
+        settings = [s for s, _ in jobs]
+        assert [(s.method, s.lr) for s in settings] == [("grpo:lr=1e-5", 1e-5), ("opefo", 3e-4)]
+        assert {(s.steps, s.prompts, s.seed) for s in settings} == {(steps, 8, 4)}
 
 
 @pytest.mark.parametrize(
