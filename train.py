@@ -1820,10 +1820,28 @@ def compare(
     return code
 
 
+def method_help(name: str) -> str:
+    """The options of one method, or of each member of a composition, for `--method NAME:help`."""
+    interventions.build(name)  # raises ValueError on an unknown name or a senseless composition
+    lines = []
+    for key in name.split("+"):
+        cls = interventions.METHODS[key]
+        lines += [f"{key}: {cls.idea}  ({cls.paper})", ""]
+        for option, _, default, text in interventions.hyperparameters(cls):
+            lines += textwrap.wrap(
+                f"  {f'{option}={default}':<26} {' '.join(text.split())}", 110, subsequent_indent=" " * 29
+            )
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
 def execute(command: Command, given: set[str]) -> int:
     """Everything that a command line asks for.  Returns the exit code."""
     resume = command.resume is not None
     try:
+        if wanted := [spec.removesuffix(":help") for spec in command.method if spec.endswith(":help")]:
+            print("\n\n".join(map(method_help, wanted)))
+            return 0
         folder = old_folder(command) if resume else None
         specs, base = stored_run(folder, command, given) if resume else new_run(command, given)
         device = pick_device(base.device)
@@ -1859,10 +1877,6 @@ def main(argv: list[str] | None = None) -> int:
             command = command_line(Command, "train.py", words, ABSENT)
             if os.environ.get("RANK", "0") != "0":  # what one process of many says, the first one says too
                 sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-            for spec in command.method:
-                if spec.endswith(":help"):
-                    print(method_help(spec.removesuffix(":help")), flush=True)
-                    return 0
             flags = {word.split("=")[0].replace("_", "-") for word in words}
             code = execute(command, {f.name for f in fields(Settings) if flag(f.name) in flags})
             Ranks.leave()
@@ -1882,24 +1896,6 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("stopped; nothing was written yet", file=sys.stderr)
             return 130
-
-
-def method_help(name: str) -> str:
-    """The options of one method, or of each member of a composition, for `--method NAME:help`."""
-    try:
-        interventions.build(name)  # an unknown name or a senseless composition ends here
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    lines = []
-    for key in name.split("+"):
-        cls = interventions.METHODS[key]
-        lines += [f"{key}: {cls.idea}  ({cls.paper})", ""]
-        for option, _, default, text in interventions.hyperparameters(cls):
-            lines += textwrap.wrap(
-                f"  {f'{option}={default}':<26} {' '.join(text.split())}", 110, subsequent_indent=" " * 29
-            )
-        lines.append("")
-    return "\n".join(lines[:-1])
 
 
 # ------------------------------------------------------------------------------------------------------------
