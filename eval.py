@@ -1776,11 +1776,13 @@ def command_line(
             return tyro.cli(kind, prog=prog, args=words, config=style)
     except SystemExit as end:
         if end.code:
-            lines = [line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│")]
-            text = " ".join(lines).split(" For full helptext")[0].split(" Argument helptext")[0]
-            print(
-                f"{prog}: error: {re.sub(' *─+ *', '; ', text).rstrip('; ')}  (see --help)", file=sys.stderr
-            )
+            rule = re.compile(
+                "[│╭╮╰╯─ -]*"
+            )  # the frame's, or what ASCII has instead; the first line is its title
+            lines = said.getvalue().splitlines()[1:]
+            text = " ".join(";" if rule.fullmatch(line) else line.strip("│ ") for line in lines)
+            text = re.split("For full helptext|Argument helptext", re.sub("[; ]*; *", "; ", text))[0]
+            print(f"{prog}: error: {text.strip('; ')}  (see --help)", file=sys.stderr)
         raise
 
 
