@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,7 +136,7 @@ def test_what_fails_in_a_run_is_one_line_and_bugs_keep_their_traceback(cli, monk
 def jobs_of(monkeypatch, *argv):
     """What a command line asks for, without doing it."""
     jobs = []
-    monkeypatch.setattr(train, "compare", lambda given, *_: jobs.extend(given) or 0)
+    monkeypatch.setattr(train, "compare", lambda _, given, *__: jobs.extend(given) or 0)
     assert train.main(list(map(str, argv))) == 0
     return jobs
 
@@ -283,7 +284,18 @@ def test_a_damaged_config_is_named(cli, home, text):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Signals and pipes
+# Progress, signals and pipes
+
+
+@pytest.mark.parametrize("name", ["dapo", "grpo"])
+def test_the_progress_line_shows_the_last_of_each_number(monkeypatch, capsys, name):
+    rows = [{"step": 0, "pass@1": 0.25}, {"step": 1, "entropy": None, "no_contrast": 1.0, "draws": 10}]
+    run = SimpleNamespace(settings=Settings(steps=1, method=name), method=build(name), step=0, ranks=ALONE)
+    monkeypatch.setattr(train, "train", lambda run: iter(rows))
+    assert train.follow(run, quiet=False) == 0
+    line = capsys.readouterr().err.split("\r")[-1]
+    assert f"{name} 1/1" in line and "alike 100%" in line and "pass@1 0.25" in line and "None" not in line
+    assert ("draws 10" in line) == (name == "dapo")
 
 
 def interrupted(*_, **__):
