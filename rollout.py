@@ -24,7 +24,6 @@ Run `python rollout.py` to see problems, answers, and where the policy is unsure
 
 from __future__ import annotations
 
-import ast
 import atexit
 import codecs
 import csv
@@ -45,12 +44,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -58,7 +57,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from entropy_math import TokenStats, head_token_stats
+from entropy_math import head_token_stats
+from grpo import Tokens
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Problems
@@ -264,11 +264,10 @@ def load_model(
     """A causal LM and its tokenizer, from a folder or by hub id; safetensors only.  In eval mode.
 
     What is random in training mode is set to 0 (`_still`); a tokenizer without a pad token that the model
-    knows pads with its EOS, which is safe because masks go by position (`response_mask`).  Where the model
-    has no sdpa attention, eager is taken and said.
-    Raises ValueError, with the remedy, on anything that is not such a model: also on one whose logits are
-    not a plain product of the last hidden state with the head (soft-capped, scaled), since log π is computed
-    in chunks of exactly that product, and on one whose cache or padding changes its log π.
+    knows pads with its EOS, which is safe because masks go by position (`response_mask`).  A model without
+    sdpa attention gets eager attention, and a line says so.
+    Raises ValueError, with the remedy, on anything that is not such a model, and on what `_check_policy`
+    finds.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -280,31 +279,19 @@ def load_model(
     if not here.exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise ValueError(f"{name}: no such folder, and not a hub id of the form owner/model")
     source, trust = (str(here) if here.exists() else name), {"trust_remote_code": trust_remote_code}
+    load = {"dtype": dtype, "use_safetensors": True, "attn_implementation": attention, **trust}
     try:
         config = AutoConfig.from_pretrained(source, **trust)
-        capped = getattr(config.get_text_config(), "final_logit_softcapping", None)
         _still(config)
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **trust)
-        if not capped:
-            model = AutoModelForCausalLM.from_pretrained(
-                source,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                attn_implementation=attention,
-                **trust,
-            )
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, **load)
     except Exception as error:  # missing, gated, damaged, pickled: a dozen classes of three libraries
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if attention == "sdpa" and "scaled_dot_product_attention" in reason:
             print(f"{name}: has no sdpa attention; eager, which needs more memory, is used", file=sys.stderr)
             return load_model(name, dtype, trust_remote_code, "eager", device)
-        raise ValueError(f"{name}: cannot be loaded as a causal LM ({reason}){_load_hint(reason)}") from None
-    if capped:
-        raise ValueError(
-            f"{name}: its logits are not hidden state times output head (soft-capping at {capped:g}); not "
-            "supported"
-        )
+        hint = next((h for word, h in LOAD_HINTS.items() if word in reason.lower()), "")
+        raise ValueError(f"{name}: cannot be loaded as a causal LM ({reason}){hint}") from None
     known = model.get_input_embeddings().weight.shape[0]
     if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= known:
         raise ValueError(
@@ -314,34 +301,17 @@ def load_model(
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= known:
         tokenizer.pad_token = tokenizer.eos_token
     model = model.to(device).eval()
-    try:
-        head, cached = _head_gap(model), _cache_gap(model)
-    except Exception as error:  # no decoder, a cache of its own kind, NaN
-        raise ValueError(f"{name}: cannot be sampled ({' '.join(str(error).split())[:200]})") from None
-    if not head <= 1e-2:
-        raise ValueError(
-            f"{name}: its logits are not hidden state times output head (scaling or capping); not supported"
-        )
-    if not cached <= (1e-2 if model.dtype == torch.float32 else 1.0):
-        raise ValueError(
-            f"{name}: with a cache and prompts padded on the left its log π differs by up to {cached:.2g} "
-            "from that of one row alone; not supported"
-        )
+    _check_policy(name, model)
     return model, tokenizer
 
 
-def _load_hint(reason: str) -> str:
-    """What to do about the usual reasons."""
-    for word, hint in (
-        ("trust_remote_code", "; if you trust its authors: --trust-remote-code"),
-        ("safetensors", "; only safetensors weights are read: convert with save_pretrained"),
-        ("flash", "; try --attention sdpa"),
-        ("offline", "; download it first, and give the folder"),
-        ("connect", "; download it first, and give the folder"),
-    ):
-        if word in reason.lower():
-            return hint
-    return ""
+LOAD_HINTS = {  # a word of the error: what to do about it
+    "trust_remote_code": "; if you trust its authors: --trust-remote-code",
+    "safetensors": "; only safetensors weights are read: convert with save_pretrained",
+    "flash": "; try --attention sdpa",
+    "offline": "; download it first, and give the folder",
+    "connect": "; download it first, and give the folder",
+}
 
 
 def _still(config: Any) -> None:
@@ -355,28 +325,40 @@ def _still(config: Any) -> None:
 
 
 @torch.no_grad()
-def _head_gap(model: nn.Module) -> float:
-    """max |Δz| / (1 + |z|) of hidden state times output head, against the model's own logits z."""
-    ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
-    hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state
-    ours, theirs = model.get_output_embeddings()(hidden).float(), model(ids, use_cache=False).logits.float()
-    return float(((ours - theirs).abs() / (1 + theirs.abs())).max())
-
-
-@torch.no_grad()
-def _cache_gap(model: nn.Module) -> float:
-    """max |Δ log π| of sampling and scoring, against rows without cache or padding: recurrent layers need not
-    honour the padding, nor every decoder the cache."""
-    ids = (torch.arange(13) % model.config.get_text_config().vocab_size).tolist()
-    gaps = []
-    for prompts in ([ids[:5]], [ids[:2], ids[2:]]):
-        out = sample(model, prompts, 2, 2, -1, 0, generator=torch.Generator(model.device).manual_seed(0))
-        scored = score(model, *out.full_ids(0), out.ids, out.mask).logp
-        for p, drawn, *said in zip(prompts, *(x.split(2) for x in (out.ids, out.rollout_logp, scored))):
-            row = torch.cat([torch.tensor([p, p], device=drawn.device), drawn], 1)
-            logp = model(row, use_cache=False).logits.float().log_softmax(-1)[:, len(p) - 1 : -1]
-            gaps += [(logp.gather(-1, drawn[..., None])[..., 0] - x).abs().max() for x in said]
-    return float(torch.stack(gaps).max())
+def _check_policy(name: str, model: nn.Module) -> None:
+    """Raise ValueError on a model whose log π we would compute wrongly: one whose logits are not the plain
+    product of the last hidden state with the head (soft-capped, scaled), and one whose cache or padding
+    changes its log π (recurrent layers need not honour the padding, nor every decoder the cache)."""
+    config, gaps = model.config.get_text_config(), []
+    ids = (torch.arange(13) % config.vocab_size).tolist()
+    plain = lambda rows: model(rows, use_cache=False).logits.float()  # noqa: E731
+    try:
+        first = torch.tensor([ids[:4]], device=model.device)
+        theirs = plain(first)
+        hidden = model.get_decoder()(first, use_cache=False).last_hidden_state
+        head = float(
+            ((model.get_output_embeddings()(hidden).float() - theirs).abs() / (1 + theirs.abs())).max()
+        )
+        for prompts in ([ids[:5]], [ids[:2], ids[2:]]):
+            generator = torch.Generator(model.device).manual_seed(0)
+            out = sample(model, prompts, Sampling(2, 2), [-1], 0, generator)
+            scored = Policy(model)(out)["logp"]
+            for p, drawn, *both in zip(prompts, *(x.split(2) for x in (out.ids, out.rollout_logp, scored))):
+                row = torch.cat([torch.tensor([p, p], device=drawn.device), drawn], 1)
+                logp = plain(row).log_softmax(-1)[:, len(p) - 1 : -1].gather(-1, drawn[..., None])[..., 0]
+                gaps += [(logp - x).abs().max() for x in both]
+    except Exception as error:  # no decoder, a cache of its own kind, NaN
+        raise ValueError(f"{name}: cannot be sampled ({' '.join(str(error).split())[:200]})") from None
+    if getattr(config, "final_logit_softcapping", None) or not head <= 1e-2:
+        raise ValueError(
+            f"{name}: its logits are not hidden state times output head (scaling or capping); not supported"
+        )
+    cached = float(torch.stack(gaps).max())
+    if not cached <= (1e-2 if model.dtype == torch.float32 else 1.0):
+        raise ValueError(
+            f"{name}: with a cache and prompts padded on the left its log π differs by up to {cached:.2g} "
+            "from that of one row alone; not supported"
+        )
 
 
 # Names under which the public sets keep the two fields, in order of preference.
@@ -696,87 +678,55 @@ def hold_out(problems: Sequence[Problem], count: int) -> tuple[list[Problem], li
 # 5. Masks
 
 
-def response_mask(ids: Tensor, eos: int | Sequence[int]) -> Tensor:
-    """(B, T) bool: True up to and including the first EOS, False after it.  (B, T) ids.
+def response_mask(ids: Tensor, stops: int | Sequence[int]) -> Tensor:
+    """(B, T) bool: True up to and including the first stop token (EOS), False after it.  (B, T) ids.
 
     The EOS itself is an action and is trained.  Built from the *position* of the first EOS, never from "is
     not pad", so that a model whose pad token is its EOS token loses nothing.  A row without EOS is True
     throughout.
     """
-    stops = torch.tensor([eos] if isinstance(eos, int) else list(eos), device=ids.device)
-    is_eos = torch.isin(ids, stops)
-    return is_eos.cumsum(-1) - is_eos.long() == 0
+    ends = torch.isin(
+        ids, torch.tensor([stops] if isinstance(stops, int) else list(stops), device=ids.device)
+    )
+    return ends.cumsum(-1) - ends.long() == 0
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 6. Sampling
-
-
-@dataclass
-class Rollout:
-    """One generation phase: P prompts, n responses each, B = P n rows; row i answers prompt i // n."""
-
-    prompt_ids: list[list[int]]  # P prompts, no padding
-    ids: Tensor  # (B, T) response tokens, pad after the first EOS
-    mask: Tensor  # (B, T) bool
-    rollout_logp: Tensor  # (B, T) the engine's own log-probability of each token, 0 where masked
-    group: Tensor  # (B,) prompt number
-    truncated: Tensor  # (B,) bool: no EOS before the length limit
-    entropy: Tensor | None = None  # (B, T) H of the distribution each token was drawn from, if asked for
-    texts: list[str] = field(default_factory=list)  # B decoded responses
-    correct: Tensor | None = None  # (B,) bool, what the verifier said
-    reward: Tensor | None = None  # (B,) what is optimised, where it is not just that
-
-    def full_ids(self, pad: int) -> tuple[Tensor, Tensor]:
-        """Prompt and response in one row, padded on the right only.
-
-        Returns ids (B, L) and start (B,), the position whose hidden state predicts the first response token.
-        With padding on the right a causal model needs no attention mask at all: no real token ever looks at a
-        pad.
-        """
-        n = len(self.ids) // len(self.prompt_ids)
-        length = torch.tensor([len(p) for p in self.prompt_ids])
-        width = int(length.max()) + self.ids.shape[1]
-        out = torch.full((len(self.prompt_ids), width), pad)
-        for row, prompt in zip(out, self.prompt_ids):
-            row[: len(prompt)] = torch.tensor(prompt)
-        length = length.repeat_interleave(n)  # (B,)
-        out = out.repeat_interleave(n, 0).to(self.ids.device)
-        columns = length.to(out.device)[:, None] + torch.arange(self.ids.shape[1], device=out.device)
-        out.scatter_(1, columns, torch.where(self.mask, self.ids, pad))
-        return out, length.to(out.device) - 1
-
 
 SampleHook = Callable[
     [Tensor, int, Tensor, "torch.Generator | None"], "tuple[Tensor, Tensor] | Tensor | None"
 ]
 
 
-class Engine(Protocol):
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn."""
+
+    n: int  # responses to each prompt
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0  # evaluation only: the gradient of a policy sampled from a nucleus is biased
+    entropy: bool = False  # keep H of the distribution that each token was drawn from
+    hook: SampleHook | None = None  # may choose the tokens instead, see `grpo.Method.sample`
+
+
+class Engine:
     """What turns prompts into responses.  Two exist: `TorchEngine`, our own loop on the model that is
     trained, and `VllmEngine`, which has a copy of it."""
 
     tokenizer: Any
     device: torch.device  # of its generators and of what it returns
-    copies: bool  # its weights are a copy, which `push` renews
+    copies = False  # its weights are a copy, which `push` renews
 
     def sample(
-        self,
-        prompt_ids: list[list[int]],
-        n: int,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        generator: torch.Generator | None = None,
-        hook: SampleHook | None = None,
-        entropy: bool = False,
-    ) -> Rollout:
-        """n responses to each prompt.  All randomness comes from `generator`, which lives on `device`.
-
-        `hook` and `entropy` as in the function `sample`.  An engine that cannot run a hook raises ValueError;
-        one that does not see the whole distribution gives -log π of the drawn token where `entropy` asks for
-        H: in expectation over the draw the two are equal.
-        """
+        self, prompt_ids: list[list[int]], how: Sampling, generator: torch.Generator | None = None
+    ) -> Tokens:
+        """`how.n` responses to each prompt, row i answering prompt i // n: ids, mask, rollout_logp, group,
+        truncated, full_ids, start, and entropy if asked for.  All randomness comes from `generator`, which
+        lives on `device`.  An engine that cannot run a hook raises ValueError; one that does not see the
+        whole distribution gives -log π of the drawn token for H: their expectations are equal."""
+        raise NotImplementedError
 
     def push(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """New weights, all of them, under their `transformers` names."""
@@ -791,18 +741,16 @@ class Engine(Protocol):
         """Give everything back."""
 
 
-def stop_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
+def stop_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
     """Every token that ends a response: the tokenizer's EOS and those of the model's generation config (chat
     models have several)."""
-    config = getattr(model, "generation_config", None)
-    more = getattr(config, "eos_token_id", None)
+    more = getattr(generation_config, "eos_token_id", None)
     more = [more] if isinstance(more, int) else list(more or [])
-    found = dict.fromkeys([tokenizer.eos_token_id, *more])
-    return [i for i in found if i is not None]
+    return [i for i in dict.fromkeys([tokenizer.eos_token_id, *more]) if i is not None]
 
 
 @dataclass
-class TorchEngine:
+class TorchEngine(Engine):
     """`sample` on a `transformers` model: the one that is trained, or a whole copy of it where the trained
     weights are split.  Works everywhere, and is the faster one for tiny models."""
 
@@ -815,19 +763,10 @@ class TorchEngine:
         return next(self.model.parameters()).device
 
     def sample(
-        self,
-        prompt_ids: list[list[int]],
-        n: int,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        generator: torch.Generator | None = None,
-        hook: SampleHook | None = None,
-        entropy: bool = False,
-    ) -> Rollout:
-        eos, pad = stop_tokens(self.model, self.tokenizer), self.tokenizer.pad_token_id
-        how = (temperature, top_p, generator, hook, entropy)
-        return sample(self.model, prompt_ids, n, max_new_tokens, eos, pad, *how)
+        self, prompt_ids: list[list[int]], how: Sampling, generator: torch.Generator | None = None
+    ) -> Tokens:
+        stops = stop_tokens(getattr(self.model, "generation_config", None), self.tokenizer)
+        return sample(self.model, prompt_ids, how, stops, self.tokenizer.pad_token_id, generator)
 
     @torch.no_grad()
     def push(self, named: Iterable[tuple[str, Tensor]]) -> None:
@@ -835,71 +774,70 @@ class TorchEngine:
         for name, weight in named:
             own[name].copy_(weight)
 
-    def sleep(self) -> None:
-        pass
-
-    def wake(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-def nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """Logits with all but the smallest set of tokens that holds `top_p` of the probability at -inf.  (B, V).
-
-    Evaluation only: the gradient of a policy that was sampled from a nucleus but scored without is biased.
-    """
-    ordered, index = logits.sort(-1, descending=True)
-    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all likelier tokens
-    return logits.masked_fill((before >= top_p).scatter(-1, index, before >= top_p), -torch.inf)
-
 
 @torch.no_grad()
 def sample(
     model: nn.Module,
     prompt_ids: list[list[int]],
-    n: int,
-    max_new_tokens: int,
-    eos: int | Sequence[int],
+    how: Sampling,
+    stops: Sequence[int],
     pad: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
     generator: torch.Generator | None = None,
-    hook: SampleHook | None = None,
-    entropy: bool = False,
     memory: int = 2**33,
-) -> Rollout:
-    """n responses to each prompt, from softmax(z/τ) exactly (its nucleus where top_p < 1).  Every prompt is
-    read once, its KV cache shared by n rows.  All rows of the embeddings count, also those beyond the
-    tokenizer's vocabulary: they are part of the softmax that is trained, and decode to nothing.
+) -> Tokens:
+    """Responses from softmax(z/τ) exactly (its nucleus where top_p < 1); every prompt is read once, its KV
+    cache shared by its rows.  All rows of the embeddings count, also those beyond the tokenizer's vocabulary:
+    they are part of the softmax that is trained, and decode to nothing.
 
-    `entropy` also keeps the exact full-vocabulary entropy at every token.  `hook` may choose the tokens
-    instead: it returns ids, and `rollout_logp` is the policy's log-probability, or (ids, log-probabilities of
-    its own distribution) as CUTS does, or None to leave the token alone.  As many rows are sampled at once as
-    caches of about `memory` bytes can hold; which ones changes nothing, since each has its own uniform
-    numbers from the start.  A hook draws for itself, so with one all rows are sampled at once.
+    `how.hook` returns ids, and `rollout_logp` is then the policy's log-probability; or (ids, their
+    log-probabilities under its own distribution) as CUTS does; or None to leave the token alone.  As many
+    rows are sampled at once as caches of about `memory` bytes can hold; which ones changes nothing, since
+    each has its own uniform numbers from the start.  A hook draws for itself: with one all rows go at once.
     """
-    batch, device = len(prompt_ids) * n, next(model.parameters()).device
-    ids = torch.full((batch, max_new_tokens), pad, device=device)
-    logp = torch.zeros(batch, max_new_tokens, device=device)
-    nats = torch.zeros_like(logp) if entropy else None
-    uniform = torch.rand(batch, max_new_tokens, dtype=torch.float64, device=device, generator=generator)
-    stops = torch.tensor([eos] if isinstance(eos, int) else list(eos), device=device)
-    longest = max(map(len, prompt_ids), default=0) + max_new_tokens
-    most = max(1, batch if hook else memory // _row_bytes(model, longest))
-    for first in range(0, batch or 1, most):
-        own, rows = slice(first, first + most), torch.arange(first, min(first + most, batch), device=device)
-        out = ids[own], logp[own], None if nats is None else nats[own]
-        shared = prompt_ids[first // n : -(-(first + most) // n)]
-        how = (stops, pad, temperature, top_p, uniform[own], generator, hook)
-        _sample(model, shared, rows // n - first // n, rows % n, *out, *how)
-    mask = response_mask(ids, eos)
+    n, batch, device = how.n, len(prompt_ids) * how.n, next(model.parameters()).device
+    uniform = torch.rand(batch, how.max_new_tokens, dtype=torch.float64, device=device, generator=generator)
+    longest = max(map(len, prompt_ids), default=0) + how.max_new_tokens
+    size = max(1, batch if how.hook else memory // _row_bytes(model, longest))
+    parts = []
+    for first in range(0, batch or 1, size):
+        rows = torch.arange(first, min(first + size, batch), device=device)
+        shared = prompt_ids[first // n : -(-(first + size) // n)]
+        owner, number = rows // n - first // n, rows % n
+        part = (uniform[first : first + size], how, stops, pad, generator)
+        parts.append(_sample(model, shared, owner, number, *part))
+    ids, logp, nats = (torch.cat(x) for x in zip(*parts))
+    mask = response_mask(ids, stops)
+    ended = torch.isin(ids, torch.tensor(stops, device=device)) & mask
+    width = slice(0, int(mask.any(0).sum()))
+    drawn = (ids[:, width], mask[:, width], logp[:, width], ~ended.any(-1), pad)
+    return as_tokens(prompt_ids, *drawn, nats[:, width] if how.entropy else None)
+
+
+def as_tokens(
+    prompt_ids: list[list[int]],
+    ids: Tensor,
+    mask: Tensor,
+    logp: Tensor,
+    truncated: Tensor,
+    pad: int,
+    entropy: Tensor | None = None,
+) -> Tokens:
+    """P prompts and the (B, T) responses to them, n = B/P each in order, with the text that scoring reads.
+
+    `full_ids` (B, L) is prompt and response in one row, padded on the right only: a causal model then needs
+    no attention mask at all, as no real token ever looks at a pad.  `start` (B,) is the position whose hidden
+    state predicts the first response token.
+    """
+    n, (_, T), device = len(ids) // len(prompt_ids), ids.shape, ids.device
+    length = torch.tensor([len(p) for p in prompt_ids])
+    text = torch.full((len(prompt_ids), int(length.max()) + T), pad)
+    for row, prompt in zip(text, prompt_ids):
+        row[: len(prompt)] = torch.tensor(prompt)
+    text, length = text.repeat_interleave(n, 0).to(device), length.repeat_interleave(n).to(device)
+    text.scatter_(1, length[:, None] + torch.arange(T, device=device), torch.where(mask, ids, pad))
     group = torch.arange(len(prompt_ids), device=device).repeat_interleave(n)
-    truncated = ~torch.isin(torch.where(mask, ids, -1), stops).any(-1)
-    cut = slice(0, int(mask.any(0).sum()))
-    nats = None if nats is None else nats[:, cut]
-    return Rollout(prompt_ids, ids[:, cut], mask[:, cut], logp[:, cut], group, truncated, nats)
+    text_of = {"full_ids": text, "start": length - 1}
+    return Tokens(ids, mask, logp, group=group, truncated=truncated, entropy=entropy, **text_of)
 
 
 def _row_bytes(model: nn.Module, length: int) -> int:
@@ -915,80 +853,83 @@ def _sample(
     model: nn.Module,
     prompt_ids: list[list[int]],
     owner: Tensor,
-    rows: Tensor,
-    ids: Tensor,
-    logp: Tensor,
-    nats: Tensor | None,
-    stops: Tensor,
-    pad: int,
-    temperature: float,
-    top_p: float,
+    number: Tensor,
     uniform: Tensor,
+    how: Sampling,
+    stops: Sequence[int],
+    pad: int,
     generator: torch.Generator | None,
-    hook: SampleHook | None,
-) -> None:
-    """The rows of `sample` that are in memory at once, written into ids, logp and nats, each (B, T).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ids, log-probs and entropies, each (B, T), of the rows of `sample` that are in memory at once.
 
-    owner (B,): the prompt of each row; rows (B,): its number among that prompt's responses.  Our own loop
+    owner (B,): the prompt of each row; number (B,): its number among that prompt's responses.  Our own loop
     beats `generate` because it stops paying for rows that ended: whenever a quarter of the living rows has
     ended, their cache is dropped.
     """
     from transformers import DynamicCache
 
-    tokens, attend = _left_pad(prompt_ids, pad, ids.device)  # (P, L)
+    (B, T), device = uniform.shape, uniform.device
+    prompts, attend = _left_pad(prompt_ids, pad, device)  # (P, L)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     past = DynamicCache(config=model.config)
-    cached = _cached(decoder, past)
-    ragged = not bool(attend.all())
-    how = {"attention_mask": attend, "position_ids": (attend.cumsum(-1) - 1).clamp(min=0)} if ragged else {}
-    hidden = decoder(tokens, **how, **cached)
-    hidden = hidden.last_hidden_state[:, -1][owner]  # (B, D)
+    cached, ragged, ends = _cached(decoder, past), not bool(attend.all()), torch.tensor(stops, device=device)
+    place = {"attention_mask": attend, "position_ids": (attend.cumsum(-1) - 1).clamp(min=0)} if ragged else {}
+    hidden = decoder(prompts, **place, **cached).last_hidden_state[:, -1][owner]  # (B, D)
     past.reorder_cache(owner)  # the one way to choose rows that recurrent layers have too
     attend, length = attend[owner], attend.sum(-1)[owner]
-    alive = torch.arange(len(rows), device=ids.device)  # rows of the output that the cache still holds
+    ids, (logp, nats) = torch.full((B, T), pad, device=device), torch.zeros(2, B, T, device=device)
+    alive = torch.arange(B, device=device)  # rows of the output that the cache still holds
     running = torch.ones_like(alive, dtype=torch.bool)  # (alive,) has not ended
-    for t in range(ids.shape[1]):
-        logits = head(hidden).float() / temperature  # (alive, V)
-        if top_p < 1:
-            logits = nucleus(logits, top_p)
-        logprob = logits.log_softmax(-1)
-        if bool(logprob.isnan().any()):  # else a draw would be nonsense in silence
-            raise FloatingPointError("the policy's probabilities are NaN: its weights have diverged")
-        drawn = hook(logits, t, rows[alive], generator) if hook else None
-        if drawn is None:
-            drawn = draw(logprob, uniform[alive, t])
-        chosen, behaviour = (
-            drawn if isinstance(drawn, tuple) else (drawn, logprob.gather(-1, drawn[:, None])[:, 0])
-        )
+    for t in range(T):
+        logits = head(hidden).float() / how.temperature  # (alive, V)
+        chosen, said, entropy = _choose(logits, how, t, number[alive], uniform[alive, t], generator)
         ids[alive, t] = torch.where(running, chosen, pad)
-        logp[alive, t] = torch.where(running, behaviour, 0)
-        if nats is not None:
-            of_all = -torch.where(logprob > -torch.inf, logprob.exp() * logprob, 0).sum(-1)
-            nats[alive, t] = torch.where(running, of_all, 0)
-        running = running & ~torch.isin(chosen, stops)
+        logp[alive, t] = torch.where(running, said, 0)
+        if how.entropy:
+            nats[alive, t] = torch.where(running, entropy, 0)
+        running = running & ~torch.isin(chosen, ends)
         left = int(running.sum())
-        if left == 0 or t == ids.shape[1] - 1:
+        if left == 0 or t == T - 1:
             break
         if left <= 0.75 * len(running):
             index = running.nonzero()[:, 0]
             past.reorder_cache(index)
             alive, chosen, attend, running = alive[index], chosen[index], attend[index], running[index]
         at = length[alive] if ragged else length[:1]
-        how = {"position_ids": (at + t)[:, None]}  # some decoders would start at 0 again
+        place = {"position_ids": (at + t)[:, None]}  # some decoders would start at 0 again
         if ragged:
-            how["attention_mask"] = attend = torch.cat([attend, attend.new_ones(len(attend), 1)], 1)
-        hidden = decoder(chosen[:, None], **how, **cached).last_hidden_state[:, -1]
+            place["attention_mask"] = attend = torch.cat([attend, attend.new_ones(len(attend), 1)], 1)
+        hidden = decoder(chosen[:, None], **place, **cached).last_hidden_state[:, -1]
+    return ids, logp, nats
 
 
-def _cached(decoder: nn.Module, past: Any) -> dict[str, Any]:
-    """The arguments that give a decoder its cache: `cache`, before transformers 5.24 (and in code that comes
-    with a model) `past_key_values`, `cache_params` in Mamba."""
-    known = inspect.signature(type(decoder).forward).parameters  # an instance may have a wrapper
-    name = next((name for name in ("cache", "cache_params") if name in known), "past_key_values")
-    return {name: past, "use_cache": True}
+def _choose(
+    logits: Tensor, how: Sampling, t: int, number: Tensor, uniform: Tensor, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The next token of each row of (B, V) logits, its log-probability, and H if asked for, each (B,)."""
+    if how.top_p < 1:
+        logits = nucleus(logits, how.top_p)
+    logprob = logits.log_softmax(-1)
+    if bool(logprob.isnan().any()):  # else a draw would be nonsense in silence
+        raise FloatingPointError("the policy's probabilities are NaN: its weights have diverged")
+    drawn = how.hook(logits, t, number, generator) if how.hook else None
+    drawn = sample_categorical(logprob, uniform) if drawn is None else drawn
+    nats = None
+    if how.entropy:
+        nats = -torch.where(logprob > -torch.inf, logprob.exp() * logprob, 0).sum(-1)
+    if isinstance(drawn, tuple):
+        return *drawn, nats
+    return drawn, logprob.gather(-1, drawn[:, None])[:, 0], nats
 
 
-def draw(logprob: Tensor, uniform: Tensor) -> Tensor:
+def nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """(B, V) logits, -inf outside of the smallest set of tokens that holds `top_p` of the probability."""
+    ordered, index = logits.sort(-1, descending=True)
+    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all likelier tokens
+    return logits.masked_fill((before >= top_p).scatter(-1, index, before >= top_p), -torch.inf)
+
+
+def sample_categorical(logprob: Tensor, uniform: Tensor) -> Tensor:
     """(B,) an index for each row of (B, V) log-probabilities: where their cumulated probability passes that
     row's uniform number.
 
@@ -1000,39 +941,41 @@ def draw(logprob: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(total, uniform[:, None], right=True)[:, 0]
 
 
+def _cached(decoder: nn.Module, past: Any) -> dict[str, Any]:
+    """The arguments that give a decoder its cache: `cache`, before transformers 5.24 (and in code that comes
+    with a model) `past_key_values`, `cache_params` in Mamba."""
+    known = inspect.signature(type(decoder).forward).parameters  # an instance may have a wrapper
+    name = next((name for name in ("cache", "cache_params") if name in known), "past_key_values")
+    return {name: past, "use_cache": True}
+
+
 def _left_pad(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(P, L) ids and attention mask, padded on the left, so that the last column is every prompt's last
     token."""
     if not prompts or not all(prompts):
-        raise ValueError(
-            "every prompt needs at least one token: an empty prompt gives the policy nothing to condition on"
-        )
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad)
-    for row, p in zip(ids, prompts):
-        row[width - len(p) :] = torch.tensor(p)
-    lengths = torch.tensor([len(p) for p in prompts])
-    return ids.to(device), (torch.arange(width) >= width - lengths[:, None]).long().to(device)
+        raise ValueError("every prompt needs at least one token: an empty one gives nothing to condition on")
+    rows = [torch.tensor(p) for p in prompts]
+    ids, attend = (
+        nn.utils.rnn.pad_sequence(x, True, fill, "left")
+        for x, fill in ((rows, pad), ([torch.ones_like(r) for r in rows], 0))
+    )
+    return ids.to(device), attend.to(device)
 
 
 def answer(
     engine: Engine,
     task: Task,
     problems: Sequence[Problem],
-    n: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
+    how: Sampling,
     generator: torch.Generator | None = None,
-    hook: SampleHook | None = None,
-    entropy: bool = False,
-) -> Rollout:
-    """Text in, text out: n responses to each problem, decoded and verified."""
+) -> tuple[Tokens, list[str]]:
+    """Text in, text out: `how.n` responses to each problem, verified (`correct`), and their texts."""
     prompts = engine.tokenizer([p.prompt for p in problems], add_special_tokens=False)["input_ids"]
-    out = engine.sample(prompts, n, task.max_new_tokens, temperature, top_p, generator, hook, entropy)
-    out.texts = engine.tokenizer.batch_decode(out.ids, skip_special_tokens=True)
-    right = task.verify(out.texts, [p for p in problems for _ in range(n)])
-    out.correct = torch.tensor(right, device=out.ids.device)
-    return out
+    tokens = engine.sample(prompts, how, generator)
+    texts = engine.tokenizer.batch_decode(tokens.ids, skip_special_tokens=True)
+    right = task.verify(texts, [p for p in problems for _ in range(how.n)])
+    tokens.correct = torch.tensor(right, device=tokens.ids.device)
+    return tokens, texts
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1089,15 +1032,15 @@ def _cpu_build() -> Iterator[None]:
     def plain(layer: nn.Module, remove_weight: bool = False) -> None:
         layer.cpu_linear = nn.functional.linear
 
-    repack, layers.dispatch_cpu_unquantized_gemm = layers.dispatch_cpu_unquantized_gemm, plain
-    set_num_threads, before = torch.set_num_threads, dict(os.environ)
-    try:
+    before = dict(os.environ)
+    with (
+        mock.patch.object(layers, "dispatch_cpu_unquantized_gemm", plain),
+        mock.patch.object(torch, "set_num_threads", torch.set_num_threads),
+        mock.patch.dict(os.environ),
+    ):
         yield
-    finally:
-        layers.dispatch_cpu_unquantized_gemm, torch.set_num_threads = repack, set_num_threads
-        for name in [k for k in os.environ if not k.startswith("VLLM_") and os.environ[k] != before.get(k)]:
-            del os.environ[name]
-            os.environ.update({name: before[name]} if name in before else {})
+        own = {k: v for k, v in os.environ.items() if k.startswith("VLLM_") and before.get(k) != v}
+    os.environ.update(own)
 
 
 def _import_vllm(device: torch.device) -> Any:
@@ -1123,7 +1066,7 @@ def _import_vllm(device: torch.device) -> Any:
     return vllm
 
 
-class VllmEngine:
+class VllmEngine(Engine):
     """`Engine` on vLLM 0.26 to 0.32, through its public interface only.
 
     model             folder or hub id in the `transformers` layout
@@ -1164,18 +1107,48 @@ class VllmEngine:
         enforce_eager: bool = False,
         sleep_level: int = 2,
     ) -> None:
-        from transformers import AutoConfig, GenerationConfig
-
         self.tokenizer, self.device, self.max_model_len = tokenizer, torch.device(device), max_model_len
         cpu = self.device.type == "cpu"
         vllm = _import_vllm(self.device)
-        started = dist.is_initialized()  # else vLLM starts a world of one rank, and `close` ends it
-        ranks = dist.get_world_size() if started else 1
+        self.ends_world = not dist.is_initialized()  # then vLLM starts a world of one rank; `close` ends it
+        ranks = 1 if self.ends_world else dist.get_world_size()
         if ranks % tensor_parallel:
             raise ValueError(
                 f"--tensor-parallel {tensor_parallel} does not divide the {ranks} rank(s): start a multiple, "
                 f"torchrun --nproc-per-node {tensor_parallel} train.py ..."
             )
+        self._read_config(model, trust_remote_code)
+        self.group = dist.new_subgroups(tensor_parallel, backend="gloo")[0] if tensor_parallel > 1 else None
+        self.sleep_level, self.asleep = 0 if cpu else sleep_level, set()
+        self.probe: tuple[Tensor, Tensor, Tensor] | None = None  # of `check_push`
+        own = {"distributed_executor_backend": "external_launcher"} if ranks > 1 else {}
+        own |= {"kv_cache_memory_bytes": 2**29} if cpu else {}
+        with _guarded(seed, self.device), _cpu_build() if cpu else nullcontext():
+            try:
+                self.llm = vllm.LLM(
+                    str(model),
+                    dtype=str(dtype).removeprefix("torch."),
+                    max_model_len=max_model_len,
+                    gpu_memory_utilization=gpu_memory,
+                    tensor_parallel_size=tensor_parallel,
+                    seed=seed,
+                    trust_remote_code=trust_remote_code,
+                    enforce_eager=enforce_eager or cpu,
+                    enable_sleep_mode=self.sleep_level > 0,
+                    logprobs_mode="processed_logprobs",  # after temperature and top_p: what was sampled from
+                    skip_tokenizer_init=True,  # tokens in, tokens out
+                    generation_config="vllm",  # no sampling settings from the model's folder behind our back
+                    use_tqdm_on_load=False,
+                    **own,
+                )
+            except Exception as error:  # model unknown to vLLM, too long, no memory: many libraries' classes
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                hint = "; give a smaller --max-new-tokens" * ("max_model_len" in reason)
+                raise ValueError(f"--engine vllm: vLLM cannot start {model} ({reason}){hint}") from error
+
+    def _read_config(self, model: str | os.PathLike[str], trust_remote_code: bool) -> None:
+        from transformers import AutoConfig, GenerationConfig
+
         try:
             config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
         except OSError as error:
@@ -1184,61 +1157,25 @@ class VllmEngine:
             generation = GenerationConfig.from_pretrained(model)
         except OSError:  # a folder without generation_config.json
             generation = GenerationConfig.from_model_config(config)
-        self.stops = stop_tokens(SimpleNamespace(generation_config=generation), tokenizer)
+        self.stops = stop_tokens(generation, self.tokenizer)
         self.tied = bool(config.get_text_config().tie_word_embeddings)
-        self.group = dist.new_subgroups(tensor_parallel, backend="gloo")[0] if tensor_parallel > 1 else None
-        self.sleep_level, self.asleep = 0 if cpu else sleep_level, set()
-        self.probe: tuple[Tensor, Tensor, Tensor] | None = None  # of `check_push`
-        self.ends_world = not started
-        how = {"distributed_executor_backend": "external_launcher"} if ranks > 1 else {}
-        if cpu:
-            how["kv_cache_memory_bytes"] = 2**29
-        how |= dict(
-            dtype=str(dtype).removeprefix("torch."),
-            max_model_len=max_model_len,
-            gpu_memory_utilization=gpu_memory,
-            tensor_parallel_size=tensor_parallel,
-            seed=seed,
-            trust_remote_code=trust_remote_code,
-            enforce_eager=enforce_eager or cpu,
-            enable_sleep_mode=self.sleep_level > 0,
-            logprobs_mode="processed_logprobs",  # after temperature and top_p: what was sampled from
-            skip_tokenizer_init=True,  # tokens in, tokens out
-            generation_config="vllm",  # no sampling settings from the model's folder behind our back
-            use_tqdm_on_load=False,
-        )
-        with _guarded(seed, self.device), _cpu_build() if cpu else nullcontext():
-            try:
-                self.llm = vllm.LLM(str(model), **how)
-            except Exception as error:  # model unknown to vLLM, too long, no memory: many libraries' classes
-                reason = " ".join(str(error).split())[:300] or type(error).__name__
-                hint = "; give a smaller --max-new-tokens" * ("max_model_len" in reason)
-                raise ValueError(f"--engine vllm: vLLM cannot start {model} ({reason}){hint}") from error
 
     def sample(
-        self,
-        prompt_ids: list[list[int]],
-        n: int,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        generator: torch.Generator | None = None,
-        hook: SampleHook | None = None,
-        entropy: bool = False,
-    ) -> Rollout:
-        """As the protocol says; `entropy` gives -log π of the token drawn.
+        self, prompt_ids: list[list[int]], how: Sampling, generator: torch.Generator | None = None
+    ) -> Tokens:
+        """As the base class says; `how.entropy` gives -log π of the token drawn.
 
         Raises ValueError on a hook, on an empty prompt, and on one too long; FloatingPointError on NaN."""
         from vllm import SamplingParams
 
-        if hook is not None:
+        if how.hook is not None:
             raise ValueError("this method chooses tokens itself, which vLLM cannot run: take --engine torch")
         longest = max(map(len, prompt_ids), default=0)
         if not all(prompt_ids) or longest == 0:
             raise ValueError("every prompt needs at least one token")
-        if longest + max_new_tokens > self.max_model_len:
+        if longest + how.max_new_tokens > self.max_model_len:
             raise ValueError(
-                f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} exceed the engine's "
+                f"a prompt of {longest} tokens and max_new_tokens {how.max_new_tokens} exceed the engine's "
                 f"max_model_len {self.max_model_len}: raise it, or drop long prompts"
             )
         seed = int(torch.randint(2**31, (1,), generator=generator, device=self.device))
@@ -1249,10 +1186,10 @@ class VllmEngine:
             first = sum(len(p) for p, _ in parts[: self.group.rank()])
             prompts, seed = [p for part, _ in parts for p in part], parts[0][1]
         params = SamplingParams(
-            n=n,
-            max_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
+            n=how.n,
+            max_tokens=how.max_new_tokens,
+            temperature=how.temperature,
+            top_p=how.top_p,
             stop_token_ids=self.stops,  # the token itself is kept
             ignore_eos=True,  # no stops but these
             logprobs=0,  # of the drawn token alone
@@ -1264,21 +1201,19 @@ class VllmEngine:
             done = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         own = done[first : first + len(prompt_ids)]
         drawn = [o for request in own for o in sorted(request.outputs, key=lambda o: o.index)]
-        return self._rollout(prompt_ids, n, drawn, entropy)
+        return self._tokens(prompt_ids, drawn, how.entropy)
 
-    def _rollout(self, prompt_ids: list[list[int]], n: int, drawn: list[Any], entropy: bool) -> Rollout:
+    def _tokens(self, prompt_ids: list[list[int]], drawn: list[Any], entropy: bool) -> Tokens:
         """vLLM's completions, in order, as one padded batch."""
-        pad, pad_sequence = self.tokenizer.pad_token_id, nn.utils.rnn.pad_sequence
-        ids = pad_sequence([torch.tensor(o.token_ids) for o in drawn], True, pad)  # (B, T)
-        logp = pad_sequence([torch.tensor(o.logprobs.logprobs) for o in drawn], True)  # (B, T)
+        pad, padded = self.tokenizer.pad_token_id, nn.utils.rnn.pad_sequence
+        ids = padded([torch.tensor(o.token_ids) for o in drawn], True, pad)  # (B, T)
+        logp = padded([torch.tensor(o.logprobs.logprobs) for o in drawn], True)  # (B, T)
         if not bool(logp.isfinite().all()):
             raise FloatingPointError("the policy's probabilities are NaN: its weights have diverged")
-        length = torch.tensor([len(o.token_ids) for o in drawn])
-        mask = torch.arange(ids.shape[1]) < length[:, None]
+        mask = torch.arange(ids.shape[1]) < torch.tensor([len(o.token_ids) for o in drawn])[:, None]
         truncated = torch.tensor([o.finish_reason != "stop" for o in drawn])
-        group = torch.arange(len(prompt_ids)).repeat_interleave(n)
-        ids, mask, logp, group, truncated = (x.to(self.device) for x in (ids, mask, logp, group, truncated))
-        return Rollout(prompt_ids, ids, mask, logp, group, truncated, -logp if entropy else None)
+        batch = as_tokens(prompt_ids, ids, mask, logp, truncated, pad, -logp if entropy else None)
+        return batch.to(self.device)
 
     def push(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """New weights, all of them, under their `transformers` names.  At most three tensors are held at
@@ -1340,7 +1275,7 @@ class VllmEngine:
 @torch.no_grad()
 def check_push(
     engine: Engine,
-    model: nn.Module,
+    policy: Policy,
     prompt_ids: list[int],
     dtype: torch.dtype,
     tolerance: float | None = None,
@@ -1362,8 +1297,8 @@ def check_push(
     limit = PROBE_TOLERANCE[dtype] if tolerance is None else tolerance
     generator = torch.Generator(engine.device).manual_seed(0)
     room = engine.max_model_len - len(prompt_ids)
-    out = engine.sample([prompt_ids], 8, min(16, room), generator=generator)
-    trainer = score(model, *out.full_ids(engine.tokenizer.pad_token_id), out.ids, out.mask).logp  # (B, T)
+    out = engine.sample([prompt_ids], Sampling(8, min(16, room)), generator)
+    trainer = policy(out)["logp"]  # (B, T)
     gap = (out.rollout_logp - trainer).abs()[out.mask]
     worst, mean = float(gap.max()), float(gap.mean())
     remedy = "not sampling from the policy that is trained; the remedy that always works is --engine torch"
@@ -1388,47 +1323,92 @@ def check_push(
 # 8. Scoring
 
 
-def score(
-    model: nn.Module,
-    full_ids: Tensor,
-    start: Tensor,
-    ids: Tensor,
-    mask: Tensor,
-    temperature: float = 1.0,
-    entropy_grad: bool = False,
-    chunk: int | None = 2**22,
-) -> TokenStats:
-    """log π, H, Σp² and Σp² log p of every response token, each (B, T), 0 where masked.
+class Policy(nn.Module):
+    """A causal LM as a function from responses to the four statistics of each of their tokens.
 
-    full_ids (B, L) and start (B,) as `Rollout.full_ids` makes them; ids, mask (B, T).  Only the hidden states
-    of response tokens, packed, go through the output head, in chunks: no (B, T, V) tensor exists.
+    A module of its own, so that whatever wraps a module (FSDP2, `torch.func.functional_call`) wraps scoring.
     """
-    text = (full_ids, start, ids, mask)
-    return TokenStats(**through(model, _score, *text, temperature, entropy_grad, chunk))
 
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.sharded = (
+            False  # weights split over processes, which must all make as many passes (`train.shard`)
+        )
 
-def _score(
-    model: nn.Module,
-    full_ids: Tensor,
-    start: Tensor,
-    ids: Tensor,
-    mask: Tensor,
-    temperature: float,
-    entropy_grad: bool,
-    chunk: int | None,
-) -> dict[str, Tensor]:
-    row, col = mask.nonzero(as_tuple=True)  # (N,)
-    head = model.get_output_embeddings()
-    with _attention(head.weight, full_ids.shape[1]):
-        shared = None if chunk is None else _hidden_of_groups(model, full_ids, start, int(mask.sum(-1).max()))
-        if shared is None:
-            used = int((start + 1 + mask.sum(-1)).max())
-            hidden = model.get_decoder()(full_ids[:, : used - 1], use_cache=False).last_hidden_state
-            packed = hidden[row, start[row] + col]  # (N, D) of (B, L', D)
+    def forward(
+        self,
+        tokens: Tokens,
+        temperature: float = 1.0,
+        entropy_grad: bool = False,
+        chunk: int | None = 2**22,
+        of_logits: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """logp, entropy, p2 and p2logp of every response token, each (B, T), 0 where masked; so
+        `replace(tokens, **policy(tokens))` is scored.
+
+        Only the hidden states of response tokens, packed, go through the output head, in chunks: no (B, T, V)
+        tensor exists.  `of_logits` (logits (N, V), ids (N,)) -> (N,) asks for something else that needs the
+        logits / temperature themselves, all at once; it comes as "of_logits".
+        """
+        row, col = tokens.mask.nonzero(as_tuple=True)  # (N,)
+        head, length = self.model.get_output_embeddings(), int(tokens.lengths.max())
+        with _attention(head.weight, tokens.full_ids.shape[1]):
+            shared = None if chunk is None else self._hidden_of_groups(tokens.full_ids, tokens.start, length)
+            if shared is None:
+                used = int((tokens.start + 1 + tokens.lengths).max())
+                read = tokens.full_ids[:, : used - 1]
+                hidden = self.model.get_decoder()(read, use_cache=False).last_hidden_state
+                packed = hidden[row, tokens.start[row] + col]  # (N, D) of (B, L', D)
+            else:
+                packed = shared[row, col]
+        ids = tokens.ids[row, col]
+        if of_logits is not None:
+            found = {"of_logits": of_logits(head(packed).float() / temperature, ids)}
         else:
-            packed = shared[row, col]
-    stats = head_token_stats(packed, head.weight, ids[row, col], temperature, head.bias, chunk, entropy_grad)
-    return vars(stats.map(lambda x: x.new_zeros(mask.shape).index_put((row, col), x)))
+            found = vars(
+                head_token_stats(packed, head.weight, ids, temperature, head.bias, chunk, entropy_grad)
+            )
+        return {k: x.new_zeros(tokens.mask.shape).index_put((row, col), x) for k, x in found.items()}
+
+    def _hidden_of_groups(self, full_ids: Tensor, start: Tensor, length: int) -> Tensor | None:
+        """(B, length, D): the hidden states that predict the response tokens, every prompt read once for all
+        of its responses, as in sampling: the gradient flows back through the shared keys and values.
+
+        None where that saves less than a quarter of all tokens (it costs the fused kernels their causal
+        shortcut) or cannot be: layers that keep no plain cache (sliding windows), recomputation (which
+        switches the cache off), weights split over processes.
+        """
+        from transformers import DynamicCache
+
+        past = DynamicCache(config=self.model.config)
+        plain = all(type(layer).__name__ == "DynamicLayer" for layer in past.layers)
+        recomputes = self.training and any(
+            getattr(m, "gradient_checkpointing", False) for m in self.modules()
+        )
+        if not plain or recomputes or self.sharded or length < 2:
+            return None
+        width = int(start.max()) + 1
+        column = torch.arange(width, device=start.device)
+        prompt = torch.where(column <= start[:, None], full_ids[:, :width], -1)
+        prompt, owner = torch.unique(prompt, dim=0, return_inverse=True)  # (P, L), (B,)
+        if 4 * (len(owner) - len(prompt)) * width < len(owner) * (width + length - 1):
+            return None
+        position = column - (width - (prompt >= 0).sum(-1, keepdim=True))  # padded on the left
+        attend = position >= 0
+        ids = torch.where(attend, prompt.gather(1, position.clamp(min=0)), 0)
+        ragged, decoder = not bool(attend.all()), self.model.get_decoder()
+        place = {"attention_mask": attend.long(), "position_ids": position.clamp(min=0)} if ragged else {}
+        cached = _cached(decoder, past)
+        last = decoder(ids, **place, **cached).last_hidden_state[:, -1]  # (P, D)
+        past.batch_select_indices(owner)
+        column = start[:, None] + torch.arange(1, length, device=start.device)  # (B, length - 1)
+        ids = full_ids.gather(1, column.clamp(max=full_ids.shape[1] - 1))
+        if ragged:
+            attend = torch.cat([attend[owner], torch.ones_like(ids, dtype=torch.bool)], 1).long()
+            place = {"attention_mask": attend, "position_ids": column}
+        rest = decoder(ids, **place, **cached).last_hidden_state
+        return torch.cat([last[owner][:, None], rest], 1)
 
 
 def _attention(weight: Tensor, length: int) -> Any:
@@ -1437,51 +1417,6 @@ def _attention(weight: Tensor, length: int) -> Any:
     `weight` is one that the pass computes with, not its float32 master."""
     short = torch.is_grad_enabled() and weight.device.type == "cpu" and length <= 128
     return sdpa_kernel(SDPBackend.MATH) if short and weight.dtype == torch.bfloat16 else nullcontext()
-
-
-def _hidden_of_groups(model: nn.Module, full_ids: Tensor, start: Tensor, length: int) -> Tensor | None:
-    """(B, length, D): the hidden states that predict the response tokens, every prompt read once for all of
-    its responses, as in sampling: the gradient flows back through the shared keys and values.
-
-    None where that saves less than a quarter of all tokens (it costs the fused kernels their causal shortcut)
-    or cannot be: layers that keep no plain cache (sliding windows), recomputation (which switches the cache
-    off), weights split over processes, which must all make as many passes.
-    """
-    from transformers import DynamicCache
-
-    past = DynamicCache(config=model.config)
-    plain = all(type(layer).__name__ == "DynamicLayer" for layer in past.layers)
-    recomputes = model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    split = hasattr(model, "through") and dist.get_world_size() > 1
-    if not plain or recomputes or split or length < 2:
-        return None
-    width = int(start.max()) + 1
-    column = torch.arange(width, device=start.device)
-    prompt = torch.where(column <= start[:, None], full_ids[:, :width], -1)
-    prompt, owner = torch.unique(prompt, dim=0, return_inverse=True)  # (P, L), (B,)
-    if 4 * (len(owner) - len(prompt)) * width < len(owner) * (width + length - 1):
-        return None
-    position = column - (width - (prompt >= 0).sum(-1, keepdim=True))  # padded on the left
-    attend = position >= 0
-    ids = torch.where(attend, prompt.gather(1, position.clamp(min=0)), 0)
-    ragged, decoder = not bool(attend.all()), model.get_decoder()
-    how = {"attention_mask": attend.long(), "position_ids": position.clamp(min=0)} if ragged else {}
-    cached = _cached(decoder, past)
-    last = decoder(ids, **how, **cached).last_hidden_state[:, -1]  # (P, D)
-    past.batch_select_indices(owner)
-    column = start[:, None] + torch.arange(1, length, device=start.device)  # (B, length - 1)
-    ids = full_ids.gather(1, column.clamp(max=full_ids.shape[1] - 1))
-    if ragged:
-        attend = torch.cat([attend[owner], torch.ones_like(ids, dtype=torch.bool)], 1).long()
-        how = {"attention_mask": attend, "position_ids": column}
-    rest = decoder(ids, **how, **cached).last_hidden_state
-    return torch.cat([last[owner][:, None], rest], 1)
-
-
-def through(model: nn.Module, f: Callable[..., Any], *args: Any) -> Any:
-    """f(model, *args).  A model whose weights are split over processes (`train.shard`) has a method of this
-    name, around which they are gathered; what f returns must then be tensors, or a dictionary of them."""
-    return model.through(f, *args) if hasattr(model, "through") else f(model, *args)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2074,51 +2009,20 @@ def supervised(
     optimizer = torch.optim.AdamW(model.parameters(), lr=how.lr, betas=(0.9, 0.95), weight_decay=0.0)
     width = _train_prompts()[0].shape[1]
     pad, eos = VOCABULARY.index(PAD), VOCABULARY.index(EOS)
-    model.train()
+    policy = Policy(model).train()
     for step in progress(range(how.steps)):
         for group in optimizer.param_groups:
             group["lr"] = how.lr * min(1.0, (step + 1) / 20) * (1 - step / how.decay_steps)
         full = how.draw(generator)
-        ids = full[:, width:]
-        stats = score(model, full, torch.full((len(full),), width - 1), ids, response_mask(ids, eos))
-        loss = -stats.logp.sum() / (ids != pad).sum()
+        ids, start = full[:, width:], torch.full((len(full),), width - 1)
+        batch = Tokens(ids, response_mask(ids, eos), full_ids=full, start=start)
+        loss = -policy(batch)["logp"].sum() / (ids != pad).sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    model.eval()
+    policy.eval()
     return float(loss.detach())
-
-
-def _code(names: set[str]) -> dict[str, str]:
-    """Source of these definitions and of all others that they use, of this chapter and of entropy_math,
-    without comments and docstrings."""
-
-    def ids(nodes: Iterable[ast.AST], how: type = ast.expr_context) -> set[str]:
-        return {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, how)}
-
-    def is_text(node: ast.AST) -> bool:
-        return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-
-    home: dict[str, ast.AST] = {}
-    for module in (sys.modules[TokenStats.__module__], sys.modules[__name__]):
-        for node in ast.parse(inspect.getsource(module)).body:
-            defined = [node.name] if hasattr(node, "name") else ids(ast.walk(node), ast.Store)
-            home |= dict.fromkeys(defined, node)
-    todo, out = set(names), {}
-    while todo:
-        nodes = list(ast.walk(home[name := todo.pop()]))
-        for node in nodes:
-            if isinstance(body := getattr(node, "body", None), list):
-                node.body = [x for x in body if not is_text(x)]
-        out[name] = ast.unparse(home[name])
-        local = ids(nodes, ast.Store) | {n.arg for n in nodes if isinstance(n, ast.arg)}
-        todo |= (ids(nodes) & home.keys()) - local - out.keys()
-    return dict(sorted(out.items()))
-
-
-# What the warm weights depend on besides the settings and the library versions: these, and what they use.
-_DETERMINES = {"tiny_tokenizer", "TinyModel", "WarmStart", "supervised"}
 
 
 def cache_folder() -> Path:
@@ -2137,7 +2041,7 @@ def warm_policy(
     """The embedded policy after its warm start, float32 on the CPU, and its tokenizer.  Made once, then read
     from a cache.
 
-    The cache key is a hash of the settings, the shape, the code that trains and the library versions.  It
+    The cache key is a hash of the settings, the shape, the files with the code and the library versions.  It
     trains with one thread, whatever the caller's number, which changes rounding.  A cached file that cannot
     be read is made anew; a cache that cannot be written costs the next run half a minute and is reported, not
     fatal.
@@ -2148,7 +2052,8 @@ def warm_policy(
 
     tokenizer = tiny_tokenizer()
     model = shape.build(tokenizer, how.seed).eval()
-    recipe = [asdict(how), asdict(shape), _code(_DETERMINES)]
+    code = [Path(inspect.getfile(x)).read_text() for x in (head_token_stats, warm_policy)]
+    recipe = [asdict(how), asdict(shape), *code]
     recipe += [torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability()]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
     path = (folder or cache_folder()) / f"warm-{key}.safetensors"
@@ -2197,9 +2102,10 @@ def main() -> None:
     model, tokenizer = warm_policy(progress=lambda it: tqdm(it, desc="warm start", unit="step"))
     generator = torch.Generator().manual_seed(0)
     engine = TorchEngine(model, tokenizer)
-    out = answer(engine, task, task.test[:3], 6, generator=generator, entropy=True)
+    how = Sampling(6, task.max_new_tokens, entropy=True)
+    out, texts = answer(engine, task, task.test[:3], how, generator)
     print("\nresponses, and the entropy at each of their tokens, nats")
-    for i, text in enumerate(out.texts):
+    for i, text in enumerate(texts):
         if i % 6 == 0:
             print(f"\n{task.test[i // 6].prompt}")
         nats = " ".join(f"{h:.1f}" for h in out.entropy[i][out.mask[i]].tolist())
