@@ -3,6 +3,7 @@
     python train.py --method opefo              the first command: a warm start, 300 steps, a picture
     python train.py --method grpo opefo steer   several methods from one warm start, drawn together
     python train.py --method grpo grpo:lr=1e-4 opefo:form=paper clip_cov:ratio=.02 --seed 1
+    python train.py --method steer:help         the options of one method
     python train.py --resume runs/opefo-s0      go on after Ctrl-C or a crash, with the same numbers
 
 Claim. One GRPO step is: draw n responses to each of P prompts, verify them, push the tokens of the better
@@ -1440,17 +1441,13 @@ class Command:  # its docstring, with the list of methods, follows
         return {k: v for group in groups for k, v in vars(group).items()} | {"method": " ".join(self.method)}
 
 
-Command.__doc__ = """Train a language model with verifiable rewards and watch its entropy.
+Command.__doc__ = f"""Train a language model with verifiable rewards and watch its entropy.
 
 Without --model it trains a small transformer on an embedded arithmetic task: nothing is downloaded, and it
 takes two minutes on one core.
 
 examples:
-  python train.py --method opefo
-  python train.py --method grpo opefo steer --out runs/three
-  python train.py --method grpo grpo:lr=1e-4 opefo:form=paper clip_cov:ratio=.02
-  python train.py --method steer:help          the options of one method
-  python train.py --resume runs/three          go on after Ctrl-C or a crash
+{__doc__.split(chr(10) * 2)[1]}
 
 methods (options ride behind the name, NAME:key=value,key=value; so may training and measuring options):
 """ + "\n".join(f"  {name:<20} {cls.idea}" for name, cls in interventions.METHODS.items())
@@ -1601,23 +1598,17 @@ BAR = {
 # fmt: on
 
 
-def numbers_of(row: dict[str, Any], refill: bool) -> dict[str, str]:
-    """What the progress line shows of a row."""
-    keys = [key for key in BAR if row.get(key) is not None and (refill or key != "draws")]
-    return {key: BAR[key].format(row[key]) for key in keys}
-
-
 def follow(run: Run, quiet: bool) -> int:
     """Train to the end, or to the end of the step in which the user stops it.  Returns the exit code."""
     spec, steps = run.settings.method, run.settings.steps
     shape = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
     bar = tqdm(total=steps, initial=run.step, desc=spec, disable=quiet, bar_format=shape)
-    shown: dict[str, str] = {}
+    keys, shown = [key for key in BAR if key != "draws" or run.method.refill], {}
     try:
         with bar, stop_on_signal() as stop:
             for row in train(run):
-                shown |= numbers_of(row, run.method.refill)
-                bar.set_postfix_str(" ".join(shown[key] for key in BAR if key in shown), refresh=False)
+                shown |= {key: BAR[key].format(row[key]) for key in keys if row.get(key) is not None}
+                bar.set_postfix_str(" ".join(shown[key] for key in keys if key in shown), refresh=False)
                 bar.update(row["step"] - bar.n)
                 stopped = run.ranks.max(stop())  # a signal may reach one rank before the others
                 if stopped and run.step < steps:
@@ -1634,19 +1625,13 @@ def follow(run: Run, quiet: bool) -> int:
     return 0
 
 
-def compare(
-    jobs: list[tuple[Settings, Method]],
-    folder: Path,
-    device: torch.device,
-    ranks: Ranks,
-    resume: bool,
-    quiet: bool,
-) -> int:
+def compare(command: Command, jobs: list[Any], folder: Path, device: torch.device, ranks: Ranks) -> int:
     """Run the methods one after another from the same warm start; table and picture at the end, or as far as
     it came."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of saving and loading a checkpoint
+    quiet = command.quiet or not ranks.is_main
     done, code, engine = {}, 0, None
     with contextlib.ExitStack() as at_the_end:
         for (settings, method), place in zip(jobs, places(folder, [s.method for s, _ in jobs])):
@@ -1657,7 +1642,7 @@ def compare(
                 engine = vllm_engine(settings, task, model, tokenizer, device, ranks)
                 at_the_end.callback(engine.close)
             run = make_run(settings, method, place, task, model, tokenizer, engine, device, ranks)
-            if resume:
+            if command.resume is not None:
                 run.load()
             run.create()
             code = follow(run, quiet)
@@ -1718,7 +1703,7 @@ def execute(command: Command, given: set[str]) -> int:
             if len(specs) > 1 and ranks.is_main:
                 config = {"specs": specs, "settings": asdict(base)}
                 write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
-            return compare(jobs, folder, device, ranks, resume, command.quiet or not ranks.is_main)
+            return compare(command, jobs, folder, device, ranks)
         except KeyboardInterrupt:
             if not (folder / "config.json").is_file():
                 raise
