@@ -1422,7 +1422,7 @@ def new_run(command: Command, given: set[str]) -> tuple[list[str], Settings]:
         raise UserError(f"{' '.join(['--method', *specs])}: give at least one method, and none twice")
     base = Settings(**(MODEL_DEFAULTS if values["model"] else {}))
     for name in ("data", "eval_data"):
-        with naming(flag(name)):
+        with user_error(flag(name)):
             if values[name]:
                 data_file(values[name])
     return specs, replace(base, **{name: values[name] for name in given - {"method"}})
@@ -1431,14 +1431,12 @@ def new_run(command: Command, given: set[str]) -> tuple[list[str], Settings]:
 def stored_run(folder: Path, command: Command, given: set[str]) -> tuple[list[str], Settings]:
     """Methods and settings of an earlier call.  Raises UserError where a flag contradicts them; only --steps
     may be raised."""
-    try:
+    with user_error(f"--resume {folder}: config.json is damaged:", "; start a new run", (Exception,)):
         config = json.loads((folder / "config.json").read_text())
         specs, base = list(map(str, config["specs"])), Settings(**config["settings"])
         wrong = [f.name for f in fields(base) if type(getattr(base, f.name)) is not type(f.default)]
         if wrong or not specs:
             raise ValueError(f"settings.{wrong[0]} is of another type" if wrong else "no method")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--resume {folder}: config.json is damaged ({error}); start a new run") from None
     began, now = {**vars(base), "method": " ".join(specs)}, command.values()
     for name in sorted(given):
         if name == "steps" and now[name] > base.steps:
@@ -1638,7 +1636,7 @@ def method_help(name: str) -> str:
 def execute(command: Command, given: set[str]) -> int:
     """Everything that a command line asks for.  Returns the exit code."""
     resume = command.resume is not None
-    with naming(""):
+    with user_error("", kinds=(ValueError,)):
         if wanted := [spec.removesuffix(":help") for spec in command.method if spec.endswith(":help")]:
             print("\n\n".join(map(method_help, wanted)))
             return 0
