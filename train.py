@@ -1397,16 +1397,16 @@ class Command:  # its docstring, with the list of methods, follows
         return {k: v for group in groups for k, v in vars(group).items()} | {"method": " ".join(self.method)}
 
 
-Command.__doc__ = f"""Train a language model with verifiable rewards and watch its entropy.
+Command.__doc__ = """Train a language model with verifiable rewards and watch its entropy.
 
 Without --model it trains a small transformer on an embedded arithmetic task: nothing is downloaded, and it
 takes two minutes on one core.
 
 examples:
-{__doc__.split(chr(10) * 2)[1]}
+""" + __doc__.split("\n\n")[1] + """
 
 methods (options ride behind the name, NAME:key=value,key=value; so may training and measuring options):
-""" + "\n".join(f"  {name:<20} {cls.idea}" for name, cls in interventions.METHODS.items())
+""" + "\n".join(f"  {name:<20} {cls.idea}" for name, cls in interventions.METHODS.items())  # fmt: skip
 
 ABSENT = dict.fromkeys(
     ("--top-p", "--top-k"),
