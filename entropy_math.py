@@ -5,7 +5,7 @@ known amount (2.2). To first order it lowers entropy exactly when the token is l
 unlikely and punished, and learning mostly rewards what the policy already does. Every formula with which a
 paper predicts this change stands here beside the exact one, with what it drops and how far off it is.
 
-    python entropy_math.py        measures that in half a minute; results/honesty.py does so in training
+    python entropy_math.py       measures that in half a minute; results/honesty.py measures it in training
 
     1  a softmax's entropy, its gradient, curvature  5  the ledger: a network's own entropy change
     2  one step on one sampled token                 6  the set point: why balance drifts, what feedback adds
@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -48,8 +48,7 @@ def entropy(logits: Tensor) -> Tensor:
 def entropy_gradient(logits: Tensor) -> Tensor:
     """∂H/∂z_a = -p_a u_a: (..., V) -> (..., V), nats per unit of logit.
 
-    From ∂p_v/∂z_a = p_v (1[v=a] - p_a); Σ_v p_v ∂log p_v/∂z_a = 0, since probabilities keep their sum. What
-    is left:
+    ∂p_v/∂z_a = p_v (1[v=a] - p_a), and Σ_v p_v ∂log p_v/∂z_a = 0, since probabilities keep their sum. Hence
         ∂H/∂z_a = -Σ_v (∂p_v/∂z_a) log p_v = -p_a (log p_a + H) = -p_a u_a                               (1.2)
     """
     logq = _finite(torch.log_softmax(logits, dim=-1))  # (..., V)
@@ -73,10 +72,10 @@ def second_order_change(logits: Tensor, dz: Tensor) -> Tensor:
         dᵀ (∇²H) d = -E[(1 + u) d²] + 2 E[u d] E[d] + E[d]²             (expectations under p)           (1.4)
     For d = η A (e_y - p), averaged over y ~ p and over the policies of a family, it is negative in all five
     families of section 8 with V <= 1000 (-.06 (ηA)² for Gaussian logits, -.02 for very peaked ones): steps
-    whose first order cancels cost entropy on average. Not at every policy: at all flat ones, 85 % of the
-    Gaussian ones with V = 1000, 60 % of the peaked, 38 % of the very peaked. It matters for large steps: at a
-    logit step of size 1 the first order alone correlates .82 to .97 with the truth, with a relative RMS error
-    of .33 to .73 (all measured).
+    whose first order cancels cost entropy on average. Policies differ: it is negative for all flat ones, 85 %
+    of the Gaussian ones with V = 1000, 60 % of the peaked and 38 % of the very peaked. It matters for large
+    steps: at a logit step of size 1 the first order alone correlates .82 to .97 with the truth, with a
+    relative RMS error of .33 to .73 (all measured).
     """
     logq = _finite(torch.log_softmax(logits, dim=-1))
     p, u = logq.exp(), logq + entropy(logits).unsqueeze(-1)  # (..., V) each
@@ -136,7 +135,6 @@ def exact_score(stats: TokenStats) -> Tensor:
 # 3. The estimators of the papers
 # ------------------------------------------------------------------------------------------------------------
 
-
 FORMS: dict[str, Callable[[TokenStats], Tensor]] = {  # form -> b of (3.2)
     "exact": lambda s: -exact_score(s),
     "s_star": lambda s: s.logp.exp() * (s.logp + s.entropy),
@@ -186,7 +184,7 @@ def entropy_change(stats: TokenStats, adv: Tensor | float, form: str = "exact") 
 
 @dataclass
 class TokenStats:
-    """What a token's distribution tells; each field has the shape of the token ids. Natural logarithms."""
+    """Four statistics of a token's distribution, each of the shape of the token ids. Natural logarithms."""
 
     logp: Tensor
     """log π(y), with gradient"""
@@ -199,8 +197,7 @@ class TokenStats:
 
     def map(self, f: Callable[[Tensor], Tensor]) -> TokenStats:
         """Apply f to all four fields; what is None stays so."""
-        values = [getattr(self, field.name) for field in fields(self)]
-        return TokenStats(*(None if v is None else f(v) for v in values))
+        return TokenStats(*(None if v is None else f(v) for v in vars(self).values()))
 
     def detach(self) -> TokenStats:
         """The same numbers without a graph."""
@@ -212,8 +209,8 @@ def token_stats(
 ) -> TokenStats:
     """The statistics of softmax(logits/temperature) at `ids`: (..., V), (...) -> fields of shape (...).
 
-    float64 stays float64, anything smaller is computed in float32, for bf16 rounds entropy changes away.
-    Stable at logits of 1e4 and with -inf (masked) logits; a row of -inf alone gives NaN. `torch.func.jvp` and
+    float64 stays float64; anything smaller is computed in float32, because bf16 would round entropy changes
+    away. Logits may be as large as 1e4, or -inf (masked); a row of -inf alone gives NaN. `torch.func.jvp` and
     second derivatives work. The entropy has a graph by default, since all logits are in memory anyway. Raises
     ValueError on a wrong shape, an id outside the vocabulary, or a temperature that is not positive.
     """
@@ -242,19 +239,19 @@ def head_token_stats(
 
     hidden (..., D), weight (V, D), ids (...), bias (V,) -> fields of shape (...), and the plain form's
     gradients to hidden, weight and bias. `chunk` counts logits of 4 bytes; a block has at least 128 columns.
-    At V = 151,936 a batch's logits are the largest tensor of a training step; so walk over the vocabulary in
-    blocks of columns x and keep per token
+    At V = 151,936 a batch's logits are the largest tensor of a training step. So walk over the vocabulary in
+    blocks of columns x, and keep for each token
         m = max x,  s₀ = Σ e^(x-m),  s₁ = Σ e^(x-m) (x-m),  q₀ = Σ e^2(x-m),  q₁ = Σ e^2(x-m) (x-m)      (4.1)
     When a block raises the maximum by d, all earlier x-m fall by d:
         s₁ <- e^-d (s₁ - d s₀),   s₀ <- e^-d s₀,   q₁ <- e^-2d (q₁ - d q₀),   q₀ <- e^-2d q₀             (4.2)
-    At the end, with L = log s₀; within each sum the terms have one sign, so nothing cancels:
+    At the end, with L = log s₀ (within each sum the terms have one sign, so nothing cancels):
         logp = x_y - m - L,   H = L - s₁/s₀,   p2 = q₀/s₀²,   p2logp = (q₁ - L q₀)/s₀²                   (4.3)
     The backward pass computes each block again: with upstream gradients g of logp and h of H, by (1.2),
         ∂/∂x_v = g (1[v=y] - p_v) - h p_v (log p_v + H)                                                  (4.4)
-    That is a fourth product with the head beside the usual three, more than paid for by not moving gigabytes
-    of logits: at 4,096 tokens and D = 896 about .7 of the plain form's time in float32, .4 in bf16, with less
-    than 1/20 of its extra memory (results/bench_token_stats.txt). The plain form is taken if all fits in one
-    chunk, for float16 (the blocks of (4.4) leave its range, which ends at 65,504), and for chunk=None: choose
+    That is a fourth product with the head beside the usual three, but no gigabytes of logits have to be
+    moved: at 4,096 tokens and D = 896 about .7 of the plain form's time in float32, .4 in bf16, with less
+    than 1/20 of its extra memory (results/bench_token_stats.txt). The plain form is used if all fits in one
+    chunk, for float16 (the blocks of (4.4) leave its range, which ends at 65,504), and for chunk=None. Choose
     that under `torch.func.jvp` and for second derivatives, which raise RuntimeError in the chunked form.
     entropy_grad=True costs another pass over every block. Under autocast the products run in its dtype.
     Raises ValueError as `token_stats` does.
@@ -342,7 +339,8 @@ def _block_logits(hidden, weight, bias, temperature: float, low: int, high: int)
 
 
 def _blocks(ids: Tensor, vocab: int, chunk: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Per block: columns low to high, which tokens lie there, (N,), and where, (N, 1) (valid for any)."""
+    """Per block: its columns low to high; which tokens lie in it, (N,); each token's column in it, (N, 1),
+    some valid one for a token that lies elsewhere."""
     width = max(128, chunk // max(1, len(ids)))  # narrower products with the head would be slow
     for low in range(0, vocab, width):
         high = min(low + width, vocab)
@@ -366,19 +364,17 @@ def _checked(ids: Tensor, shape: torch.Size, vocab: int, temperature: float) -> 
 # 5. The ledger: a network's own entropy change
 # ------------------------------------------------------------------------------------------------------------
 
-Tensors = Mapping[str, Tensor | None] | Iterable[Tensor | None]
 
-
-def entropy_directional_change(grads: Tensors, deltas: Tensors) -> float:
-    """The ledger's prediction <∇H, Δθ> in nats, accumulated in float64.
+def entropy_directional_change(grads: Mapping | Iterable, deltas: Mapping | Iterable) -> float:
+    """The ledger's prediction <∇H, Δθ> of tensors, in nats, accumulated in float64.
 
     In a network all tokens share parameters θ and the optimizer bends the step, so (2.2) is only a score:
     measured on a small transformer, it correlates about .4 with the change of H at the token's own state and
     .6 with the token's effect on the batch's mean H. The exact first-order statement, for the mean entropy
     H(θ) of fixed states and the step Δθ really taken, with momentum and decay, is
         dH_predicted = <∇H(θ), Δθ>                                                                       (5.1)
-    Both by name, or in one order; None (no dependence) counts as 0. Raises ValueError on unequal lengths and
-    shapes, KeyError on a missing delta.
+    Pass both by name or both in the same order; None (no dependence) counts as 0. Raises ValueError if
+    lengths or shapes differ, KeyError if a delta is missing.
     """
     if isinstance(grads, Mapping):
         grads, deltas = grads.values(), [deltas[name] for name in grads]
@@ -395,8 +391,8 @@ def adam_preconditioner(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor
     """P of (5.2), per unit learning rate: parameter -> tensor of its shape, for all parameters it optimizes.
 
     Adam, AdamW: 1/(√v̂ + ε) from the state, so ask *after* the step in question; 0 where v is 0 (no gradient
-    has come yet, and 1/ε would blow up rounding) and for parameters without state. SGD: 1. Gradient clipping
-    multiplies every flow by its factor, parameter groups by their learning rates; that is the caller's.
+    has come yet, and 1/ε would blow up rounding) and for parameters without state. SGD: 1. The factor of
+    gradient clipping and the learning rates of parameter groups are left to the caller.
     Raises TypeError for another optimizer, ValueError if Adam has not stepped yet.
     """
     if not isinstance(optimizer, torch.optim.SGD | torch.optim.Adam | torch.optim.AdamW):
@@ -435,14 +431,13 @@ def network_flow(
         <∇logp_t, d> ≈ [logp_t(θ + hd) - logp_t(θ - hd)] / 2h,         h = 1e-4 |θ|/|d|                  (5.4)
     with a relative error of 5e-4 in float32 (at 1e-3 |θ|/|d| already 5e-2; measured); in bf16 it is noise.
     With momentum (5.1) stays exact and the sum of (5.3) does not: at β₁ = .9 a tenth of a batch's flow acts
-    in its own step (measured r = .43 per step). A diagnostic, not a control: it is exact only on the batch's
-    own states.
+    in its own step (measured r = .43 per step). It is a diagnostic, exact only on the batch's own states.
 
     `logp_fn` maps parameters to per-token log-probs, e.g. by `torch.func.functional_call`, unchunked and
     without dropout; `params` = `dict(model.named_parameters())`; `entropy_grad` = ∇H by name (None: no
     dependence); `preconditioner` as from `adam_preconditioner` (None: P = 1). mode "difference" is (5.4),
-    outside autocast, half-precision parameters widened; "auto" falls back to it with a warning. Padding is
-    the caller's to mask. Raises ValueError on a name that `params` lacks.
+    outside autocast, half-precision parameters widened; "auto" falls back to it with a warning. The caller
+    masks padding. Raises ValueError on a name that `params` lacks.
     """
     if unknown := entropy_grad.keys() - params.keys():
         raise ValueError(f"entropy_grad names parameters that params lacks: {sorted(unknown)[:5]}")
@@ -467,9 +462,7 @@ def _central_difference(f: Callable, point: dict, direction: dict, rel_step: flo
     """Derivative of f, a function of named tensors, along `direction` by (5.4)."""
     point = {k: v if v.dtype == torch.float64 else v.float() for k, v in point.items()}
     size, length = (math.hypot(*(float(t.double().norm()) for t in d.values())) for d in (point, direction))
-    if length == 0:
-        return torch.zeros_like(f(point))
-    h = rel_step * (size or 1.0) / length
+    h = rel_step * (size or 1.0) / (length or 1.0)
     ahead, behind = (f({k: v + s * h * direction[k].to(v.dtype) for k, v in point.items()}) for s in (1, -1))
     return (ahead - behind) / (2 * h)
 
@@ -486,14 +479,14 @@ def set_point_lambda(
 
     Weighting the tokens that raise H by 1 + λ and those that lower it by 1 - λ makes the net flow
         F(λ) = (1 + λ) P - (1 - λ) Q = (P - Q) + λ (P + Q)                                               (6.1)
-    which λ = (Q - P)/(Q + P) switches off (2605.11491, eq. 8-9). Off, that is, to first order, by this score,
-    for this batch, in this step, and each of these leaks:
+    which λ = (Q - P)/(Q + P) switches off (2605.11491, eq. 8-9): to first order, by this score, for this
+    batch, in this step. Each of these leaks:
       - momentum applies mostly older gradients, balanced against older ∇H;
       - H is of all states, the balance of one batch's: the ∇H of two batches have a cosine of .58 (measured);
       - the second order (1.4) is negative on average, a loss of order η² at every step;
       - in a network the score (2.2) is not the flow (5.3).
     Together they are a bias e per step: H_{n+1} = H_n + e drifts without end (results/claims.txt: at less
-    than half the pace of plain GRPO). A restoring force needs a measurement. So ask F not for 0 but for
+    than half the pace of plain GRPO). A restoring force needs a measurement. So let the net flow be not 0 but
         g = k (H* - H)/H* (P + Q):         λ = (Q - P + g)/(Q + P), clamped to [-1, 1]                   (6.2)
     If one unit of flow really moves H by c > 0 per step then, as long as λ is not clamped,
         H_{n+1} - H* = (1 - ρ)(H_n - H*) + e,         ρ = c k (P + Q)/H*                                 (6.3)
@@ -509,9 +502,7 @@ def set_point_lambda(
     """
     P, Q = float(P), float(Q)
     if not all(0 <= value < math.inf for value in (P, Q, gain)):
-        raise ValueError(
-            f"P={P}, Q={Q} (sums of absolute flows), gain={gain} must be finite and not negative"
-        )
+        raise ValueError(f"P={P}, Q={Q}, gain={gain}: each must be finite and not negative")
     push = 0.0
     if gain > 0:
         if entropy is None or target is None or not 0 < target < math.inf or not math.isfinite(entropy):
@@ -602,14 +593,9 @@ class Agreement(NamedTuple):
 
     pearson: float
     spearman: float
-    slope: float
-    """least squares of measured on predicted: 1 is right, below 1 the prediction is too large"""
-    sign: float
-    """share of cases with the right sign, of those that moved"""
-    weighted_sign: float
-    """the same, each case weighted by its measured size"""
-    size: float
-    """root mean square of the prediction over that of the measurement"""
+    slope: float  # least squares of measured on predicted: 1 is right, below 1 the prediction is too large
+    sign: float  # share of cases with the right sign, of those that moved
+    size: float  # root mean square of the prediction over that of the measurement
 
 
 def agreement(predicted: Numbers, measured: Numbers) -> Agreement:
@@ -621,13 +607,11 @@ def agreement(predicted: Numbers, measured: Numbers) -> Agreement:
         raise ValueError(f"{x.numel()} predictions, {y.numel()} measurements; need equally many, at least 2")
     ranks = torch.as_tensor(rankdata(torch.stack([x, y]).numpy(), axis=1))  # ties share theirs
     dx, dy = x - x.mean(), y - y.mean()
-    right, weight = (x.sign() == y.sign()).double(), y.abs()
     values = (
         torch.corrcoef(torch.stack([x, y]))[0, 1],
         torch.corrcoef(ranks)[0, 1],
         dx @ dy / (dx @ dx),
-        right[y != 0].mean(),
-        (right * weight).sum() / weight.sum(),
+        (x.sign() == y.sign())[y != 0].double().mean(),
         x.norm() / y.norm(),
     )
     return Agreement(*map(float, values))

@@ -926,7 +926,7 @@ def test_agreement_statistics():
     assert a.slope == pytest.approx(float(line[0]))
     assert a.pearson == pytest.approx(a.slope * float(x.std() / y.std()))
     assert a.sign == pytest.approx(float((x * y > 0).double().mean()))
-    assert a.weighted_sign > a.sign and a.size == pytest.approx(float(x.norm() / y.norm()))
+    assert a.size == pytest.approx(float(x.norm() / y.norm()))
     assert em.agreement(x, x.exp()).spearman == pytest.approx(1.0)
     assert em.agreement([1, 1, 2, 3], [1, 2, 3, 4]).spearman == pytest.approx(0.9486832980505138), "ties"
     assert em.agreement([1, -1, 2], [1, 1, 0]).sign == 0.5, "what did not move has no sign"
