@@ -665,10 +665,8 @@ def print_estimators(cases: dict[str, dict[str, Tensor]]) -> None:
     """The table of (3.2): one block per family, one row per form."""
     import pandas as pd
 
-    print("Predicted against true dH of one step on one sampled token, A = +-1. slope: truth on prediction;")
-    print(
-        "size: RMS of prediction / RMS of truth; bias: mean prediction at A = 1 / mean |truth|, should be 0."
-    )
+    print("Predicted against true dH of one step of one sampled token, A = +-1. slope: truth on prediction;")
+    print("size: RMS of prediction / of truth; bias: mean prediction at A = 1 / mean |truth|, should be 0.")
     for family, columns in cases.items():
         print(f"\n{family}: mean H {float(columns['H'].mean()):.2f} nats, {len(columns['H'])} tokens")
         table = pd.DataFrame({form: agreement(columns[form], columns["true"])._asdict() for form in FORMS}).T
