@@ -1338,7 +1338,7 @@ def open_engine(o: Options, s: dict[str, Any], everything: Sequence[Problem]) ->
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return VllmEngine(
-        model, tokenizer, device=device, dtype=getattr(torch, s["dtype"]), sleep_level=0,
+        model, tokenizer, device=device, dtype=getattr(torch, s["dtype"]), sleeps=False,
         max_model_len=longest + s["max_new_tokens"], gpu_memory=o.benchmarks.gpu_memory,
         trust_remote_code=trust,
     )  # fmt: skip
