@@ -15,13 +15,15 @@ with plain GRPO at several learning rates, at equal pass@1.
     7  six benchmarks, resumable, beside the papers' numbers
     8  the command line and the demonstration
 
-    python eval.py                                          the estimators, shown on made-up counts
-    python eval.py runs/opefo-s0                            a finished run: its log, and fresh samples
-    python eval.py runs/*                                   all runs: methods over seeds, the frontier
-    python eval.py runs/* --temperatures .5 .6 .8 1 1.2     the same over test temperatures
-    python eval.py --law runs/grpo-*      python eval.py --show runs/opefo-s0
-    python eval.py --model FOLDER_OR_ID --benchmark aime24 math500 --k 32 --engine vllm
+    python eval.py                                       the estimators, shown on made-up counts
+    python eval.py runs/opefo-s0                         one run: its log, samples, diversity, calibration
+    python eval.py runs/*                                methods over seeds, the frontier, from the logs
+    python eval.py runs/* --temperatures .5 .6 .8 1      the frontier over test temperatures too
+    python eval.py --law runs/grpo-*                     does R = -a e^H + b predict the rest of a run?
+    python eval.py --show runs/opefo-s0                  responses in the colours of their entropy flow
+    python eval.py --model FOLDER_OR_ID --benchmark aime24 math500 --k 32 --engine vllm --against steer
 
+The same command again goes on where a kill stopped it, and once all is sampled computes without a model.
 Sampling is at temperature 1 without top-p or top-k unless said otherwise, since truncation hides a collapse.
 Left out against a production harness: few-shot prompts, stop strings, code execution, judge models.
 """
@@ -54,7 +56,6 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
-from torch import nn
 
 from entropy_math import TokenStats, check_entropy_law, entropy_change
 from grpo import Tokens, group_advantages
@@ -544,75 +545,58 @@ class Record:
 
     folder: Path
     spec: str  # the method with its options, as on the command line
+    own: dict[str, str]  # these options
     settings: dict[str, Any]
+    shared: dict[str, Any]  # the settings that make a run what it is, apart from method and seed
+    seed: tuple  # what pairs two runs: the value of every setting called seed
+    task: str  # where its held-out problems come from, "" for the embedded task
     rows: list[dict[str, Any]]  # metrics.jsonl
-
-    @property
-    def task(self) -> str:
-        """Where its held-out problems come from, "" for the embedded task."""
-        return self.settings.get("eval_data") or self.settings.get("data") or ""
-
-    @property
-    def seed(self) -> tuple:
-        """What pairs two runs: the value of every setting called seed."""
-        return tuple((k, v) for k, v in sorted(self.settings.items()) if k.endswith("seed"))
-
-    @property
-    def own(self) -> dict[str, str]:
-        """The options that ride behind the method's name."""
-        pairs = (x.partition("=") for x in self.spec.partition(":")[2].split(",") if x)
-        return {key.replace("-", "_"): value for key, _, value in pairs}
-
-    @property
-    def shared(self) -> dict[str, Any]:
-        """The settings that make a run what it is, apart from method and seed."""
-        return {k: v for k, v in self.settings.items() if k not in BOOKKEEPING and not k.endswith("seed")}
-
-    @property
-    def evaluations(self) -> list[dict[str, Any]]:
-        return [r for r in self.rows if "pass@1" in r]
+    evaluations: list[dict[str, Any]]  # those of its rows that are one
 
 
 def read_record(folder: Path) -> Record:
     """Raises ValueError where the folder holds no run with an evaluation."""
     try:
         config = json.loads((folder / "config.json").read_text())
-        (spec,), settings = config["specs"], dict(config["settings"])
+        (spec,), s = config["specs"], config["settings"]
         rows = [r for r in read_jsonl(folder / "metrics.jsonl") if "step" in r]
+        pairs = (x.partition("=") for x in spec.partition(":")[2].split(",") if x)
+        own = {key.replace("-", "_"): value for key, _, value in pairs}
+        seed = tuple((k, v) for k, v in sorted(s.items()) if k.endswith("seed"))
+        shared = {k: v for k, v in s.items() if k not in BOOKKEEPING | dict(seed).keys()}
     except FileNotFoundError as error:
         raise ValueError(f"no run (no {Path(error.filename).name})") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"its config.json or metrics.jsonl is damaged ({error})") from None
     rows = [{k: v for k, v in r.items() if v is not None} for r in rows]  # null: not a finite number
-    record = Record(folder, str(spec), settings, rows)
-    if not record.evaluations:
+    evaluations = [r for r in rows if "pass@1" in r]
+    if not evaluations:
         raise ValueError("a run that was never evaluated")
-    return record
+    task = s.get("eval_data") or s.get("data") or ""
+    return Record(folder, spec, own, s, shared, seed, task, rows, evaluations)
 
 
 def find_records(names: Sequence[str]) -> tuple[list[Record], list[str]]:
-    """All runs in the folders, a comparison's members among them, and why others were left out.
-
-    Raises ValueError if not one run is left.
-    """
-    records, notes, seen = [], [], set()
+    """All runs in the folders, a comparison's members among them, and why others are left out.  Raises
+    ValueError if not one run is left."""
+    records, notes, folders = {}, [], []
     for name in map(Path, names):
         members = sorted(p.parent for p in name.glob("*/metrics.jsonl"))
-        if (name / MARK).is_file() or name.is_file():
-            continue  # our own pictures, and a stray file that the shell's * caught
-        for folder in [name] if (name / "metrics.jsonl").is_file() or not members else members:
-            try:
-                record = read_record(folder)
-                if (twin := (record.spec, record.seed, str(record.shared))) in seen:
-                    raise ValueError(f"{record.spec} with the same settings and seed is there already")
-                seen.add(twin)
-                records.append(record)
-            except ValueError as error:
-                notes.append(f"skipped {folder}: {error}")
+        if (
+            not (name / MARK).is_file() and not name.is_file()
+        ):  # our pictures, a file that the shell's * caught
+            folders += [name] if (name / "metrics.jsonl").is_file() or not members else members
+    for folder in folders:
+        try:
+            r = read_record(folder)
+            if records.setdefault((r.spec, r.seed, str(r.shared)), r) is not r:
+                raise ValueError(f"{r.spec} with the same settings and seed is there already")
+        except ValueError as error:
+            notes.append(f"skipped {folder}: {error}")
     if not records:
         why = "; ".join(notes[:3]) or "nothing but files"
         raise ValueError(f"{' '.join(names[:3])}: no run is left ({why}); name folders that train.py made")
-    return records, notes
+    return list(records.values()), notes
 
 
 def grouped(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -922,38 +906,38 @@ def own_attention(model: str | Path, device: torch.device) -> str:
     return "sdpa" if device.type == "cpu" and kind.startswith("flash") else kind
 
 
-def load_policy(folder: Path, attention: str = "auto") -> tuple[nn.Module, Any]:
-    """Model and tokenizer of a run's checkpoint, on the CPU, by default with the run's own attention.
+def reopen(record: Record, attention: str = "auto") -> tuple[Task, Engine]:
+    """A run's task, and an engine with its checkpoint, on the CPU, by default with the run's own attention.
     Raises ValueError where there is none or it cannot be read."""
-    path, several = folder / "checkpoint", sorted(folder.glob("*/checkpoint"))
-    if several and not path.exists():
-        raise ValueError(f"{folder}: compares several methods; name one, e.g. {several[0].parent}")
+    path, s = record.folder / "checkpoint", record.settings
     if not (path / "config.json").is_file():
-        raise ValueError(f"{folder}: holds no checkpoint/; name the folder of a run, e.g. runs/opefo-s0")
-    own = own_attention(path, torch.device("cpu"))
-    return load_model(str(path), attention=own if attention == "auto" else attention)
-
-
-def embedded(record: Record) -> Task:
-    """The task of a run.  Raises ValueError where it is not the embedded one."""
-    if record.task:
         raise ValueError(
-            f"{record.folder}: was trained on {record.settings['data']}, not on the embedded task; sample "
-            f"from it with --model {record.folder / 'checkpoint'} --benchmark NAME --data NAME=FILE.jsonl"
+            f"{record.folder}: holds no checkpoint/; name the folder of a run, e.g. runs/opefo-s0"
         )
-    return chain_task()
+    own = own_attention(path, torch.device("cpu"))
+    model, tokenizer = load_model(str(path), attention=own if attention == "auto" else attention)
+    if not record.task:
+        return chain_task(), TorchEngine(model, tokenizer)
+    names = ("data", "eval_data", "eval_problems", "prompt_template")
+    limits = s["max_prompt_tokens"], s["max_new_tokens"]
+    task = task_of_data(tokenizer, *(s[name] for name in names), s["chat"] == "auto", *limits)[0]
+    return task, TorchEngine(model, tokenizer)
 
 
 @torch.no_grad()
-def fresh(record: Record, k: int, temperature: float, top_p: float, seed: int) -> dict[str, Groups]:
-    """k samples of every held-out problem, "test", and of the hard ones, "hard", as `evaluate` draws them."""
-    task, engine = embedded(record), TorchEngine(*load_policy(record.folder))
+def fresh(
+    record: Record, k: int, temperature: float, top_p: float, seed: int
+) -> tuple[Task, dict[str, Groups]]:
+    """The run's task, and k samples of its problems: "test", and "hard" where there are such; drawn as
+    `evaluate` does."""
+    task, engine = reopen(record)
     how = Sampling(k, task.max_new_tokens, temperature, top_p, entropy=True)
     generator, out = torch.Generator().manual_seed(seed), {}
     for name, problems in (("test", task.test), ("hard", task.hard)):
         parts = responses(engine, task, problems, how, generator)
-        out[name] = [group for part in parts for group in to_samples(part, k)]
-    return out
+        if problems:
+            out[name] = [group for part in parts for group in to_samples(part, k)]
+    return task, out
 
 
 def over_temperatures(
@@ -966,21 +950,23 @@ def over_temperatures(
     """
     from tqdm import tqdm
 
-    store = out / "temperatures.jsonl"
-    known = {json.dumps(r["key"]): r for r in (read_jsonl(store) if store.exists() else [])}
+    store, policy = out / "temperatures.jsonl", cache(lambda i: reopen(jobs[i][1]))
+    known = {tuple(r["key"]): r for r in (read_jsonl(store) if store.exists() else [])}
+    jobs = [(label, r) for label, g in groups.items() for r in g]
     result: dict[tuple[str, float], dict[tuple, dict[str, Any]]] = {}
-    jobs = [(label, r, t) for label, g in groups.items() for r in g for t in temperatures]
-    policy = cache(lambda folder: TorchEngine(*load_policy(folder)))
-    for label, record, t in tqdm(jobs, desc="test temperatures", unit="policy", disable=not jobs):
-        key = [fingerprint(record.folder / "checkpoint"), t, k, top_p, seed]
-        if json.dumps(key) not in known:
-            task = embedded(record)
-            row = {"key": key, "run": str(record.folder), "temperature": t, "seed": seed, "top_p": top_p}
-            row |= evaluate(policy(record.folder), task, k, t, top_p, seed)
-            row.pop("samples")
-            append(store, [row])
-            known[json.dumps(key)] = row
-        result.setdefault((label, t), {})[record.seed] = known[json.dumps(key)]
+    for i, (label, record) in enumerate(
+        tqdm(jobs, desc="test temperatures", unit="run", disable=not temperatures)
+    ):
+        for t in temperatures:
+            key = (fingerprint(record.folder / "checkpoint"), t, k, top_p, seed)
+            if key not in known:
+                task, engine = policy(i)
+                known[key] = {"key": key, "run": str(record.folder)} | evaluate(
+                    engine, task, k, t, top_p, seed
+                )
+                known[key].pop("samples")
+                append(store, [known[key]])
+            result.setdefault((label, t), {})[record.seed] = known[key]
     return result
 
 
@@ -1066,16 +1052,6 @@ def logged_flows(path: Path) -> tuple[list[dict[str, Any]], str]:
     return rows, f"network flow of step {rows[-1]['step']}, from {path}"
 
 
-def own_task(record: Record, tokenizer: Any) -> Task:
-    """What a run was trained on: the embedded task, or that of the files that it names."""
-    s = record.settings
-    if not record.task:
-        return chain_task()
-    names = ("data", "eval_data", "eval_problems", "prompt_template")
-    limits = s["max_prompt_tokens"], s["max_new_tokens"]
-    return task_of_data(tokenizer, *(s[name] for name in names), s["chat"] == "auto", *limits)[0]
-
-
 @torch.no_grad()
 def fresh_flows(
     record: Record, seed: int = 0, attention: str = "auto", prompts: int = 32, n: int = 16
@@ -1083,11 +1059,10 @@ def fresh_flows(
     """The exact flow of a table, entropy_math (3.2), of the tokens of a fresh batch: what one step of GRPO on
     it, at the run's temperature, would do to entropy.  Of each of the first 8 problems with right and wrong
     answers, the response that moves entropy most."""
-    model, tokenizer = load_policy(record.folder, attention)
-    task, tau = own_task(record, tokenizer), record.settings.get("temperature", 1.0)
+    (task, engine), tau = reopen(record, attention), record.settings.get("temperature", 1.0)
     problems, how = task.test[:prompts], Sampling(n, task.max_new_tokens, tau)
-    out, _ = answer(TorchEngine(model, tokenizer), task, problems, how, torch.Generator().manual_seed(seed))
-    stats = TokenStats(**Policy(model)(out, tau))
+    out, _ = answer(engine, task, problems, how, torch.Generator().manual_seed(seed))
+    stats = TokenStats(**Policy(engine.model)(out, tau))
     adv = group_advantages(out.correct.double(), out.group)  # grpo (2.1)
     flow = (
         torch.where(out.mask, entropy_change(stats, adv[:, None]), 0) / out.mask.sum()
@@ -1097,7 +1072,7 @@ def fresh_flows(
     for p in [p for p in range(len(problems)) if best.values[p] > 0][:8]:
         i = p * n + int(best.indices[p])
         m = out.mask[i]
-        words = token_names(tokenizer, out.ids[i][m].tolist())
+        words = token_names(engine.tokenizer, out.ids[i][m].tolist())
         one = {"prompt": problems[p].prompt, "reward": float(out.correct[i])}
         found.append(one | {"tokens": words, "flow": flow[i][m].tolist()})
     what = f"exact flow of a table, fresh batch of {len(problems)} x {n} from {record.folder}/checkpoint"
@@ -1497,24 +1472,13 @@ class MachineFlags:
 
 @dataclass(frozen=True)
 class Options:
-    """Numbers that can be trusted, on finished runs and on benchmarks.
-
-    examples:
-      python eval.py                               the estimators, shown on made-up counts
-      python eval.py runs/opefo-s0                 one run: its log, samples, diversity, calibration
-      python eval.py runs/*                        methods over seeds, the frontier, from the logs
-      python eval.py runs/* --temperatures .5 .6 .8 1 1.2     the frontier over test temperatures too
-      python eval.py --law runs/grpo-*             does R = -a e^H + b predict the rest of a run?
-      python eval.py --show runs/opefo-s0          responses in the colours of their entropy flow
-      python eval.py --model FOLDER_OR_ID --benchmark aime24 math500 --k 32 --engine vllm --against steer
-
-    The same command again goes on where a kill stopped it, and once all is sampled computes without a model.
-    """
-
     finished: RunFlags = field(default_factory=RunFlags)
     sampling: SamplingFlags = field(default_factory=SamplingFlags)
     benchmarks: BenchmarkFlags = field(default_factory=BenchmarkFlags)
     machine: MachineFlags = field(default_factory=MachineFlags)
+
+
+Options.__doc__ = __doc__  # what --help begins with
 
 
 def flags_of(kind: type) -> list[str]:
@@ -1585,9 +1549,8 @@ def own_folder(path: Path) -> Path:
 def runs(o: Options) -> None:
     """Everything about finished runs."""
     records, notes = find_records(o.finished.runs)
+    print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
     set_threads(o.machine.threads, embedded=not any(r.settings.get("model") for r in records))
-    for note in notes:
-        print(note, file=sys.stderr)
     alone = len(records) == 1
     out = own_folder(Path(o.machine.out or (records[0].folder / "eval" if alone else "runs/compare")))
     if o.finished.show:
@@ -1604,8 +1567,8 @@ def runs(o: Options) -> None:
                 place = own_folder(out / f"{i}-{Path(task).name or 'embedded'}")
                 print(f"\n== {task or 'the embedded task'}: {len(members)} of {len(records)} runs\n")
             compare(o, grouped(members), place)
-        if alone or o.finished.sample:
-            sample_runs(o, records, out)
+            if alone or o.finished.sample:
+                sample_runs(o, members, place)
     print(f"\npictures and CSV: {out}")
 
 
@@ -1642,23 +1605,26 @@ def compare(o: Options, groups: dict[str, list[Record]], out: Path) -> None:
 
 def sample_runs(o: Options, records: Sequence[Record], out: Path) -> None:
     """Fresh samples of every run: tables, calibration, forking tokens."""
-    s, key = o.sampling, chain_task().signature
+    s, sets = o.sampling, {}
     n = s.samples or s.k or 32
     how = f"temperature {s.temperature:g}, top-p {s.top_p:g}, no top-k, seed {s.seed}"
     print(f"Fresh samples: {n} per problem, {how}\n")
-    fresh_ones = {str(r.folder): fresh(r, n, s.temperature, s.top_p, s.seed) for r in records}
-    sets = {(run, name): groups for run, both in fresh_ones.items() for name, groups in both.items()}
-    length, ks = min(map(common_length, sets.values())), sorted({8, 16, 32, s.k or n} - {1})
+    for r in records:
+        task, both = fresh(r, n, s.temperature, s.top_p, s.seed)
+        sets |= {(str(r.folder), name): groups for name, groups in both.items()}
+    length, ks, key = (
+        min(map(common_length, sets.values())),
+        sorted({8, 16, 32, s.k or n} - {1}),
+        task.signature,
+    )
     rows = [{"run": run, "set": x} | measure(g, ks, key, key, length) for (run, x), g in sets.items()]
     passes = [x for x in rows[0] if re.fullmatch(r"pass@\d+", x)]
-    for names in ([*passes, "distinct_correct", "entropy", "length", "truncated"],
-                  ["distinct-1", "distinct-2", "distinct-3", "ece_vote", "ece_likelihood"]):  # fmt: skip
+    more = ("distinct-1", "distinct-2", "distinct-3", "ece_vote", "ece_likelihood")
+    for names in ((*passes, "distinct_correct", "entropy", "length", "truncated"), more):
         print(shown(rows, ("run", "set", *names)) + "\n")
     print(f"± standard error over problems (6.2); diversity (6.4) of the first {length} tokens\n")
     write_csv(out / "samples.csv", rows)
-    test = {
-        Path(run).name if len(records) == 1 else run: g for (run, name), g in sets.items() if name == "test"
-    }
+    test = {Path(run).name if len(records) == 1 else run: g for (run, x), g in sets.items() if x == "test"}
     draw_samples(
         test, key, token_namer(str(records[0].folder / "checkpoint")), out / "samples.png", "Entropy"
     )
