@@ -230,22 +230,14 @@ Groups = list[list[Sample]]  # problems x samples
 def to_samples(part: Part, k: int, first: int = 0) -> Groups:
     """The responses to some problems, of which the first has the number `first`."""
     _, out, texts = part
-    logp = torch.where(out.mask, out.rollout_logp, 0).sum(-1, dtype=torch.float64).tolist()
-    nats = out.entropy.double()
-    rows = [
-        {
-            "problem": first + i // k,
-            "sample": i % k,
-            "correct": bool(out.correct[i]),
-            "truncated": bool(out.truncated[i]),
-            "logp": round(logp[i], 5),
-            "ids": out.ids[i][m].tolist(),
-            "nats": [round(x, 5) for x in nats[i][m].tolist()],
-            "text": texts[i],
-        }
-        for i, m in enumerate(out.mask)
-    ]
-    return [rows[i : i + k] for i in range(0, len(rows), k)]
+    logp, nats = torch.where(out.mask, out.rollout_logp, 0).sum(-1, dtype=torch.float64), out.entropy.double()
+    rows: Groups = [[] for _ in range(len(texts) // k)]
+    for i, m in enumerate(out.mask):
+        row = {"problem": first + i // k, "sample": i % k, "logp": round(logp[i].item(), 5), "text": texts[i]}
+        row |= {name: bool(getattr(out, name)[i]) for name in ("correct", "truncated")}
+        row |= {"ids": out.ids[i][m].tolist(), "nats": [round(x, 5) for x in nats[i][m].tolist()]}
+        rows[i // k].append(row)
+    return rows
 
 
 def distinct_n(texts: Sequence[Sequence[int]], n: int) -> float:
@@ -310,14 +302,15 @@ def fork_table(groups: Groups, name: Callable[[int], str], count: int = 12) -> l
     token's occurrences that are forks."""
     samples = [s for g in groups for s in g]
     tokens = pd.DataFrame({x: [v for s in samples for v in s[x]] for x in ("ids", "nats")})
-    fork = tokens["nats"] >= forking(tokens["nats"].to_numpy())
-    top = tokens[fork].groupby("ids", sort=False)["nats"].agg(["size", "mean"])
-    top = top.sort_values("size", ascending=False, kind="stable").head(count)
-    seen = tokens["ids"].value_counts()
-    return [
-        {"token": name(i), "forks": int(n), "entropy": mean, "share_forks": float(n / seen[i])}
-        for i, n, mean in top.itertuples()
-    ]
+    tokens["fork"] = tokens["nats"] >= forking(tokens["nats"].to_numpy())
+    top = (
+        tokens[tokens["fork"]]
+        .groupby("ids")["nats"]
+        .agg(forks="size", entropy="mean")
+        .nlargest(count, "forks")
+    )
+    top["share_forks"] = tokens.groupby("ids")["fork"].mean()
+    return [{"token": name(i)} | row for i, row in zip(top.index, top.to_dict("records"))]
 
 
 def measure(
@@ -407,13 +400,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows, lines = [], path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
-            rows += [json.loads(line)] if line.strip() else []
-            if rows and not isinstance(rows[-1], dict):
-                raise ValueError("not a JSON object")
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}: line {number} is damaged ({str(error)[:80]}); remove it") from None
+            rows += [dict(json.loads(line))] if line.strip() else []
+        except (ValueError, TypeError) as error:
+            if number < len(lines):
+                raise ValueError(f"{path}: line {number} is damaged ({str(error)[:80]}); remove it") from None
     return rows
 
 
@@ -763,7 +753,7 @@ def outcome(row: dict[str, Any], prefix: str, k: int) -> np.ndarray:
 Points = dict[tuple[str, float], Means]  # (label, step or test temperature) -> means
 
 
-def training_points(groups: dict[str, list[Record]], prefix: str, k: int) -> Points:
+def points_of(groups: dict[str, list[Record]], prefix: str, k: int) -> Points:
     """Every method at every step that all of its seeds were evaluated at."""
     out: Points = {}
     for label, members in groups.items():
@@ -776,8 +766,7 @@ def training_points(groups: dict[str, list[Record]], prefix: str, k: int) -> Poi
 def line_points(groups: dict[str, list[Record]], points: Points, label: str, along: str, at: float) -> dict:
     """What the line of a method goes through: name -> Means.  along="step": GRPO's learning rates at that
     step, and the warm start; along="temperature": their final policies at all test temperatures."""
-    sweep = sweep_of(groups, label)
-    grpo = {key: m for key, m in points.items() if key[0] in sweep}
+    grpo = {key: m for key, m in points.items() if key[0] in sweep_of(groups, label)}
     if along == "temperature":
         return {f"{x} at {t:g}": m for (x, t), m in grpo.items()}
     start = {q: m for (_, step), every in grpo.items() if step == 0 for q, m in every.items()}
@@ -785,59 +774,60 @@ def line_points(groups: dict[str, list[Record]], points: Points, label: str, alo
     return ({"the warm start": start} if start else {}) | rates if rates else {}
 
 
-def middle(every: Means) -> np.ndarray:
-    """(2,): mean over pairs of pass@1 and pass@k."""
-    return np.mean([m[:2, 0] for m in every.values()], 0)
+def middle(every: Means) -> list[float]:
+    """Means over pairs of pass@1 and pass@k."""
+    return np.mean([m[:2, 0] for m in every.values()], 0).tolist()
 
 
 def frontier(groups: dict[str, list[Record]], points: Points, along: str) -> list[dict[str, Any]]:
-    """A row for every method at every step, or test temperature: where it lies, and D1 (6.9)."""
+    """A row for every method at every step, or test temperature: where it lies, D1 (6.9), and the line."""
     rows = []
     for (label, at), own in points.items():
-        x, y = map(float, middle(own))
-        rows.append({"along": along, "method": label, "at": at, "pass@1": x, "pass@k": y})
+        row = {"along": along, "method": label, "at": at} | dict(zip(("pass@1", "pass@k"), middle(own)))
         if sweep := line_points(groups, points, label, along, at):
-            d, names = distances(own, sweep), on_frontier(sweep)
-            rows[-1] |= zip(("D1 diff", "D1 low", "D1 high"), over_pairs(d))
-            ends = [middle(sweep[n])[0] for n in names] or [x]
-            note = "" if min(ends) <= x <= max(ends) else "beyond the line's end"
-            rows[-1] |= {"pairs": len(d), "line": "; ".join(names) or "no seed in common", "note": note}
+            names = on_frontier(sweep)
+            d, row["line"] = distances(own, sweep), {x: middle(sweep[x]) for x in names}
+            row |= zip(("D1 diff", "D1 low", "D1 high"), over_pairs(d))
+            ends = [x for x, _ in row["line"].values()] or [row["pass@1"]]
+            row["note"] = "" if min(ends) <= row["pass@1"] <= max(ends) else "beyond the line's end"
+            row["pairs"] = len(d)
+        rows.append(row)
     return rows
 
 
 def print_frontier(rows: list[dict[str, Any]], k: int, title: str) -> None:
     """The methods at the end of training, or at every test temperature, the best D1 first."""
     last = {r["method"]: r["at"] for r in rows}
-    rows = [r for r in rows if "pairs" in r and (r["along"] == "temperature" or r["at"] == last[r["method"]])]
+    rows = [r for r in rows if "line" in r and (r["along"] == "temperature" or r["at"] == last[r["method"]])]
     print(f"\n{title}: D1 = pass@{k} above plain GRPO's line (6.8) at equal pass@1 (6.9), 95 % interval\n")
     if not rows:
         return print("none: needs grpo at one learning rate or more, and another method")
     columns = ("method", "at", "pass@1", "pass@k", "D1 diff", "pairs", "note")
     rows = sorted(rows, key=lambda r: -r["D1 diff"] if r["pairs"] else math.inf)
     print(shown(rows, {x: x.removesuffix(" diff").replace("@k", f"@{k}") for x in columns}))
-    for names in dict.fromkeys(r["line"] for r in rows):
-        print(f"the line: {names}")
+    for names in dict.fromkeys("; ".join(r["line"]) for r in rows):
+        print(f"the line: {names or 'no seed in common'}")
 
 
 def draw_frontier(
-    panels: list[tuple[str, str, int, Points]], groups: dict[str, list[Record]], path: Path
+    panels: list[tuple[str, int, list[dict[str, Any]]]], rates: dict[str, float], path: Path
 ) -> None:
-    """Panels of (title, along, k, points): every method's path in the plane, its end large; GRPO's learning
-    rates in greys, darker for smaller ones, under them the line (6.8)."""
-    rates = {x: float(groups[x][0].settings["lr"]) for label in groups for x in sweep_of(groups, label)}
-    order = [*sorted(rates, key=rates.get), *(x for x in groups if x not in rates)]
+    """Panels of (title, k, rows of `frontier`): every method's path in the plane, its end large; GRPO's
+    learning `rates` in greys, darker for smaller ones, under them the line (6.8)."""
     fig, axes = figure(5.6 * len(panels) + 2.4, 5.2, 1, len(panels))
-    for ax, (title, along, k, points) in zip(axes.flat, panels):
-        for i, label in enumerate(order):
-            if own := [middle(m) for (x, _), m in points.items() if x == label]:
-                grey = {"color": str(0.7 * i / len(rates)), "linestyle": "-"} if label in rates else None
-                look = (grey or style(i - len(rates) + 1)) | {"marker": "os^Dv"[i % 5], "alpha": 0.85}
-                ax.plot(*np.array(own).T, markersize=3, linewidth=1, **look)
-                ax.plot(*own[-1], markersize=8, label=label, **look)
-        for label in (x for x in groups if x not in rates):
-            every = line_points(groups, points, label, along, max(at for _, at in points))
-            if found := sorted(tuple(middle(every[x])) for x in (on_frontier(every) if every else ())):
-                ax.plot(*zip(*found), color="#dddddd", linewidth=6, zorder=0)
+    for ax, (title, k, rows) in zip(axes.flat, panels):
+        paths = dict(list(pd.DataFrame(rows).groupby("method", sort=False)))
+        for i, label in enumerate(sorted(paths, key=lambda x: rates.get(x, math.inf))):
+            own, look = paths[label][["pass@1", "pass@k"]].to_numpy(), style(i - len(rates) + 1)
+            if label in rates:
+                look = {"color": str(0.7 * i / len(rates)), "linestyle": "-"}
+            look |= {"marker": "os^Dv"[i % 5], "alpha": 0.85}
+            ax.plot(*own.T, markersize=3, linewidth=1, **look)
+            ax.plot(*own[-1], markersize=8, label=label, **look)
+        for points in (
+            sorted(r["line"].values()) for r in rows if r.get("line") and r["at"] == rows[-1]["at"]
+        ):
+            ax.plot(*zip(*points), color="#dddddd", linewidth=6, zorder=0)
         ax.set(title=title, xlabel="pass@1", ylabel=f"pass@{k}")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     save(fig, path)
@@ -1026,7 +1016,6 @@ def token_names(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     return [f"<{i}>" if w is None else w for i, w in zip(ids, tokenizer.convert_ids_to_tokens(ids))]
 
 
-@cache
 def token_namer(model: str, trust: bool = False) -> Callable[[int], str]:
     """id -> the token's text; the id itself where the tokenizer cannot be read."""
     from transformers import AutoTokenizer
@@ -1584,23 +1573,27 @@ def compare(o: Options, groups: dict[str, list[Record]], out: Path) -> None:
     k, n = min(int(e.get("k", 1)) for r in records for e in r.evaluations), s.samples or s.k or 32
     if s.k > k and not o.finished.temperatures:
         raise ValueError(f"--k {s.k}: the logs tell pass@{k}; leave --k out, or name a single run")
-    k, panels, found = min(s.k or 32, k), [], []
+    k, panels = min(s.k or 32, k), []
     sampled = over_temperatures(groups, sorted(o.finished.temperatures), n, s.top_p, s.seed, out)
     for prefix, name in (("", "held-out problems"), ("hard_", "hard problems")):
-        if len(groups) > 1:
-            panels.append((f"{name}, along training", "step", k, training_points(groups, prefix, k)))
+        if len(groups) > 1 and (points := points_of(groups, prefix, k)):
+            panels.append((f"{name}, along training", k, frontier(groups, points, "step")))
         points = {
-            x: {q: outcome(e, prefix, s.k or n) for q, e in every.items()} for x, every in sampled.items()
+            x: {q: outcome(e, prefix, s.k or n) for q, e in every.items() if f"{prefix}right" in e}
+            for x, every in sampled.items()
         }
-        panels.append((f"{name}, over test temperatures", "temperature", s.k or n, points))
-    panels = [p for p in panels if p[-1]]
-    for title, along, k, points in panels:
-        rows = frontier(groups, points, along)
+        if any(points.values()):
+            panels.append(
+                (f"{name}, over test temperatures", s.k or n, frontier(groups, points, "temperature"))
+            )
+    for title, k, rows in panels:
         print_frontier(rows, k, title)
-        found += [{"problems": title, "k": k} | r for r in rows]
     if panels:
-        draw_frontier(panels, groups, out / "frontier.png")
-        write_csv(out / "frontier.csv", found)
+        rates = {x: float(groups[x][0].settings["lr"]) for label in groups for x in sweep_of(groups, label)}
+        draw_frontier(panels, rates, out / "frontier.png")
+        write_csv(
+            out / "frontier.csv", [{"problems": title, "k": k} | r for title, k, rows in panels for r in rows]
+        )
 
 
 def sample_runs(o: Options, records: Sequence[Record], out: Path) -> None:
