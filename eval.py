@@ -303,12 +303,8 @@ def fork_table(groups: Groups, name: Callable[[int], str], count: int = 12) -> l
     samples = [s for g in groups for s in g]
     tokens = pd.DataFrame({x: [v for s in samples for v in s[x]] for x in ("ids", "nats")})
     tokens["fork"] = tokens["nats"] >= forking(tokens["nats"].to_numpy())
-    top = (
-        tokens[tokens["fork"]]
-        .groupby("ids")["nats"]
-        .agg(forks="size", entropy="mean")
-        .nlargest(count, "forks")
-    )
+    top = tokens[tokens["fork"]].groupby("ids")["nats"].agg(forks="size", entropy="mean")
+    top = top.nlargest(count, "forks")
     top["share_forks"] = tokens.groupby("ids")["fork"].mean()
     return [{"token": name(i)} | row for i, row in zip(top.index, top.to_dict("records"))]
 
@@ -1034,13 +1030,6 @@ def token_namer(model: str, trust: bool = False) -> Callable[[int], str]:
 # (positive raises entropy).
 
 
-def logged_flows(path: Path) -> tuple[list[dict[str, Any]], str]:
-    """The last entry of flows.jsonl: the network flow that `train.py --ledger full` booked."""
-    rows = read_jsonl(path)
-    rows = [r | {"flow": r["network_flow"]} for r in rows if r["step"] == rows[-1]["step"]]
-    return rows, f"network flow of step {rows[-1]['step']}, from {path}"
-
-
 @torch.no_grad()
 def fresh_flows(
     record: Record, seed: int = 0, attention: str = "auto", prompts: int = 32, n: int = 16
@@ -1055,7 +1044,7 @@ def fresh_flows(
     adv = group_advantages(out.correct.double(), out.group)  # grpo (2.1)
     flow = (
         torch.where(out.mask, entropy_change(stats, adv[:, None]), 0) / out.mask.sum()
-    )  # token mean, (B, T)
+    )  # (B, T), token mean
     best = flow.abs().sum(1).view(-1, n).max(1)
     found = []
     for p in [p for p in range(len(problems)) if best.values[p] > 0][:8]:
@@ -1109,8 +1098,12 @@ def page(rows: Sequence[dict[str, Any]], what: str) -> str:
 
 def show(record: Record, seed: int, attention: str, out: Path) -> None:
     """flow.html, and a line a response of its strongest tokens: of flows.jsonl, else of fresh ones."""
-    flows = record.folder / "flows.jsonl"
-    rows, what = logged_flows(flows) if flows.is_file() else fresh_flows(record, seed, attention)
+    if (path := record.folder / "flows.jsonl").is_file():  # what `train.py --ledger full` booked
+        rows = read_jsonl(path)
+        rows = [r | {"flow": r["network_flow"]} for r in rows if r["step"] == rows[-1]["step"]]
+        what = f"network flow of step {rows[-1]['step']}, from {path}"
+    else:
+        rows, what = fresh_flows(record, seed, attention)
     top = max((abs(f) for r in rows for f in r["flow"]), default=0.0) or 1.0
     print(f"{what}\nThe strongest tokens, flow in percent of the largest: + raises entropy, - lowers it\n")
     for r in rows:
@@ -1605,11 +1598,8 @@ def sample_runs(o: Options, records: Sequence[Record], out: Path) -> None:
     for r in records:
         task, both = fresh(r, n, s.temperature, s.top_p, s.seed)
         sets |= {(str(r.folder), name): groups for name, groups in both.items()}
-    length, ks, key = (
-        min(map(common_length, sets.values())),
-        sorted({8, 16, 32, s.k or n} - {1}),
-        task.signature,
-    )
+    length, key = min(map(common_length, sets.values())), task.signature
+    ks = sorted({8, 16, 32, s.k or n} - {1})
     rows = [{"run": run, "set": x} | measure(g, ks, key, key, length) for (run, x), g in sets.items()]
     passes = [x for x in rows[0] if re.fullmatch(r"pass@\d+", x)]
     more = ("distinct-1", "distinct-2", "distinct-3", "ece_vote", "ece_likelihood")
@@ -1618,9 +1608,8 @@ def sample_runs(o: Options, records: Sequence[Record], out: Path) -> None:
     print(f"± standard error over problems (6.2); diversity (6.4) of the first {length} tokens\n")
     write_csv(out / "samples.csv", rows)
     test = {Path(run).name if len(records) == 1 else run: g for (run, x), g in sets.items() if x == "test"}
-    draw_samples(
-        test, key, token_namer(str(records[0].folder / "checkpoint")), out / "samples.png", "Entropy"
-    )
+    name = token_namer(str(records[0].folder / "checkpoint"))
+    draw_samples(test, key, name, out / "samples.png", "Entropy")
 
 
 def demonstrate() -> None:
