@@ -633,7 +633,7 @@ def test_a_run_is_shown_at_its_temperature_with_its_attention_whatever_its_data_
     err = capsys.readouterr().err
     assert code == 0 and "1 unusable rows left out: line 38: no field named" in err
     assert "problems left out: several turns need a chat template" in err
-    asked, real, scored = [], eval.answer, eval.Policy.forward
+    asked, real = [], eval.answer
 
     def answer(engine, task, problems, how, *more):
         assert "What is" in task.test[0].prompt, "not the embedded task"
@@ -643,13 +643,14 @@ def test_a_run_is_shown_at_its_temperature_with_its_attention_whatever_its_data_
         asked.append((how.temperature, engine.model.config._attn_implementation))
         return out, texts
 
-    def forward(self, tokens, tau):
-        asked.append(tau)
-        known = {"full_ids": tokens.full_ids.clamp(max=258), "ids": tokens.ids.clamp(max=258)}
-        return scored(self, replace(tokens, **known), tau)
+    class Policy(eval.Policy):
+        def forward(self, tokens, tau):
+            asked.append(tau)
+            known = {"full_ids": tokens.full_ids.clamp(max=258), "ids": tokens.ids.clamp(max=258)}
+            return super().forward(replace(tokens, **known), tau)
 
     monkeypatch.setattr(eval, "answer", answer)
-    monkeypatch.setattr(eval.Policy, "forward", forward)
+    monkeypatch.setattr(eval, "Policy", Policy)
     assert eval.main(["--show", "a", "--out", "shown"]) == 0
     assert asked == [(0.7, "eager"), 0.7] and "&lt;300&gt;" in Path("shown/flow.html").read_text()
     assert eval.main(["--show", "a", "--out", "shown", "--attention", "sdpa"]) == 0
