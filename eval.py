@@ -310,11 +310,11 @@ def fork_table(groups: Groups, name: Callable[[int], str], count: int = 12) -> l
 
 
 def measure(
-    groups: Groups, ks: Sequence[int], key: Callable[[str], str], vote: Callable[[str], str], length: int = 0
+    groups: Groups, k: int, key: Callable[[str], str], vote: Callable[[str], str], length: int = 0
 ) -> dict[str, float]:
     """Everything that samples tell: means over problems, and beside each, as "NAME se", its error (6.2).
 
-    groups: P problems with n samples each.  pass@1 (= avg@n) and pass@k for every k of `ks` that n allows;
+    groups: P problems with n samples each.  pass@1 (= avg@n) and pass@8, 16, 32 and k as far as n allows;
     distinct_correct by `key`; entropy (nats, the mean over all tokens, its error linearised as of a ratio),
     length (tokens), truncated (share); distinct-1 to -3 of the first `length` tokens (0: the common length)
     of the responses that have as many; the two calibration errors, the votes counted by `vote`.
@@ -325,7 +325,7 @@ def measure(
     nats = np.array([sum(map(sum, (s["nats"] for s in g))) for g in groups])
     H = float(nats.sum() / max(1.0, tokens.sum()))
     texts = [[s["ids"][:length] for s in g if len(s["ids"]) >= length] for g in groups]
-    each = {f"pass@{k}": [pass_at_k(n, c, k) for c in right] for k in [1, *ks] if k <= n} | {
+    each = {f"pass@{j}": [pass_at_k(n, c, j) for c in right] for j in sorted({1, 8, 16, 32, k}) if j <= n} | {
         "distinct_correct": [len({key(s["text"]) for s in g if s["correct"]}) for g in groups],
         "entropy": (nats - H * tokens) / max(1.0, tokens.mean()),
         "length": tokens / n,
@@ -1214,10 +1214,6 @@ class Bench:
             bar.update(len(part) * n)
         bar.close()
 
-    def samples(self) -> Groups:
-        rows, n = read_jsonl(self.path), self.settings["samples"]
-        return [rows[i : i + n] for i in range(0, len(rows), n)]
-
 
 def load_benchmarks(names: Sequence[str], data: Sequence[str], limit: int) -> dict[str, tuple[Problem, ...]]:
     """name -> its problems (the first `limit`), from --data NAME=SOURCE, else $ENTROPY_FLOW_DATA/NAME.jsonl.
@@ -1339,12 +1335,12 @@ def benchmark(o: Options) -> None:
             for x, done in todo:
                 x.generate(engine, done)
             engine.close()
-        groups = {x.name: x.samples() for x in benches}
+        stored = {x.name: (read_jsonl(x.path), x.settings["samples"]) for x in benches}
+        groups = {name: [rs[i : i + n] for i in range(0, len(rs), n)] for name, (rs, n) in stored.items()}
         for x in benches:
             n = x.settings["samples"]
-            ks = [k for k in sorted({8, 16, 32, o.sampling.k or n}) if 1 < k <= n]
             row = {"model": model, "benchmark": x.name, "problems x samples": f"{len(x.problems)} x {n}"}
-            rows.append(row | measure(groups[x.name], ks, str.strip, boxed))
+            rows.append(row | measure(groups[x.name], o.sampling.k or n, str.strip, boxed))
         namer = token_namer(benches[0].settings["model"], b.trust_remote_code)
         draw_samples(groups, boxed, namer, folder / "samples.png", what)
     print_benchmarks(pd.DataFrame(rows), o, out)
@@ -1518,13 +1514,10 @@ def check(o: Options) -> None:
 
 def own_folder(path: Path) -> Path:
     """Made if it is not there.  ValueError where it holds anything that this file did not write."""
-    if path.is_dir() and any(path.iterdir()) and not (path / MARK).is_file():
-        raise ValueError(f"--out {path}: holds files that eval.py did not write; choose another folder")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / MARK).write_text(json.dumps({"command": sys.argv}, indent=2) + "\n")
-    except OSError as error:
-        raise ValueError(f"--out {path}: {error.strerror}; choose another folder") from None
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / MARK).is_file()):
+        raise ValueError(f"--out {path}: holds what eval.py did not write; choose another folder")
+    path.mkdir(parents=True, exist_ok=True)
+    (path / MARK).write_text(json.dumps({"command": sys.argv}) + "\n")
     return path
 
 
@@ -1564,7 +1557,7 @@ def compare(o: Options, groups: dict[str, list[Record]], out: Path) -> None:
         print_comparison(groups, rows)
         write_csv(out / "comparison.csv", rows)
     k, n = min(int(e.get("k", 1)) for r in records for e in r.evaluations), s.samples or s.k or 32
-    if s.k > k and not o.finished.temperatures:
+    if s.k > k and len(groups) > 1 and not o.finished.temperatures:
         raise ValueError(f"--k {s.k}: the logs tell pass@{k}; leave --k out, or name a single run")
     k, panels = min(s.k or 32, k), []
     sampled = over_temperatures(groups, sorted(o.finished.temperatures), n, s.top_p, s.seed, out)
@@ -1599,8 +1592,7 @@ def sample_runs(o: Options, records: Sequence[Record], out: Path) -> None:
         task, both = fresh(r, n, s.temperature, s.top_p, s.seed)
         sets |= {(str(r.folder), name): groups for name, groups in both.items()}
     length, key = min(map(common_length, sets.values())), task.signature
-    ks = sorted({8, 16, 32, s.k or n} - {1})
-    rows = [{"run": run, "set": x} | measure(g, ks, key, key, length) for (run, x), g in sets.items()]
+    rows = [{"run": run, "set": x} | measure(g, s.k or n, key, key, length) for (run, x), g in sets.items()]
     passes = [x for x in rows[0] if re.fullmatch(r"pass@\d+", x)]
     more = ("distinct-1", "distinct-2", "distinct-3", "ece_vote", "ece_likelihood")
     for names in ((*passes, "distinct_correct", "entropy", "length", "truncated"), more):
