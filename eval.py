@@ -993,7 +993,7 @@ def draw_samples(
         axes[0, 2].axvline(forking(nats), linewidth=0.8, **style(i))
         rows += [{"of": label} | f for f in fork_table(groups, name)]
         words = " ".join(f"{tidy(f['token']).strip()} ({f['forks']})" for f in rows if f["of"] == label)
-        print(f"{label}: tokens drawn most often at forks, the top 20 % by entropy (6.7): {words}")
+        print(f"tokens drawn most often at forks, the top 20 % by entropy (6.7), {label}: {words}")
     for ax, title in zip(axes[0], titles.values()):
         ax.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=":")
         ax.set(title=f"confidence: {title}", xlabel="mean confidence", ylabel="share right")
