@@ -46,7 +46,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 if __name__ == "__main__":  # Ctrl-C in the seconds that the imports below take
     said = b"stopped; nothing was written yet\n"
@@ -1347,9 +1347,8 @@ def benchmark(o: Options) -> None:
     reported = pd.read_csv(io.StringIO(REPORTED), sep=";")
     for key in b.against:
         columns = ["method", *(x for x in problems if x in BENCHMARKS), "average"]
-        text = reported[reported["paper"] == key][columns].to_string(
-            index=False, na_rep="–", float_format="%.1f"
-        )
+        rows = reported[reported["paper"] == key][columns]
+        text = rows.to_string(index=False, na_rep="–", float_format="%.1f")
         print(f"\nreported: {key}\n{text}\n{SOURCES[key]}")
 
 
@@ -1397,7 +1396,8 @@ def print_benchmarks(frame: pd.DataFrame, o: Options, out: Path) -> None:
 class RunFlags:
     """Which finished runs, and what is asked of them."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]] = ()  # folders that train.py made, or folders of such
+    runs: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[RUN ...]")]] = ()
+    """folders that train.py made, or folders of such"""
     temperatures: tuple[float, ...] = ()  # also sample at these test temperatures; name the runs first
     sample: bool = False  # fresh samples of every run; without it of a single run only
     law: bool = False  # fit R = -a e^H + b to the first 15 percent of each run, predict the rest
@@ -1557,29 +1557,25 @@ def compare(o: Options, groups: dict[str, list[Record]], out: Path) -> None:
         print_comparison(groups, rows)
         write_csv(out / "comparison.csv", rows)
     k, n = min(int(e.get("k", 1)) for r in records for e in r.evaluations), s.samples or s.k or 32
-    if s.k > k and len(groups) > 1 and not o.finished.temperatures:
+    if s.k > k and len(records) > 1 and not o.finished.temperatures:
         raise ValueError(f"--k {s.k}: the logs tell pass@{k}; leave --k out, or name a single run")
     k, panels = min(s.k or 32, k), []
     sampled = over_temperatures(groups, sorted(o.finished.temperatures), n, s.top_p, s.seed, out)
     for prefix, name in (("", "held-out problems"), ("hard_", "hard problems")):
         if len(groups) > 1 and (points := points_of(groups, prefix, k)):
             panels.append((f"{name}, along training", k, frontier(groups, points, "step")))
-        points = {
-            x: {q: outcome(e, prefix, s.k or n) for q, e in every.items() if f"{prefix}right" in e}
-            for x, every in sampled.items()
-        }
-        if any(points.values()):
-            panels.append(
-                (f"{name}, over test temperatures", s.k or n, frontier(groups, points, "temperature"))
-            )
+        found = {x: {q: e for q, e in every.items() if f"{prefix}right" in e} for x, every in sampled.items()}
+        points = {x: {q: outcome(e, prefix, s.k or n) for q, e in y.items()} for x, y in found.items() if y}
+        if points:
+            rows = frontier(groups, points, "temperature")
+            panels.append((f"{name}, over test temperatures", s.k or n, rows))
     for title, k, rows in panels:
         print_frontier(rows, k, title)
     if panels:
         rates = {x: float(groups[x][0].settings["lr"]) for label in groups for x in sweep_of(groups, label)}
         draw_frontier(panels, rates, out / "frontier.png")
-        write_csv(
-            out / "frontier.csv", [{"problems": title, "k": k} | r for title, k, rows in panels for r in rows]
-        )
+        rows = [{"problems": title, "k": k} | r for title, k, rows in panels for r in rows]
+        write_csv(out / "frontier.csv", rows)
 
 
 def sample_runs(o: Options, records: Sequence[Record], out: Path) -> None:
