@@ -46,7 +46,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 if __name__ == "__main__":  # Ctrl-C in the seconds that the imports below take
     said = b"stopped; nothing was written yet\n"
@@ -230,22 +230,14 @@ Groups = list[list[Sample]]  # problems x samples
 def to_samples(part: Part, k: int, first: int = 0) -> Groups:
     """The responses to some problems, of which the first has the number `first`."""
     _, out, texts = part
-    logp = torch.where(out.mask, out.rollout_logp, 0).sum(-1, dtype=torch.float64).tolist()
-    nats = out.entropy.double()
-    rows = [
-        {
-            "problem": first + i // k,
-            "sample": i % k,
-            "correct": bool(out.correct[i]),
-            "truncated": bool(out.truncated[i]),
-            "logp": round(logp[i], 5),
-            "ids": out.ids[i][m].tolist(),
-            "nats": [round(x, 5) for x in nats[i][m].tolist()],
-            "text": texts[i],
-        }
-        for i, m in enumerate(out.mask)
-    ]
-    return [rows[i : i + k] for i in range(0, len(rows), k)]
+    logp, nats = torch.where(out.mask, out.rollout_logp, 0).sum(-1, dtype=torch.float64), out.entropy.double()
+    rows: Groups = [[] for _ in range(len(texts) // k)]
+    for i, m in enumerate(out.mask):
+        row = {"problem": first + i // k, "sample": i % k, "logp": round(logp[i].item(), 5), "text": texts[i]}
+        row |= {name: bool(getattr(out, name)[i]) for name in ("correct", "truncated")}
+        row |= {"ids": out.ids[i][m].tolist(), "nats": [round(x, 5) for x in nats[i][m].tolist()]}
+        rows[i // k].append(row)
+    return rows
 
 
 def distinct_n(texts: Sequence[Sequence[int]], n: int) -> float:
@@ -310,22 +302,19 @@ def fork_table(groups: Groups, name: Callable[[int], str], count: int = 12) -> l
     token's occurrences that are forks."""
     samples = [s for g in groups for s in g]
     tokens = pd.DataFrame({x: [v for s in samples for v in s[x]] for x in ("ids", "nats")})
-    fork = tokens["nats"] >= forking(tokens["nats"].to_numpy())
-    top = tokens[fork].groupby("ids", sort=False)["nats"].agg(["size", "mean"])
-    top = top.sort_values("size", ascending=False, kind="stable").head(count)
-    seen = tokens["ids"].value_counts()
-    return [
-        {"token": name(i), "forks": int(n), "entropy": mean, "share_forks": float(n / seen[i])}
-        for i, n, mean in top.itertuples()
-    ]
+    tokens["fork"] = tokens["nats"] >= forking(tokens["nats"].to_numpy())
+    top = tokens[tokens["fork"]].groupby("ids")["nats"].agg(forks="size", entropy="mean")
+    top = top.nlargest(count, "forks")
+    top["share_forks"] = tokens.groupby("ids")["fork"].mean()
+    return [{"token": name(i)} | row for i, row in zip(top.index, top.to_dict("records"))]
 
 
 def measure(
-    groups: Groups, ks: Sequence[int], key: Callable[[str], str], vote: Callable[[str], str], length: int = 0
+    groups: Groups, k: int, key: Callable[[str], str], vote: Callable[[str], str], length: int = 0
 ) -> dict[str, float]:
     """Everything that samples tell: means over problems, and beside each, as "NAME se", its error (6.2).
 
-    groups: P problems with n samples each.  pass@1 (= avg@n) and pass@k for every k of `ks` that n allows;
+    groups: P problems with n samples each.  pass@1 (= avg@n) and pass@8, 16, 32 and k as far as n allows;
     distinct_correct by `key`; entropy (nats, the mean over all tokens, its error linearised as of a ratio),
     length (tokens), truncated (share); distinct-1 to -3 of the first `length` tokens (0: the common length)
     of the responses that have as many; the two calibration errors, the votes counted by `vote`.
@@ -336,7 +325,7 @@ def measure(
     nats = np.array([sum(map(sum, (s["nats"] for s in g))) for g in groups])
     H = float(nats.sum() / max(1.0, tokens.sum()))
     texts = [[s["ids"][:length] for s in g if len(s["ids"]) >= length] for g in groups]
-    each = {f"pass@{k}": [pass_at_k(n, c, k) for c in right] for k in [1, *ks] if k <= n} | {
+    each = {f"pass@{j}": [pass_at_k(n, c, j) for c in right] for j in sorted({1, 8, 16, 32, k}) if j <= n} | {
         "distinct_correct": [len({key(s["text"]) for s in g if s["correct"]}) for g in groups],
         "entropy": (nats - H * tokens) / max(1.0, tokens.mean()),
         "length": tokens / n,
@@ -407,13 +396,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows, lines = [], path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
-            rows += [json.loads(line)] if line.strip() else []
-            if rows and not isinstance(rows[-1], dict):
-                raise ValueError("not a JSON object")
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}: line {number} is damaged ({str(error)[:80]}); remove it") from None
+            rows += [dict(json.loads(line))] if line.strip() else []
+        except (ValueError, TypeError) as error:
+            if number < len(lines):
+                raise ValueError(f"{path}: line {number} is damaged ({str(error)[:80]}); remove it") from None
     return rows
 
 
@@ -763,7 +749,7 @@ def outcome(row: dict[str, Any], prefix: str, k: int) -> np.ndarray:
 Points = dict[tuple[str, float], Means]  # (label, step or test temperature) -> means
 
 
-def training_points(groups: dict[str, list[Record]], prefix: str, k: int) -> Points:
+def points_of(groups: dict[str, list[Record]], prefix: str, k: int) -> Points:
     """Every method at every step that all of its seeds were evaluated at."""
     out: Points = {}
     for label, members in groups.items():
@@ -776,8 +762,7 @@ def training_points(groups: dict[str, list[Record]], prefix: str, k: int) -> Poi
 def line_points(groups: dict[str, list[Record]], points: Points, label: str, along: str, at: float) -> dict:
     """What the line of a method goes through: name -> Means.  along="step": GRPO's learning rates at that
     step, and the warm start; along="temperature": their final policies at all test temperatures."""
-    sweep = sweep_of(groups, label)
-    grpo = {key: m for key, m in points.items() if key[0] in sweep}
+    grpo = {key: m for key, m in points.items() if key[0] in sweep_of(groups, label)}
     if along == "temperature":
         return {f"{x} at {t:g}": m for (x, t), m in grpo.items()}
     start = {q: m for (_, step), every in grpo.items() if step == 0 for q, m in every.items()}
@@ -785,59 +770,60 @@ def line_points(groups: dict[str, list[Record]], points: Points, label: str, alo
     return ({"the warm start": start} if start else {}) | rates if rates else {}
 
 
-def middle(every: Means) -> np.ndarray:
-    """(2,): mean over pairs of pass@1 and pass@k."""
-    return np.mean([m[:2, 0] for m in every.values()], 0)
+def middle(every: Means) -> list[float]:
+    """Means over pairs of pass@1 and pass@k."""
+    return np.mean([m[:2, 0] for m in every.values()], 0).tolist()
 
 
 def frontier(groups: dict[str, list[Record]], points: Points, along: str) -> list[dict[str, Any]]:
-    """A row for every method at every step, or test temperature: where it lies, and D1 (6.9)."""
+    """A row for every method at every step, or test temperature: where it lies, D1 (6.9), and the line."""
     rows = []
     for (label, at), own in points.items():
-        x, y = map(float, middle(own))
-        rows.append({"along": along, "method": label, "at": at, "pass@1": x, "pass@k": y})
+        row = {"along": along, "method": label, "at": at} | dict(zip(("pass@1", "pass@k"), middle(own)))
         if sweep := line_points(groups, points, label, along, at):
-            d, names = distances(own, sweep), on_frontier(sweep)
-            rows[-1] |= zip(("D1 diff", "D1 low", "D1 high"), over_pairs(d))
-            ends = [middle(sweep[n])[0] for n in names] or [x]
-            note = "" if min(ends) <= x <= max(ends) else "beyond the line's end"
-            rows[-1] |= {"pairs": len(d), "line": "; ".join(names) or "no seed in common", "note": note}
+            names = on_frontier(sweep)
+            d, row["line"] = distances(own, sweep), {x: middle(sweep[x]) for x in names}
+            row |= zip(("D1 diff", "D1 low", "D1 high"), over_pairs(d))
+            ends = [x for x, _ in row["line"].values()] or [row["pass@1"]]
+            row["note"] = "" if min(ends) <= row["pass@1"] <= max(ends) else "beyond the line's end"
+            row["pairs"] = len(d)
+        rows.append(row)
     return rows
 
 
 def print_frontier(rows: list[dict[str, Any]], k: int, title: str) -> None:
     """The methods at the end of training, or at every test temperature, the best D1 first."""
     last = {r["method"]: r["at"] for r in rows}
-    rows = [r for r in rows if "pairs" in r and (r["along"] == "temperature" or r["at"] == last[r["method"]])]
+    rows = [r for r in rows if "line" in r and (r["along"] == "temperature" or r["at"] == last[r["method"]])]
     print(f"\n{title}: D1 = pass@{k} above plain GRPO's line (6.8) at equal pass@1 (6.9), 95 % interval\n")
     if not rows:
         return print("none: needs grpo at one learning rate or more, and another method")
     columns = ("method", "at", "pass@1", "pass@k", "D1 diff", "pairs", "note")
     rows = sorted(rows, key=lambda r: -r["D1 diff"] if r["pairs"] else math.inf)
     print(shown(rows, {x: x.removesuffix(" diff").replace("@k", f"@{k}") for x in columns}))
-    for names in dict.fromkeys(r["line"] for r in rows):
-        print(f"the line: {names}")
+    for names in dict.fromkeys("; ".join(r["line"]) for r in rows):
+        print(f"the line: {names or 'no seed in common'}")
 
 
 def draw_frontier(
-    panels: list[tuple[str, str, int, Points]], groups: dict[str, list[Record]], path: Path
+    panels: list[tuple[str, int, list[dict[str, Any]]]], rates: dict[str, float], path: Path
 ) -> None:
-    """Panels of (title, along, k, points): every method's path in the plane, its end large; GRPO's learning
-    rates in greys, darker for smaller ones, under them the line (6.8)."""
-    rates = {x: float(groups[x][0].settings["lr"]) for label in groups for x in sweep_of(groups, label)}
-    order = [*sorted(rates, key=rates.get), *(x for x in groups if x not in rates)]
+    """Panels of (title, k, rows of `frontier`): every method's path in the plane, its end large; GRPO's
+    learning `rates` in greys, darker for smaller ones, under them the line (6.8)."""
     fig, axes = figure(5.6 * len(panels) + 2.4, 5.2, 1, len(panels))
-    for ax, (title, along, k, points) in zip(axes.flat, panels):
-        for i, label in enumerate(order):
-            if own := [middle(m) for (x, _), m in points.items() if x == label]:
-                grey = {"color": str(0.7 * i / len(rates)), "linestyle": "-"} if label in rates else None
-                look = (grey or style(i - len(rates) + 1)) | {"marker": "os^Dv"[i % 5], "alpha": 0.85}
-                ax.plot(*np.array(own).T, markersize=3, linewidth=1, **look)
-                ax.plot(*own[-1], markersize=8, label=label, **look)
-        for label in (x for x in groups if x not in rates):
-            every = line_points(groups, points, label, along, max(at for _, at in points))
-            if found := sorted(tuple(middle(every[x])) for x in (on_frontier(every) if every else ())):
-                ax.plot(*zip(*found), color="#dddddd", linewidth=6, zorder=0)
+    for ax, (title, k, rows) in zip(axes.flat, panels):
+        paths = dict(list(pd.DataFrame(rows).groupby("method", sort=False)))
+        for i, label in enumerate(sorted(paths, key=lambda x: rates.get(x, math.inf))):
+            own, look = paths[label][["pass@1", "pass@k"]].to_numpy(), style(i - len(rates) + 1)
+            if label in rates:
+                look = {"color": str(0.7 * i / len(rates)), "linestyle": "-"}
+            look |= {"marker": "os^Dv"[i % 5], "alpha": 0.85}
+            ax.plot(*own.T, markersize=3, linewidth=1, **look)
+            ax.plot(*own[-1], markersize=8, label=label, **look)
+        for points in (
+            sorted(r["line"].values()) for r in rows if r.get("line") and r["at"] == rows[-1]["at"]
+        ):
+            ax.plot(*zip(*points), color="#dddddd", linewidth=6, zorder=0)
         ax.set(title=title, xlabel="pass@1", ylabel=f"pass@{k}")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     save(fig, path)
@@ -1007,7 +993,7 @@ def draw_samples(
         axes[0, 2].axvline(forking(nats), linewidth=0.8, **style(i))
         rows += [{"of": label} | f for f in fork_table(groups, name)]
         words = " ".join(f"{tidy(f['token']).strip()} ({f['forks']})" for f in rows if f["of"] == label)
-        print(f"{label}: tokens drawn most often at forks, the top 20 % by entropy (6.7): {words}")
+        print(f"tokens drawn most often at forks, the top 20 % by entropy (6.7), {label}: {words}")
     for ax, title in zip(axes[0], titles.values()):
         ax.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=":")
         ax.set(title=f"confidence: {title}", xlabel="mean confidence", ylabel="share right")
@@ -1026,7 +1012,6 @@ def token_names(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     return [f"<{i}>" if w is None else w for i, w in zip(ids, tokenizer.convert_ids_to_tokens(ids))]
 
 
-@cache
 def token_namer(model: str, trust: bool = False) -> Callable[[int], str]:
     """id -> the token's text; the id itself where the tokenizer cannot be read."""
     from transformers import AutoTokenizer
@@ -1045,13 +1030,6 @@ def token_namer(model: str, trust: bool = False) -> Callable[[int], str]:
 # (positive raises entropy).
 
 
-def logged_flows(path: Path) -> tuple[list[dict[str, Any]], str]:
-    """The last entry of flows.jsonl: the network flow that `train.py --ledger full` booked."""
-    rows = read_jsonl(path)
-    rows = [r | {"flow": r["network_flow"]} for r in rows if r["step"] == rows[-1]["step"]]
-    return rows, f"network flow of step {rows[-1]['step']}, from {path}"
-
-
 @torch.no_grad()
 def fresh_flows(
     record: Record, seed: int = 0, attention: str = "auto", prompts: int = 32, n: int = 16
@@ -1066,7 +1044,7 @@ def fresh_flows(
     adv = group_advantages(out.correct.double(), out.group)  # grpo (2.1)
     flow = (
         torch.where(out.mask, entropy_change(stats, adv[:, None]), 0) / out.mask.sum()
-    )  # token mean, (B, T)
+    )  # (B, T), token mean
     best = flow.abs().sum(1).view(-1, n).max(1)
     found = []
     for p in [p for p in range(len(problems)) if best.values[p] > 0][:8]:
@@ -1120,8 +1098,12 @@ def page(rows: Sequence[dict[str, Any]], what: str) -> str:
 
 def show(record: Record, seed: int, attention: str, out: Path) -> None:
     """flow.html, and a line a response of its strongest tokens: of flows.jsonl, else of fresh ones."""
-    flows = record.folder / "flows.jsonl"
-    rows, what = logged_flows(flows) if flows.is_file() else fresh_flows(record, seed, attention)
+    if (path := record.folder / "flows.jsonl").is_file():  # what `train.py --ledger full` booked
+        rows = read_jsonl(path)
+        rows = [r | {"flow": r["network_flow"]} for r in rows if r["step"] == rows[-1]["step"]]
+        what = f"network flow of step {rows[-1]['step']}, from {path}"
+    else:
+        rows, what = fresh_flows(record, seed, attention)
     top = max((abs(f) for r in rows for f in r["flow"]), default=0.0) or 1.0
     print(f"{what}\nThe strongest tokens, flow in percent of the largest: + raises entropy, - lowers it\n")
     for r in rows:
@@ -1231,10 +1213,6 @@ class Bench:
             append(self.path, [x for g in groups for x in g])
             bar.update(len(part) * n)
         bar.close()
-
-    def samples(self) -> Groups:
-        rows, n = read_jsonl(self.path), self.settings["samples"]
-        return [rows[i : i + n] for i in range(0, len(rows), n)]
 
 
 def load_benchmarks(names: Sequence[str], data: Sequence[str], limit: int) -> dict[str, tuple[Problem, ...]]:
@@ -1357,21 +1335,20 @@ def benchmark(o: Options) -> None:
             for x, done in todo:
                 x.generate(engine, done)
             engine.close()
-        groups = {x.name: x.samples() for x in benches}
+        stored = {x.name: (read_jsonl(x.path), x.settings["samples"]) for x in benches}
+        groups = {name: [rs[i : i + n] for i in range(0, len(rs), n)] for name, (rs, n) in stored.items()}
         for x in benches:
             n = x.settings["samples"]
-            ks = [k for k in sorted({8, 16, 32, o.sampling.k or n}) if 1 < k <= n]
             row = {"model": model, "benchmark": x.name, "problems x samples": f"{len(x.problems)} x {n}"}
-            rows.append(row | measure(groups[x.name], ks, str.strip, boxed))
+            rows.append(row | measure(groups[x.name], o.sampling.k or n, str.strip, boxed))
         namer = token_namer(benches[0].settings["model"], b.trust_remote_code)
         draw_samples(groups, boxed, namer, folder / "samples.png", what)
     print_benchmarks(pd.DataFrame(rows), o, out)
     reported = pd.read_csv(io.StringIO(REPORTED), sep=";")
     for key in b.against:
         columns = ["method", *(x for x in problems if x in BENCHMARKS), "average"]
-        text = reported[reported["paper"] == key][columns].to_string(
-            index=False, na_rep="–", float_format="%.1f"
-        )
+        rows = reported[reported["paper"] == key][columns]
+        text = rows.to_string(index=False, na_rep="–", float_format="%.1f")
         print(f"\nreported: {key}\n{text}\n{SOURCES[key]}")
 
 
@@ -1419,7 +1396,8 @@ def print_benchmarks(frame: pd.DataFrame, o: Options, out: Path) -> None:
 class RunFlags:
     """Which finished runs, and what is asked of them."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]] = ()  # folders that train.py made, or folders of such
+    runs: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[RUN ...]")]] = ()
+    """folders that train.py made, or folders of such"""
     temperatures: tuple[float, ...] = ()  # also sample at these test temperatures; name the runs first
     sample: bool = False  # fresh samples of every run; without it of a single run only
     law: bool = False  # fit R = -a e^H + b to the first 15 percent of each run, predict the rest
@@ -1536,13 +1514,10 @@ def check(o: Options) -> None:
 
 def own_folder(path: Path) -> Path:
     """Made if it is not there.  ValueError where it holds anything that this file did not write."""
-    if path.is_dir() and any(path.iterdir()) and not (path / MARK).is_file():
-        raise ValueError(f"--out {path}: holds files that eval.py did not write; choose another folder")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / MARK).write_text(json.dumps({"command": sys.argv}, indent=2) + "\n")
-    except OSError as error:
-        raise ValueError(f"--out {path}: {error.strerror}; choose another folder") from None
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / MARK).is_file()):
+        raise ValueError(f"--out {path}: holds what eval.py did not write; choose another folder")
+    path.mkdir(parents=True, exist_ok=True)
+    (path / MARK).write_text(json.dumps({"command": sys.argv}) + "\n")
     return path
 
 
@@ -1582,25 +1557,25 @@ def compare(o: Options, groups: dict[str, list[Record]], out: Path) -> None:
         print_comparison(groups, rows)
         write_csv(out / "comparison.csv", rows)
     k, n = min(int(e.get("k", 1)) for r in records for e in r.evaluations), s.samples or s.k or 32
-    if s.k > k and not o.finished.temperatures:
+    if s.k > k and len(records) > 1 and not o.finished.temperatures:
         raise ValueError(f"--k {s.k}: the logs tell pass@{k}; leave --k out, or name a single run")
-    k, panels, found = min(s.k or 32, k), [], []
+    k, panels = min(s.k or 32, k), []
     sampled = over_temperatures(groups, sorted(o.finished.temperatures), n, s.top_p, s.seed, out)
     for prefix, name in (("", "held-out problems"), ("hard_", "hard problems")):
-        if len(groups) > 1:
-            panels.append((f"{name}, along training", "step", k, training_points(groups, prefix, k)))
-        points = {
-            x: {q: outcome(e, prefix, s.k or n) for q, e in every.items()} for x, every in sampled.items()
-        }
-        panels.append((f"{name}, over test temperatures", "temperature", s.k or n, points))
-    panels = [p for p in panels if p[-1]]
-    for title, along, k, points in panels:
-        rows = frontier(groups, points, along)
+        if len(groups) > 1 and (points := points_of(groups, prefix, k)):
+            panels.append((f"{name}, along training", k, frontier(groups, points, "step")))
+        found = {x: {q: e for q, e in every.items() if f"{prefix}right" in e} for x, every in sampled.items()}
+        points = {x: {q: outcome(e, prefix, s.k or n) for q, e in y.items()} for x, y in found.items() if y}
+        if points:
+            rows = frontier(groups, points, "temperature")
+            panels.append((f"{name}, over test temperatures", s.k or n, rows))
+    for title, k, rows in panels:
         print_frontier(rows, k, title)
-        found += [{"problems": title, "k": k} | r for r in rows]
     if panels:
-        draw_frontier(panels, groups, out / "frontier.png")
-        write_csv(out / "frontier.csv", found)
+        rates = {x: float(groups[x][0].settings["lr"]) for label in groups for x in sweep_of(groups, label)}
+        draw_frontier(panels, rates, out / "frontier.png")
+        rows = [{"problems": title, "k": k} | r for title, k, rows in panels for r in rows]
+        write_csv(out / "frontier.csv", rows)
 
 
 def sample_runs(o: Options, records: Sequence[Record], out: Path) -> None:
@@ -1612,12 +1587,8 @@ def sample_runs(o: Options, records: Sequence[Record], out: Path) -> None:
     for r in records:
         task, both = fresh(r, n, s.temperature, s.top_p, s.seed)
         sets |= {(str(r.folder), name): groups for name, groups in both.items()}
-    length, ks, key = (
-        min(map(common_length, sets.values())),
-        sorted({8, 16, 32, s.k or n} - {1}),
-        task.signature,
-    )
-    rows = [{"run": run, "set": x} | measure(g, ks, key, key, length) for (run, x), g in sets.items()]
+    length, key = min(map(common_length, sets.values())), task.signature
+    rows = [{"run": run, "set": x} | measure(g, s.k or n, key, key, length) for (run, x), g in sets.items()]
     passes = [x for x in rows[0] if re.fullmatch(r"pass@\d+", x)]
     more = ("distinct-1", "distinct-2", "distinct-3", "ece_vote", "ece_likelihood")
     for names in ((*passes, "distinct_correct", "entropy", "length", "truncated"), more):
@@ -1625,9 +1596,8 @@ def sample_runs(o: Options, records: Sequence[Record], out: Path) -> None:
     print(f"± standard error over problems (6.2); diversity (6.4) of the first {length} tokens\n")
     write_csv(out / "samples.csv", rows)
     test = {Path(run).name if len(records) == 1 else run: g for (run, x), g in sets.items() if x == "test"}
-    draw_samples(
-        test, key, token_namer(str(records[0].folder / "checkpoint")), out / "samples.png", "Entropy"
-    )
+    name = token_namer(str(records[0].folder / "checkpoint"))
+    draw_samples(test, key, name, out / "samples.png", "Entropy")
 
 
 def demonstrate() -> None:

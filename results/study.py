@@ -72,6 +72,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
+import copy
 import fcntl
 import fnmatch
 import itertools
@@ -100,6 +101,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+import train
 from entropy_math import check_entropy_law, fit_entropy_law
 from eval import (
     distances,
@@ -114,7 +116,7 @@ from eval import (
     style,
 )
 from interventions import METHODS, OPEFO, Method
-from rollout import Problem, Sampling, Task, TorchEngine, WarmStart, chain_task, warm_policy
+from rollout import Policy, Problem, Sampling, Task, TorchEngine, WarmStart, chain_task, warm_policy
 from train import Run, Settings, parse_spec, seeded
 
 HERE = Path(__file__).resolve().parent
@@ -261,17 +263,18 @@ def with_extra(extra: str, task: Task, method: Method, seed: int) -> tuple[Task,
     return task, method
 
 
-# The three places that know the library's interface.
-
-
 def coin(seed: int) -> Any:
     """A verifier that tosses a fair coin for every response, whatever it says."""
     toss = random.Random(seed)
     return lambda responses, problems: [toss.random() < 0.5 for _ in responses]
 
 
-def new_run(settings: Settings, method: Method, task: Task, model: nn.Module, tokenizer: Any) -> Run:
-    return Run(settings, method, Path("."), task, model, tokenizer)
+class InMemory(Run):
+    """A run that writes nothing."""
+
+    def log(self, row: dict[str, Any], due: bool) -> dict[str, Any]:
+        self.rows.append(row)
+        return row
 
 
 @cache
@@ -341,23 +344,25 @@ def work(item: Item) -> dict[str, Any]:
     rows, glimpses, width = [], [], max(item.steps // 60, 1)
     seed = 10 * item.warm + item.seed
     if item.steps:
-        base = Settings(seed=seed, steps=item.steps, ledger="off", threads=1, device="cpu")
-        settings, method = parse_spec(item.spec, base)
-        run = new_run(settings, *reversed(with_extra(item.extra, task, method, seed)), model, tokenizer)
         every = max(item.steps // (12 if item.steps <= STEPS else 20), 1)
-        glimpses.append(glimpse(model, tokenizer, 0, seed))
+        base = Settings(seed=seed, steps=item.steps, eval_every=every, ledger="off", threads=1, device="cpu")
+        settings, method = parse_spec(item.spec, base)
+        task, method = with_extra(item.extra, task, method, seed)
+        reference = Policy(copy.deepcopy(model)).requires_grad_(False) if "ref_logp" in method.needs else None
+        engine = TorchEngine(model, tokenizer)
+        run = InMemory(
+            settings, method, Path("."), task, Policy(model), tokenizer, engine, reference=reference
+        )
+
+        def evaluation(run: Run) -> dict[str, Any]:
+            glimpses.append(glimpse(model, tokenizer, run.step, seed))
+            return {"pass@1": glimpses[-1]["pass@1"]}
+
+        train.evaluation = evaluation  # on TEST, and not the training's own
         try:
-            while run.step < item.steps:
-                rows.append(run.train_step())
-                due = run.step % every == 0
-                if due:
-                    glimpses.append(glimpse(model, tokenizer, run.step, seed))
-                run.maybe_reset(glimpses[-1]["pass@1"] if due else None)
-                if run.skipped_in_row >= 10:
-                    why = "ten updates in a row were not finite"
-                    break
+            rows = list(train.train(run))[1:]
         except FloatingPointError as error:
-            why = str(error)
+            rows, why = run.rows[1:], str(error)
     final: dict[str, Any] = {}
     if not why:
         for t in TEMPERATURES:

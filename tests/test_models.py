@@ -633,22 +633,24 @@ def test_a_run_is_shown_at_its_temperature_with_its_attention_whatever_its_data_
     err = capsys.readouterr().err
     assert code == 0 and "1 unusable rows left out: line 38: no field named" in err
     assert "problems left out: several turns need a chat template" in err
-    asked, real, scored = [], eval.answer, eval.score
+    asked, real = [], eval.answer
 
-    def answer(engine, task, *args, **more):
+    def answer(engine, task, problems, how, *more):
         assert "What is" in task.test[0].prompt, "not the embedded task"
-        out = real(engine, task, *args, **more)
+        out, texts = real(engine, task, problems, how, *more)
         out.correct = torch.arange(len(out.ids)) % 2 == 0
         out.ids[:, 0] = torch.where(out.mask.sum(1) > 1, 300, out.ids[:, 0])
-        asked.append((args[2], engine.model.config._attn_implementation))
-        return out
+        asked.append((how.temperature, engine.model.config._attn_implementation))
+        return out, texts
 
-    def score(model, full, start, ids, mask, tau):
-        asked.append(tau)
-        return scored(model, full.clamp(max=258), start, ids.clamp(max=258), mask, tau)
+    class Policy(eval.Policy):
+        def forward(self, tokens, tau):
+            asked.append(tau)
+            known = {"full_ids": tokens.full_ids.clamp(max=258), "ids": tokens.ids.clamp(max=258)}
+            return super().forward(replace(tokens, **known), tau)
 
     monkeypatch.setattr(eval, "answer", answer)
-    monkeypatch.setattr(eval, "score", score)
+    monkeypatch.setattr(eval, "Policy", Policy)
     assert eval.main(["--show", "a", "--out", "shown"]) == 0
     assert asked == [(0.7, "eager"), 0.7] and "&lt;300&gt;" in Path("shown/flow.html").read_text()
     assert eval.main(["--show", "a", "--out", "shown", "--attention", "sdpa"]) == 0
