@@ -21,8 +21,9 @@ TEXTS = (README, STUDY, ROOT / "tests" / "exercises" / "README.md")
 
 def outcome(key: str) -> str:
     """What the study's first table in results/README.md says of a method: its entropy in the end, and D1."""
-    rows = re.findall(r"^\| `([^`]+)` \|(.*)\|$", STUDY.read_text(), re.MULTILINE)
-    found = {name: [cell.strip() for cell in row.split("|")] for name, row in reversed(rows)}
+    first = STUDY.read_text().partition("What the papers report")[0]
+    rows = re.findall(r"^\| `([^`]+)` \|(.*)\|$", first, re.MULTILINE)
+    found = {name: [cell.strip() for cell in row.split("|")] for name, row in rows}
     name = key if key in found else f"{key}:x4"
     _, entropy, *_, d1, _, _ = found[name]
     d1 = re.sub(r" \[.*\]", "", d1) or "the line itself"
