@@ -8,35 +8,33 @@ import runpy
 import shlex
 from pathlib import Path
 
+import pytest
+
 import eval
 import interventions
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+README, STUDY = ROOT / "README.md", ROOT / "results" / "README.md"
+TEXTS = (README, STUDY, ROOT / "tests" / "exercises" / "README.md")
 
 
-def needs(cls) -> str:
-    """What a method reads beyond log π, rewards and groups, in the README's words."""
-    names = [n for n in cls.needs if n not in ("logp", "reward", "group")]
-    words = {
-        "entropy": "H",
-        "p2": "Σp²",
-        "p2logp": "Σp² log p",
-        "ref_logp": "reference",
-        "proxy_logp": "proxy",
-    }
-    return ", ".join(words.get(n, n) for n in names) or "–"
+def outcome(key: str) -> str:
+    """What the study's first table in results/README.md says of a method: its entropy in the end, and D1."""
+    first = STUDY.read_text().partition("What the papers report")[0]
+    rows = re.findall(r"^\| `([^`]+)` \|(.*)\|$", first, re.MULTILINE)
+    found = {name: [cell.strip() for cell in row.split("|")] for name, row in rows}
+    name = key if key in found else f"{key}:x4"
+    _, entropy, *_, d1, _, _ = found[name]
+    d1 = re.sub(r" \[.*\]", "", d1) or "the line itself"
+    return f"{'' if name == key else '×4: '}{entropy}, {d1}"
 
 
 def table() -> str:
-    lines = ["| method | place | paper | idea | needs | acts on-policy? |", "|---|---|---|---|---|---|"]
+    lines = ["| method | place | idea | paper | here: entropy, D1 |", "|---|---|---|---|---|"]
     for key, cls in interventions.METHODS.items():
-        acts = "yes" if cls.on_policy else "no"
-        paper = ", ".join(
-            re.sub(r"(\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", x) for x in [cls.paper]
-        )
-        lines.append(f"| `{key}` | {cls.place} | {paper} | {cls.idea} | {needs(cls)} | {acts} |")
+        paper = re.sub(r"(\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", cls.paper)
+        lines.append(f"| `{key}` | {cls.place} | {cls.idea} | {paper} | {outcome(key)} |")
     return "\n".join(lines)
 
 
@@ -46,8 +44,12 @@ def test_the_table_of_methods_is_the_one_the_code_gives():
     )
 
 
+def everything() -> str:
+    return "\n".join(text.read_text() for text in TEXTS)
+
+
 def commands(program: str) -> list[str]:
-    found = re.findall(rf"{re.escape(program)} ?([^#\n`|]*)", README.read_text())
+    found = re.findall(rf"{re.escape(program)} ?([^#\n`|]*)", everything())
     return [c.strip() for c in found if c.strip()]
 
 
@@ -69,7 +71,7 @@ def test_every_eval_command_of_the_readme_parses():
 
 
 def test_every_pytest_command_of_the_readme_selects_a_test():
-    found = re.findall(r"pytest (tests/test_\w+\.py) -k (\w+|\"[^\"]+\")", README.read_text())
+    found = re.findall(r"pytest (tests/test_\w+\.py) -k (\w+|\"[^\"]+\")", everything())
     assert len(found) >= 8
     for file, words in found:
         names = re.findall(r"^def (test_\w+)", (ROOT / file).read_text(), re.MULTILINE)
@@ -77,9 +79,12 @@ def test_every_pytest_command_of_the_readme_selects_a_test():
             assert any(word in name for name in names), f"README.md: pytest {file} -k {words} selects nothing"
 
 
-def test_files_named_in_the_readme_exist():
-    for name in re.findall(r"\]\(((?!http)[^)#]+)\)", README.read_text()):
-        assert (ROOT / name).exists(), f"README.md links to {name}, which does not exist"
+@pytest.mark.parametrize("text", TEXTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_linked_to_exist(text):
+    names = re.findall(r"\]\(((?!http)[^)#]+)\)", text.read_text())
+    assert names
+    for name in names:
+        assert (text.parent / name).exists(), f"{text} links to {name}, which does not exist"
 
 
 def test_what_is_installed_is_held_against_the_table(monkeypatch, capsys):
