@@ -1072,26 +1072,22 @@ def test_eq_3_14_one_empty_side_switches_the_other_off():
         assert plan.metrics["lam"] == lam and plan.weight.item() == w
 
 
-@given(seeds, st.floats(0.01, 0.99), st.floats(0.1, 5), st.booleans())
-def test_eq_3_15_papo_swaps_its_branches_with_the_sign_and_follows_the_phase(seed, lam, e_ref, scaled):
+@given(seeds, st.floats(0.01, 0.99), st.floats(0.1, 5))
+def test_eq_3_15_papo_swaps_its_branches_with_the_sign_and_follows_the_phase(seed, lam, e_ref):
     _, tokens = make(seed)
-    tk, method = tokens(), build("papo", lam=lam, scaled=scaled)
+    tk, method = tokens(), build("papo", lam=lam)
     start = plan_update(tk, method)
     assert (start.weight[tk.mask] == 1).all(), "the first update has no reference yet"
     method.e_ref = e_ref
     plan = plan_update(tk, method)
     phi = min(1, max(-1, (e_ref - plan.entropy) / e_ref))
     f = _flow(tk, plan.adv, "exact")
-    size = f.abs() / f.abs().max().clamp(min=1e-30) if scaled else 1
-    assert torch.allclose(plan.weight[tk.mask], (1 + lam * phi * f.sign() * size)[tk.mask])
+    assert torch.allclose(plan.weight[tk.mask], (1 + lam * phi * f.sign())[tk.mask])
     assert (plan.weight[tk.mask] > 0).all()
     if phi >= 0:
         assert (plan.weight[f > 0] >= 1).all(), "entropy below its reference never damps an expanding token"
     mirrored = plan_update(replace(tk, adv=-plan.adv), method)
     assert torch.allclose((mirrored.weight + plan.weight)[tk.mask], torch.tensor(2.0, dtype=F64))
-    method.renormalise = True
-    same = plan_update(tk, method)
-    assert (same.weight * plan.adv.abs()).sum().item() == pytest.approx(plan.adv.abs().sum().item())
 
 
 @given(seeds, st.floats(-3, 3), st.floats(-2, 2), st.sampled_from(["batch", "group"]))
@@ -1670,9 +1666,7 @@ def test_composition_selects_by_all_adds_penalties_and_shares_the_clip():
         and combined.entropy_grad is False
     )
     assert build("clip_higher+cw_grpo").on_policy
-    assert (
-        build("dapo+entropy_bonus").entropy_grad and build("lp_reg+ref_kl").extra_pass == "proxy, reference"
-    )
+    assert build("dapo+entropy_bonus").entropy_grad
 
 
 @pytest.mark.parametrize("name", ["dr_grpo+clip_cov", "clip_cov+dr_grpo"])
@@ -1819,8 +1813,7 @@ def test_demonstration_measures_the_real_entropy_change(tmp_path, capsys):
         with torch.no_grad():
             measured = (total(logits + step) - total(logits - step)) / 2e-4
         assert predicted == pytest.approx(measured, rel=1e-4, abs=1e-8), key
-    score = torch.randn(tk.logp.shape, dtype=F64)
-    effects = iv.show_batch(tk.detach(), None, slope, score, str(tmp_path / "figure.png"))
+    effects = iv.show_batch(tk.detach(), slope, None, str(tmp_path / "figure.png"))
     text = capsys.readouterr().out
     assert len(effects) == 32 and all(key in text for key in METHODS)
     assert (tmp_path / "figure.png").stat().st_size > 10_000
