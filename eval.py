@@ -8,11 +8,11 @@ with plain GRPO at several learning rates, at equal pass@1.
 
     1  what a policy can do: unbiased pass@k, distinct right answers                             (6.1)
     2  how sure one can be: standard errors, the paired bootstrap                                (6.2) (6.3)
-    3  diversity and calibration: distinct-n, self-BLEU, calibration error, forking tokens       (6.4) - (6.7)
-    4  the picture and the table of one training call
-    5  comparing runs: methods over seeds, the line to beat, the law R = -a e^H + b              (6.8) (6.9)
-    6  six benchmarks, resumable, beside the papers' numbers
-    7  a response in the colours of its entropy flow
+    3  diversity and calibration: distinct-n, calibration error, forking tokens                  (6.4) - (6.7)
+    4  tables, files, and the picture of one training call
+    5  comparing runs: methods over seeds, the frontier of plain GRPO, the law R = -a e^H + b    (6.8) (6.9)
+    6  fresh samples of a run: over test temperatures, calibration, forks, the flow of each token
+    7  six benchmarks, resumable, beside the papers' numbers
     8  the command line and the demonstration
 
     python eval.py                                          the estimators, shown on made-up counts
@@ -28,9 +28,7 @@ Left out against a production harness: few-shot prompts, stop strings, code exec
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import csv
 import difflib
 import hashlib
 import html
@@ -43,26 +41,29 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
 if __name__ == "__main__":  # Ctrl-C in the seconds that the imports below take
     said = b"stopped; nothing was written yet\n"
     signal.signal(signal.SIGINT, lambda *_: os.write(2, said) and os._exit(130))
 
 import numpy as np
+import pandas as pd
 import torch
 import tyro
 from torch import nn
 
-from entropy_math import check_entropy_law, entropy_change
+from entropy_math import TokenStats, check_entropy_law, entropy_change
+from grpo import Tokens, group_advantages
 from rollout import (
     PROMPT_TEMPLATE,
     Engine,
+    Policy,
     Problem,
-    Rollout,
+    Sampling,
     Task,
     TorchEngine,
     VllmEngine,
@@ -75,8 +76,6 @@ from rollout import (
     math_task,
     read_problems,
     render,
-    score,
-    shared_grader,
     task_of_data,
 )
 
@@ -108,17 +107,17 @@ def distinct_correct(task: Task, texts: Sequence[str], correct: Sequence[bool]) 
     return len({task.signature(t) for t, ok in zip(texts, correct) if ok})
 
 
-Part = tuple[Sequence[Problem], Rollout]  # some problems, and k responses to each
+Part = tuple[Sequence[Problem], Tokens, list[str]]  # some problems, and n responses to each, B rows
 
 
-def _answers(
-    engine: Engine, task: Task, problems: Sequence[Problem], k: int, rows: int, *how: Any
+def responses(
+    engine: Engine, task: Task, problems: Sequence[Problem], how: Sampling, generator: Any, rows: int = 1024
 ) -> Iterator[Part]:
-    """k responses to every problem, at most about `rows` at a time."""
-    step = max(1, rows // k)
+    """how.n responses to every problem, at most about `rows` at a time."""
+    step = max(1, rows // how.n)
     for i in range(0, len(problems), step):
         part = problems[i : i + step]
-        yield part, answer(engine, task, part, k, *how, entropy=True)
+        yield part, *answer(engine, task, part, how, generator)
 
 
 @torch.no_grad()
@@ -140,11 +139,12 @@ def evaluate(
     hard_* where the task has such, the k, and a few samples.
     """
     generator = torch.Generator(engine.device).manual_seed(seed)
+    how = Sampling(k, task.max_new_tokens, temperature, top_p, entropy=True)
     result: dict[str, Any] = {"k": k}
     for prefix, problems in (("", task.test), ("hard_", task.hard)):
         if not problems:
             continue
-        parts = list(_answers(engine, task, problems, k, rows, temperature, top_p, generator))
+        parts = list(responses(engine, task, problems, how, generator, rows))
         result |= {prefix + name: value for name, value in _summary(task, parts, k).items()}
         if not prefix:
             result["samples"] = _samples(*parts[0], k)
@@ -154,10 +154,10 @@ def evaluate(
 def _summary(task: Task, parts: list[Part], k: int) -> dict[str, Any]:
     """Means over problems of the metrics of `evaluate`."""
     solved, distinct, nats, tokens, rows = [], [], 0.0, 0, 0
-    for _, out in parts:
+    for _, out, texts in parts:
         right = out.correct.view(-1, k).tolist()
         solved += [sum(r) for r in right]
-        distinct += [distinct_correct(task, out.texts[i * k : (i + 1) * k], r) for i, r in enumerate(right)]
+        distinct += [distinct_correct(task, texts[i * k : (i + 1) * k], r) for i, r in enumerate(right)]
         nats += float(torch.where(out.mask, out.entropy, 0).sum(dtype=torch.float64))
         tokens, rows = tokens + int(out.mask.sum()), rows + len(out.ids)
     n = len(solved)
@@ -171,19 +171,21 @@ def _summary(task: Task, parts: list[Part], k: int) -> dict[str, Any]:
     }
 
 
-def _samples(problems: Sequence[Problem], out: Rollout, k: int, each: int = 4) -> list[dict[str, Any]]:
+def _samples(
+    problems: Sequence[Problem], out: Tokens, texts: list[str], k: int, each: int = 4
+) -> list[dict[str, Any]]:
     """The first responses to the first two problems, for reading."""
-    picks = [i * k + j for i in range(min(2, len(problems))) for j in range(min(each, k))]
     return [
         {
             "prompt": problems[i // k].prompt,
             "answer": problems[i // k].answer,
-            "response": out.texts[i],
+            "response": texts[i],
             "correct": bool(out.correct[i]),
             "truncated": bool(out.truncated[i]),
             "tokens": int(out.mask[i].sum()),
         }
-        for i in picks
+        for p in range(min(2, len(problems)))
+        for i in range(p * k, p * k + min(each, k))
     ]
 
 
@@ -200,20 +202,14 @@ def mean_se(values: Sequence[float]) -> tuple[float, float]:
     included; over seeds how much it depends on warm start, prompt order and sampling.  Neither holds the
     other.
     """
-    v = np.asarray(values, dtype=float)
-    return float(v.mean()), float(v.std(ddof=1) / math.sqrt(len(v))) if len(v) > 1 else math.nan
+    v = pd.Series(values, dtype=float)
+    return float(v.mean(skipna=False)), float(v.sem(skipna=False))
 
 
 def resample(n: int, draws: int, rng: np.random.Generator) -> np.ndarray:
     """(1 + draws, n) bootstrap weights: row 0 is the data as they are, every other row n picks with
     replacement."""
     return np.vstack([np.full((1, n), 1 / n), rng.multinomial(n, np.full(n, 1 / n), draws) / n])
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """2.5 % and 97.5 % percentiles of the resamples that exist, NaN where none does."""
-    v = values[np.isfinite(values)]
-    return tuple(map(float, np.percentile(v, [2.5, 97.5]))) if len(v) else (math.nan, math.nan)
 
 
 def paired(a: Sequence[float], b: Sequence[float], draws: int = 10_000) -> tuple[float, float, float]:
@@ -229,7 +225,8 @@ def paired(a: Sequence[float], b: Sequence[float], draws: int = 10_000) -> tuple
     d = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     if len(d) < 2:
         return float(d.mean()), math.nan, math.nan
-    return float(d.mean()), *interval(resample(len(d), draws, np.random.default_rng(0))[1:] @ d)
+    low, high = np.percentile(resample(len(d), draws, np.random.default_rng(0))[1:] @ d, [2.5, 97.5])
+    return float(d.mean()), float(low), float(high)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -244,32 +241,23 @@ Groups = list[list[Sample]]  # problems x samples
 
 def to_samples(part: Part, k: int, first: int = 0) -> Groups:
     """The responses to some problems, of which the first has the number `first`."""
-    problems, out = part
+    _, out, texts = part
     logp = torch.where(out.mask, out.rollout_logp, 0).sum(-1, dtype=torch.float64).tolist()
-    right, cut, length = out.correct.tolist(), out.truncated.tolist(), out.mask.sum(-1).tolist()
-    ids, nats = out.ids.tolist(), out.entropy.double().tolist()
-    return [
-        [
-            {
-                "problem": first + p,
-                "sample": j,
-                "correct": right[i],
-                "truncated": cut[i],
-                "logp": round(logp[i], 5),
-                "ids": ids[i][: length[i]],
-                "nats": [round(x, 5) for x in nats[i][: length[i]]],
-                "text": out.texts[i],
-            }
-            for j in range(k)
-            for i in [p * k + j]
-        ]
-        for p in range(len(problems))
+    nats = out.entropy.double()
+    rows = [
+        {
+            "problem": first + i // k,
+            "sample": i % k,
+            "correct": bool(out.correct[i]),
+            "truncated": bool(out.truncated[i]),
+            "logp": round(logp[i], 5),
+            "ids": out.ids[i][m].tolist(),
+            "nats": [round(x, 5) for x in nats[i][m].tolist()],
+            "text": texts[i],
+        }
+        for i, m in enumerate(out.mask)
     ]
-
-
-def ngrams(ids: Sequence[int], n: int) -> Counter:
-    """How often each run of n tokens occurs."""
-    return Counter(tuple(ids[i : i + n]) for i in range(len(ids) - n + 1))
+    return [rows[i : i + k] for i in range(0, len(rows), k)]
 
 
 def distinct_n(texts: Sequence[Sequence[int]], n: int) -> float:
@@ -277,35 +265,8 @@ def distinct_n(texts: Sequence[Sequence[int]], n: int) -> float:
 
     1 if no n-gram occurs twice.  Falls with length and with the number of texts: compare at equal ones only.
     """
-    counts = sum((ngrams(t, n) for t in texts), Counter())
-    return len(counts) / counts.total() if counts else math.nan
-
-
-def self_bleu(texts: Sequence[Sequence[int]], order: int = 4) -> float:
-    """Mean BLEU of every response against the others of its problem, which must all have the same length.
-
-        BLEU_i = exp (1/N) Σ_{n=1}^{N} log ( Σ_g min(c_i(g), max_{j≠i} c_j(g)) / Σ_g c_i(g) )            (6.5)
-
-    c_i(g) is how often the n-gram g occurs in response i (1802.01886).  At equal length BLEU's brevity
-    penalty is 1.  No smoothing: a response that shares no n-gram of some order with any other scores 0.
-    Orders longer than the responses are left out.  1: every response has a twin, as after a collapse.  NaN
-    for fewer than two texts.
-    """
-    if len(texts) < 2:
-        return math.nan
-    orders = range(1, min(order, len(texts[0])) + 1)
-    logs = np.zeros(len(texts))
-    for n in orders:
-        counts = [ngrams(t, n) for t in texts]
-        two: dict[tuple, tuple[int, int]] = {}  # the two largest c_j(g), so that i can be left out
-        for c in counts:
-            for g, x in c.items():
-                a, b = two.get(g, (0, 0))
-                two[g] = (max(a, x), max(min(a, x), b))
-        for i, c in enumerate(counts):
-            shared = sum(min(x, two[g][x == two[g][0]]) for g, x in c.items())
-            logs[i] += math.log(shared / c.total()) if shared else -math.inf
-    return float(np.exp(logs / len(orders)).mean())  # (6.5)
+    grams = [tuple(t[i : i + n]) for t in texts for i in range(len(t) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else math.nan
 
 
 def common_length(groups: Groups, share: float = 0.9) -> int:
@@ -359,53 +320,128 @@ def forking(nats: np.ndarray, share: float = 0.2) -> float:
 def fork_table(groups: Groups, name: Callable[[int], str], count: int = 12) -> list[dict[str, Any]]:
     """The most frequent tokens drawn at forks: how often, their mean entropy there, and the share of the
     token's occurrences that are forks."""
-    ids = np.array([i for g in groups for s in g for i in s["ids"]])
-    nats = np.array([h for g in groups for s in g for h in s["nats"]])
-    fork = nats >= forking(nats)
-    rows = []
-    for i, n in Counter(ids[fork].tolist()).most_common(count):
-        own = ids == i
-        mean = float(nats[fork & own].mean())
-        rows.append({"token": name(i), "forks": n, "entropy": mean, "share_forks": float(n / own.sum())})
-    return rows
+    samples = [s for g in groups for s in g]
+    tokens = pd.DataFrame({x: [v for s in samples for v in s[x]] for x in ("ids", "nats")})
+    fork = tokens["nats"] >= forking(tokens["nats"].to_numpy())
+    top = tokens[fork].groupby("ids", sort=False)["nats"].agg(["size", "mean"])
+    top = top.sort_values("size", ascending=False, kind="stable").head(count)
+    seen = tokens["ids"].value_counts()
+    return [
+        {"token": name(i), "forks": int(n), "entropy": mean, "share_forks": float(n / seen[i])}
+        for i, n, mean in top.itertuples()
+    ]
 
 
 def measure(
     groups: Groups, ks: Sequence[int], key: Callable[[str], str], vote: Callable[[str], str], length: int = 0
-) -> dict[str, tuple[float, float]]:
-    """name -> (mean over problems, its standard error (6.2)) of everything that samples tell.
+) -> dict[str, float]:
+    """Everything that samples tell: means over problems, and beside each, as "NAME se", its error (6.2).
 
     groups: P problems with n samples each.  pass@1 (= avg@n) and pass@k for every k of `ks` that n allows;
     distinct_correct by `key`; entropy (nats, the mean over all tokens, its error linearised as of a ratio),
-    length (tokens), truncated (share); distinct-1 to -3 and self-BLEU of the first `length` tokens (0: the
-    common length) of the responses that have as many; the two calibration errors (no standard error), the
-    votes counted by `vote`.
+    length (tokens), truncated (share); distinct-1 to -3 of the first `length` tokens (0: the common length)
+    of the responses that have as many; the two calibration errors (no standard error), the votes counted by
+    `vote`.
     """
-    n = min(map(len, groups))
+    n, out = min(map(len, groups)), {}
     right = [sum(s["correct"] for s in g) for g in groups]
-    out = {f"pass@{k}": mean_se([pass_at_k(n, c, k) for c in right]) for k in [1, *ks] if k <= n}
-    out["distinct_correct"] = mean_se([len({key(s["text"]) for s in g if s["correct"]}) for g in groups])
     tokens = np.array([sum(len(s["ids"]) for s in g) for g in groups], dtype=float)
     nats = np.array([sum(map(sum, (s["nats"] for s in g))) for g in groups])
     H = float(nats.sum() / max(1.0, tokens.sum()))
-    out["entropy"] = H, mean_se((nats - H * tokens) / max(1.0, tokens.mean()))[1]
-    out["length"] = mean_se(tokens / n)
-    out["truncated"] = mean_se([sum(s["truncated"] for s in g) / n for g in groups])
     length = length or common_length(groups)
     texts = [[s["ids"][:length] for s in g if len(s["ids"]) >= length] for g in groups]
     texts = [t for t in texts if len(t) > 1]
-    for name, f in [(f"distinct-{m}", lambda t, m=m: distinct_n(t, m)) for m in (1, 2, 3)] + [
-        ("self_bleu", self_bleu)
-    ]:
-        out[name] = mean_se([f(t) for t in texts]) if texts else (math.nan, math.nan)
-    out["ece_vote"] = math.nan, math.nan
-    for name, pair in confidences(groups, vote).items():
-        out[f"ece_{name}"] = calibration_error(*pair), math.nan
-    return out | {"common_length": (length, math.nan)}
+    each = {f"pass@{k}": [pass_at_k(n, c, k) for c in right] for k in [1, *ks] if k <= n} | {
+        "distinct_correct": [len({key(s["text"]) for s in g if s["correct"]}) for g in groups],
+        "entropy": (nats - H * tokens) / max(1.0, tokens.mean()),
+        "length": tokens / n,
+        "truncated": [sum(s["truncated"] for s in g) / n for g in groups],
+        **{f"distinct-{m}": [distinct_n(t, m) for t in texts] for m in (1, 2, 3)},
+    }
+    for name, values in each.items():
+        out[name], out[f"{name} se"] = mean_se(values)
+    out["entropy"] = H
+    for name in ("vote", "likelihood"):
+        pair = confidences(groups, vote).get(name)
+        out[f"ece_{name}"] = calibration_error(*pair) if pair else math.nan
+    return out | {"common_length": length}
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. The picture and the table of one training call
+# 4. Tables, files, and the picture of one training call
+
+
+def shown(rows: Sequence[dict[str, Any]], columns: dict[str, str] | Sequence[str]) -> str:
+    """Rows as a table in plain text; `columns`: keys, and what to call them.
+
+    In the cell of KEY stands also its standard error, "KEY se".  In that of "KEY diff", with a sign, its
+    interval: "KEY low", "KEY high".  A name that ends in % is shown in percent.
+    """
+    names = columns if isinstance(columns, dict) else {key: key.replace("_", " ") for key in columns}
+
+    def cell(row: dict[str, Any], key: str) -> str:
+        x, base = row.get(key, ""), key.removesuffix(" diff")
+        if not isinstance(x, float):
+            return str(x)
+        if math.isnan(x):
+            return "–"
+        scale, digits = (100, 1) if names[key].endswith("%") else (1, 1 if key == "length" else 3)
+        se, low, high = (scale * row.get(f"{base} {end}", math.nan) for end in ("se", "low", "high"))
+        if base != key:
+            return f"{scale * x:+.{digits}f}" + ("" if math.isnan(low) else f" [{low:+.3f}, {high:+.3f}]")
+        return f"{scale * x:.{digits}f}" + ("" if math.isnan(se) else f" ± {se:.{digits}f}")
+
+    first, *rest = names
+    frame = pd.DataFrame([[cell(r, key) for key in rest] for r in rows], columns=[names[x] for x in rest])
+    frame.index, frame.columns.name = pd.Index([cell(r, first) for r in rows], dtype=object), names[first]
+    return frame.to_string()
+
+
+def write_csv(path: Path, rows: Any) -> None:
+    """One column for every key of any row that holds a number or a word."""
+    pd.DataFrame(rows).dropna(axis=1, how="all").to_csv(path, index=False, float_format="%.6g")
+
+
+def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Add lines of JSON in one write and wait until they are on the disk; NaN and infinity become null.  A
+    line that a kill cut short is cut off first, so that nothing is glued to it."""
+    plain = [
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()} for r in rows
+    ]
+    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in plain)
+    with open(path, "a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        if file.read() not in (b"", b"\n"):
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(text.encode("utf-8", "replace"))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file; a last line that a kill cut short is dropped.  Raises ValueError naming the
+    line of any other damage."""
+    rows, lines = [], path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+            if rows and not isinstance(rows[-1], dict):
+                raise ValueError("not a JSON object")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}: line {number} is damaged ({str(error)[:80]}); remove it") from None
+    return rows
+
+
+def save(fig: Any, path: Path) -> None:
+    """Written under another name and renamed: a picture is never half there."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.png")
+    fig.savefig(part, dpi=110)
+    part.replace(path)
+
 
 # Colours differ in lightness and every curve has its own dash, so that the picture survives a grey printer.
 STYLES = [
@@ -421,47 +457,56 @@ def style(i: int) -> dict[str, Any]:
     return {"color": color, "linestyle": dash}
 
 
-def series(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the rows that have the key, and a finite number there."""
-    pairs = [(r["step"], r[key]) for r in rows if r.get(key) is not None and math.isfinite(r[key])]
-    return [p[0] for p in pairs], [p[1] for p in pairs]
+def figure(width: float, height: float, rows: int, columns: int, **how: Any) -> tuple[Any, Any]:
+    """A figure and its axes (rows, columns), each with a grid."""
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(width, height), layout="constrained")
+    axes = fig.subplots(rows, columns, squeeze=False, **how)
+    for ax in axes.flat:
+        ax.grid(alpha=0.25)
+    return fig, axes
 
 
-def smooth(values: list[float], keep: float = 0.8) -> list[float]:
+def series(rows: list[dict[str, Any]], key: str) -> pd.Series:
+    """step -> value, of the rows that have a finite number there."""
+    values = pd.Series({r["step"]: r.get(key) for r in rows}, dtype=float)
+    return values[np.isfinite(values)]
+
+
+def smooth(values: pd.Series) -> pd.Series:
     """Exponential moving average for the eye; the files hold the raw numbers."""
-    out: list[float] = []
-    for v in values:
-        out.append(v if not out else keep * out[-1] + (1 - keep) * v)
-    return out
+    return values.ewm(alpha=0.2, adjust=False).mean()
+
+
+def logged_k(runs: dict[str, list[dict[str, Any]]]) -> int | str:
+    """The k of the pass@k in some logs."""
+    return next((r["k"] for rows in runs.values() for r in rows if "k" in r), "k")
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """entropy.png: entropy, pass@1 and pass@k, the plane of both, and one panel of flows a method."""
     from matplotlib.figure import Figure
 
-    columns = min(4, len(runs))
+    columns, k = min(4, len(runs)), logged_k(runs)
     lines = math.ceil(len(runs) / columns)
     fig = Figure(figsize=(4.6 * max(3, columns), 4.2 + 2.9 * lines), layout="constrained")
     top, bottom = fig.subfigures(2, 1, height_ratios=[4.2, 2.9 * lines])
     entropy, progress, plane = top.subplots(1, 3)
     for i, (label, rows) in enumerate(runs.items()):
-        look = style(i)
-        steps, values = series(rows, "entropy")
-        entropy.plot(steps, values, alpha=0.2, linewidth=0.8, color=look["color"])
-        entropy.plot(steps, smooth(values), label=label, **look)
-        for key, marker in (("pass@1", "o"), ("pass@k", "^")):
-            progress.plot(*series(rows, key), marker=marker, markersize=3.5, **look)
-        x, y = series(rows, "pass@1")[1], series(rows, "pass@k")[1]
-        plane.plot(x, y, marker="o", markersize=3, **look)
-        plane.plot(x[-1:], y[-1:], marker="s", markersize=8, color=look["color"])
-    k = next((r["k"] for rows in runs.values() for r in rows if "k" in r), "k")
+        look, values = style(i), series(rows, "entropy")
+        entropy.plot(values, alpha=0.2, linewidth=0.8, color=look["color"])
+        entropy.plot(smooth(values), label=label, **look)
+        one, several = series(rows, "pass@1"), series(rows, "pass@k")
+        progress.plot(one, marker="o", markersize=3.5, **look)
+        progress.plot(several, marker="^", markersize=3.5, **look)
+        plane.plot(*(both := pd.concat([one, several], axis=1).dropna().T.to_numpy()), marker="o", **look)
+        plane.plot(*both[:, -1:], marker="s", markersize=8, color=look["color"])
     entropy.set(title="Entropy on the training batch", xlabel="step", ylabel="nats per token")
     entropy.set_ylim(bottom=0)
     entropy.legend(fontsize=8)
-    progress.set(
-        title=f"Held-out: pass@1 (circles), pass@{k} (triangles)", xlabel="step", ylabel="share of problems"
-    )
-    progress.set_ylim(0, 1.02)
+    title = f"Held-out: pass@1 (circles), pass@{k} (triangles)"
+    progress.set(title=title, xlabel="step", ylabel="share of problems", ylim=(0, 1.02))
     plane.set(title="First try against any try (square: end)", xlabel="pass@1", ylabel=f"pass@{k}")
     for ax in (entropy, progress, plane):
         ax.grid(alpha=0.25)
@@ -475,66 +520,39 @@ def _draw_flows(axes: Any, runs: dict[str, list[dict[str, Any]]]) -> None:
     scale). All panels share both scales, so that methods can be compared by eye."""
 
     def largest(*keys: str) -> float:
-        sizes = [
-            abs(v) for rows in runs.values() for k in keys for v in series(rows, k)[1] if math.isfinite(v)
-        ]
-        return 1.1 * max(sizes, default=1.0) or 1.0
+        sizes = [series(rows, key).abs().max() for rows in runs.values() for key in keys]
+        return 1.1 * max((x for x in sizes if x > 0), default=1.0)
 
     top, change_top = largest("flow_up", "flow_down"), largest("dH_measured")
-    flat = list(axes.flatten())
-    for ax in flat[len(runs) :]:
+    for ax in axes.flat[len(runs) :]:
         ax.set_axis_off()
-    for ax, (label, rows) in zip(flat, runs.items()):
-        both = [r for r in rows if series([r], "flow_up")[0] and series([r], "flow_down")[0]]
-        steps, up = series(both, "flow_up")
-        up, down = smooth(up), smooth(series(both, "flow_down")[1])
-        ax.fill_between(steps, 0, up, color="#bbbbbb", label="up")
-        ax.fill_between(steps, 0, [-v for v in down], color="#666666", label="down")
-        ax.plot(steps, [a - b for a, b in zip(up, down)], color="black", linewidth=1.2, label="net")
-        ax.set(
-            title=f"{label}: entropy flow",
-            xlabel="step",
-            ylabel="flow, nats per unit learning rate",
-            ylim=(-top, top),
-        )
+    for ax, (label, rows) in zip(axes.flat, runs.items()):
+        both = pd.concat([series(rows, x) for x in ("flow_up", "flow_down")], axis=1).dropna()
+        up, down = smooth(both[0]), smooth(both[1])
+        ax.fill_between(both.index, 0, up, color="#bbbbbb", label="up")
+        ax.fill_between(both.index, 0, -down, color="#666666", label="down")
+        ax.plot(up - down, color="black", linewidth=1.2, label="net")
+        ax.set(title=f"{label}: entropy flow", xlabel="step", ylim=(-top, top))
+        ax.set_ylabel("flow, nats per unit learning rate")
         ax.legend(fontsize=7, loc="upper right", ncols=3)
         right = ax.twinx()
-        right.plot(*series(rows, "dH_measured"), ".", color="#d55e00", markersize=5)
+        right.plot(series(rows, "dH_measured"), ".", color="#d55e00", markersize=5)
         right.set_ylim(-change_top, change_top)
         right.set_ylabel("measured change, nats (dots)", color="#d55e00", fontsize=8)
 
 
 def table(runs: dict[str, list[dict[str, Any]]]) -> str:
     """Start and end of what matters, one line a method."""
-    k = next((r["k"] for rows in runs.values() for r in rows if "k" in r), "k")
-    head = [
-        "method",
-        "entropy",
-        "pass@1",
-        f"pass@{k}",
-        f"hard pass@{k}",
-        "distinct right",
-        "steps",
-        "seconds",
-    ]
-    body = []
+    k, body = logged_k(runs), []
+    keys = {"eval_entropy": "entropy", "pass@1": "pass@1", "pass@k": f"pass@{k}",
+            "hard_pass@k": f"hard pass@{k}", "distinct_correct": "distinct right"}  # fmt: skip
     for label, rows in runs.items():
-        marks = [r for r in rows if "pass@1" in r]
-        if not marks:
-            continue
-        a, b = marks[0], marks[-1]
-        keys = ("eval_entropy", "pass@1", "pass@k", "hard_pass@k", "distinct_correct")
-        cells = [f"{a[key]:.3f} → {b[key]:.3f}" if key in a else "" for key in keys]
-        last = rows[-1]["step"]
-        steps = str(last) if b["step"] == last else f"{last} (evaluated at {b['step']})"
-        body.append([label, *cells, steps, f"{sum(r.get('seconds', 0) for r in rows):.0f}"])
-    return aligned(head, body)
-
-
-def aligned(head: list[str], body: list[list[str]]) -> str:
-    """A table in plain text, columns padded to their widest cell."""
-    widths = [max(len(r[i]) for r in [head, *body]) for i in range(len(head))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in [head, *body])
+        if marks := [r for r in rows if "pass@1" in r]:
+            a, b, last = marks[0], marks[-1], rows[-1]["step"]
+            row = {key: f"{a[key]:.3f} → {b[key]:.3f}" for key in keys if key in a}
+            row["steps"] = last if b["step"] == last else f"{last} (evaluated at {b['step']})"
+            body.append(row | {"method": label, "seconds": f"{sum(r.get('seconds', 0) for r in rows):.0f}"})
+    return shown(body, {"method": "method", **keys, "steps": "steps", "seconds": "seconds"})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -542,6 +560,7 @@ def aligned(head: list[str], body: list[list[str]]) -> str:
 
 METRICS = ("eval_entropy", "pass@1", "pass@k", "hard_pass@1", "hard_pass@k", "distinct_correct")
 BOOKKEEPING = {"method", "device", "threads", "micro_batch", "ledger", "ledger_every", "eval_every"}
+MARK = "eval.json"  # in every folder that this file writes to
 
 
 @dataclass(frozen=True)
@@ -551,7 +570,7 @@ class Record:
     folder: Path
     spec: str  # the method with its options, as on the command line
     settings: dict[str, Any]
-    rows: tuple[dict[str, Any], ...]  # metrics.jsonl
+    rows: list[dict[str, Any]]  # metrics.jsonl
 
     @property
     def task(self) -> str:
@@ -581,25 +600,7 @@ class Record:
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        return [r for r in self.rows if r.get("pass@1") is not None]
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file; a last line that a kill cut short is dropped.  Raises ValueError naming the
-    line of any other damage."""
-    rows, lines = [], path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-            if row is not None and not isinstance(row, dict):
-                raise ValueError("not a JSON object")
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}: line {number} is damaged ({str(error)[:80]})") from None
-        if row is not None:
-            rows.append(row)
-    return rows
+        return [r for r in self.rows if "pass@1" in r]
 
 
 def read_record(folder: Path) -> Record:
@@ -607,11 +608,12 @@ def read_record(folder: Path) -> Record:
     try:
         config = json.loads((folder / "config.json").read_text())
         (spec,), settings = config["specs"], dict(config["settings"])
-        rows = tuple(r for r in read_jsonl(folder / "metrics.jsonl") if "step" in r)
+        rows = [r for r in read_jsonl(folder / "metrics.jsonl") if "step" in r]
     except FileNotFoundError as error:
         raise ValueError(f"no run (no {Path(error.filename).name})") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"its config.json or metrics.jsonl is damaged ({error})") from None
+    rows = [{k: v for k, v in r.items() if v is not None} for r in rows]  # null: not a finite number
     record = Record(folder, str(spec), settings, rows)
     if not record.evaluations:
         raise ValueError("a run that was never evaluated")
@@ -670,12 +672,6 @@ def baseline(members: Sequence[Record], groups: dict[str, list[Record]]) -> str 
     return None
 
 
-def value(row: dict[str, Any], key: str) -> float:
-    """A number of a row of a log; NaN where there is none."""
-    x = row.get(key)
-    return float(x) if isinstance(x, int | float) else math.nan
-
-
 def comparison(groups: dict[str, list[Record]]) -> list[dict[str, Any]]:
     """One row a method: mean and standard error over seeds (6.2) at the last evaluation, and the difference
     to plain GRPO on the same seeds at the same step (6.3)."""
@@ -686,57 +682,33 @@ def comparison(groups: dict[str, list[Record]]) -> list[dict[str, Any]]:
         other = baseline(members, groups)
         theirs = {r.seed: {e["step"]: e for e in r.evaluations} for r in groups.get(other, ())}
         theirs = {s: theirs[s][e["step"]] for s, e in last.items() if e["step"] in theirs.get(s, ())}
-        common = list(theirs)
-        row |= {"against": other, "pairs": len(common)}
+        row |= {"against": other, "pairs": len(theirs)}
         for key in METRICS:
-            row[key], row[f"{key} se"] = mean_se([value(e, key) for e in last.values()])
-            if common:
-                pair = ([value(e[s], key) for s in common] for e in (last, theirs))
+            row[key], row[f"{key} se"] = mean_se([e.get(key, math.nan) for e in last.values()])
+            if theirs:
+                pair = ([e[s].get(key, math.nan) for s in theirs] for e in (last, theirs))
                 row |= zip((f"{key} diff", f"{key} low", f"{key} high"), paired(*pair))
         rows.append(row)
     return rows
 
 
-def number(x: float, digits: int = 3, sign: str = "") -> str:
-    """A cell of a table; a dash where there is no number."""
-    return f"{x:{sign}.{digits}f}" if x is not None and math.isfinite(x) else "–"
-
-
-def plus_minus(mean: float, se: float, digits: int = 3) -> str:
-    """The cell "mean ± standard error", without the error where there is none."""
-    return number(mean, digits) + (f" ± {se:.{digits}f}" if math.isfinite(se) else "")
-
-
-def with_interval(row: dict[str, Any], key: str) -> str:
-    """The cell "difference [low, high]" of a key."""
-    text = number(row.get(f"{key} diff", math.nan), sign="+")
-    low, high = row.get(f"{key} low", math.nan), row.get(f"{key} high", math.nan)
-    return text + (f" [{low:+.3f}, {high:+.3f}]" if math.isfinite(low) else "")
-
-
 def print_comparison(groups: dict[str, list[Record]], rows: list[dict[str, Any]]) -> None:
     """Two tables, and how far they can be trusted."""
     k = max(int(r.evaluations[-1].get("k", 0)) for g in groups.values() for r in g)
-    names = [x.replace("_", " ").replace("@k", f"@{k}").replace("eval ", "") for x in METRICS]
-    head = ["method", "seeds", "step", *names]
-    ends = [[plus_minus(r[x], r[f"{x} se"]) for x in METRICS] for r in rows]
+    names = {x: x.replace("_", " ").replace("@k", f"@{k}").replace("eval ", "") for x in METRICS}
     print("At the last evaluation: mean ± standard error over seeds (6.2)\n")
-    print(aligned(head, [[r["method"], str(r["seeds"]), str(r["step"]), *e] for r, e in zip(rows, ends)]))
-    for g in groups.values():
-        for r in g:
-            if r.evaluations[-1]["step"] < r.settings.get("steps", 0):
-                print(f"  {r.folder} stopped at {r.evaluations[-1]['step']} of {r.settings['steps']} steps")
-    body = [
-        [r["method"], r["against"], str(r["pairs"]), *(with_interval(r, x) for x in METRICS)]
-        for r in rows
-        if r["pairs"]
-    ]
-    if not body:
+    print(shown(rows, {"method": "method", "seeds": "seeds", "step": "step", **names}))
+    for r in (r for g in groups.values() for r in g):
+        if (end := r.evaluations[-1]["step"]) < r.settings.get("steps", 0):
+            print(f"  {r.folder} stopped at {end} of {r.settings['steps']} steps")
+    rows = [r for r in rows if r["pairs"]]
+    if not rows:
         print("\nNo differences: they need plain grpo among the runs, on the same seeds.")
         return
     print("\nDifference on the same seeds, and its 95 % bootstrap interval over seeds (6.3)\n")
-    print(aligned(["method", "minus", "pairs", *names], body))
-    for n in sorted({r["pairs"] for r in rows} - {0}):
+    differences = {f"{x} diff": name for x, name in names.items()}
+    print(shown(rows, {"method": "method", "against": "minus", "pairs": "pairs", **differences}))
+    for n in sorted({r["pairs"] for r in rows}):
         if n == 1:
             print("1 pair: no interval, and no way to tell a method from luck.")
         elif n < 7:
@@ -745,97 +717,99 @@ def print_comparison(groups: dict[str, list[Record]], rows: list[dict[str, Any]]
 
 
 # -- the frontier --------------------------------------------------------------------------------------------
+#
+# A pair is a seed, with all that two runs of it share: warm start, prompts, problems.  What is kept of a
+# policy in one pair: means over problems, in row 0 pass@1, in row 1 pass@k, in more rows what else is
+# compared; column 0 is the mean itself, the others are bootstrap resamples of the problems, the same for all.
+
+DRAWS = 1000
+Means = dict[Any, np.ndarray]  # pair -> (measures, 1 + DRAWS)
 
 
-@dataclass(frozen=True)
-class Point:
-    """pass@1 and pass@k of one method at one step or test temperature, for every seed and problem."""
-
-    label: str
-    at: float
-    x: dict[tuple, np.ndarray]  # seed -> (P,) pass@1 of each problem; (1,) the mean where only that is known
-    y: dict[tuple, np.ndarray]  # pass@k
-
-    @property
-    def mean(self) -> tuple[float, float]:
-        return tuple(float(np.mean([v.mean() for v in d.values()])) for d in (self.x, self.y))
+@cache
+def problem_weights(n: int) -> np.ndarray:
+    return resample(n, DRAWS, np.random.default_rng(0)).T.copy()  # (n, 1 + DRAWS)
 
 
-def point(label: str, at: float, rows: dict[tuple, dict[str, Any]], prefix: str, k: int) -> Point | None:
-    """From one evaluation a seed; None where no row has the numbers.  `k` counts where the samples were
-    counted problem by problem, else it is the k of the log."""
-    rows = {s: r for s, r in rows.items() if math.isfinite(value(r, f"{prefix}pass@1"))}
-    if not rows:
-        return None
-    if all(f"{prefix}right" in r and r["k"] >= k for r in rows.values()):
-        table = {n: [pass_at_k(n, c, k) for c in range(n + 1)] for n in {r["k"] for r in rows.values()}}
-        counts = {s: np.array(r[f"{prefix}right"]) for s, r in rows.items()}
-        x = {s: c / rows[s]["k"] for s, c in counts.items()}
-        return Point(label, at, x, {s: np.array(table[rows[s]["k"]])[c] for s, c in counts.items()})
-    x, y = ({s: np.array([value(r, prefix + m)]) for s, r in rows.items()} for m in ("pass@1", "pass@k"))
-    return Point(label, at, x, y)
+def means(each: np.ndarray) -> np.ndarray:
+    """(..., measures, problems) -> (..., measures, 1 + DRAWS)."""
+    return each @ problem_weights(each.shape[-1])
 
 
-def line_to_beat(x: np.ndarray, px: np.ndarray, py: np.ndarray) -> np.ndarray:
-    """Upper envelope of the chords between n points: (D,) from x (D,), px and py (D, n).  NaN outside.
+def line(px: np.ndarray, py: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Piecewise linear through n points px, py (n, D), at x (D,): one line for every column.
 
-        L(x) = max over i, j with x_i <= x <= x_j of  w y_i + (1 - w) y_j,  w = (x_j - x) / (x_j - x_i)  (6.8)
+        L(x) = (1 - w) y_i + w y_{i+1},  w = (x - x_i) / (x_{i+1} - x_i),  x_i <= x <= x_{i+1}           (6.8)
 
-    Every chord is within reach without any new method: for each problem, toss a coin with P(heads) = w and
-    give all k tries to policy i on heads, to j on tails; pass@1 and pass@k are then exactly on the chord.
-    The maximum over noisy points lies too high on average, which favours the line and not the challenger.
+    and the nearest end's y beyond both ends.  What lies between two learning rates is within reach without
+    any new method: for each problem, toss a coin and give all k tries to one policy or to the other; pass@1
+    and pass@k are then on the straight line between them.  Beyond the last point nothing is known of GRPO; a
+    constant favours it, since pass@k falls there.
     """
-    i, j = np.triu_indices(px.shape[1])
-    i, j = np.concatenate([i, j]), np.concatenate([j, i])
-    left, right, at = px[:, i], px[:, j], x[:, None]  # (D, pairs)
-    width = right - left
-    w = np.where(width > 0, (right - at) / np.where(width > 0, width, 1), 1.0)
-    chord = np.where((left <= at) & (at <= right), w * py[:, i] + (1 - w) * py[:, j], -np.inf)  # (6.8)
-    best = chord.max(1)
-    return np.where(best > -np.inf, best, np.nan)
+    order = px.argsort(0)
+    px, py = np.take_along_axis(px, order, 0), np.take_along_axis(py, order, 0)
+    i = np.clip((px <= x).sum(0), min(1, len(px) - 1), len(px) - 1)
+    d = np.arange(len(x))
+    low, high = px[i - 1, d], px[i, d]
+    w = np.clip((x - low) / np.where(high > low, high - low, 1), 0, 1)
+    return py[i - 1, d] * (1 - w) + py[i, d] * w  # (6.8)
 
 
-def above_line(points: Sequence[Point], sweep: Sequence[Point], draws: int = 2000) -> dict[str, Any]:
-    """How far a method's points lie above the line through GRPO's, at equal pass@1.
+def on_frontier(sweep: dict[str, Means]) -> list[str]:
+    """The policies that no other one beats in both pass@1 and pass@k, in the mean over the pairs that all
+    have: a point that two better ones lie above would bend the line down."""
+    pairs = sorted(set.intersection(*map(set, sweep.values())))
+    mean = {x: np.mean([m[q][:2, 0] for q in pairs], 0) for x, m in sweep.items()} if pairs else {}
+    return [x for x, m in mean.items() if not any((other > m).all() for other in mean.values())]
 
-        d = mean over the method's points q inside the line's range of  y_q - L(x_q)                     (6.9)
 
-    The interval is a bootstrap over seeds, the same for method and line, and over problems where their counts
-    are known; the line is drawn anew in every resample.  `inside` counts the points that have a line above or
-    below them; there is no extrapolation, and d is NaN where no point has.
+def distances(own: Means, sweep: dict[str, Means], measure: int = 1) -> np.ndarray:
+    """(pairs, 1 + DRAWS): in each pair that has the whole sweep, the method's measure above the line."""
+    names, pairs = on_frontier(sweep), [q for q in own if all(q in m for m in sweep.values())]
+    points = {q: np.stack([sweep[x][q] for x in names]) for q in pairs}  # (n, measures, 1 + DRAWS)
+    d = [own[q][measure] - line(p[:, 0], p[:, measure], own[q][0]) for q, p in points.items()]
+    return np.array(d).reshape(-1, 1 + DRAWS)
+
+
+def over_pairs(d: np.ndarray) -> tuple[float, float, float]:
+    """Mean and 95 % interval of (pairs, 1 + DRAWS) differences; NaN for what too few pairs cannot tell.
+
+        D1 = mean over pairs of  pass@k - L(pass@1)                                                      (6.9)
+
+    pass@1 and pass@k are the method's, L is plain GRPO's line through its learning rates and the warm start,
+    which is GRPO at rate 0.  Bootstrap over pairs, and over problems by the columns; the spread around the
+    mean is widened by sqrt(n / (n - 1)) for n pairs, since a bootstrap of few is too narrow by that factor.
+
+    Why this line and not the upper hull of all points: a hull of noisy points lies too high, and leaves
+    undefined what is beyond it.  results/study.py fixed this one before its first run; D1 there is D1 here.
     """
-    seeds = sorted(set.intersection(*(set(p.x) for p in [*points, *sweep])))
-    out = dict.fromkeys(("diff", "low", "high"), math.nan) | {"inside": 0, "seeds": len(seeds), "share": 0.0}
-    if not seeds:
-        return out
-    sizes = {len(v[s]) for p in [*points, *sweep] for v in (p.x, p.y) for s in seeds}
-    by_problem, rng = len(sizes) == 1, np.random.default_rng(0)
-    S = resample(len(seeds), draws, rng)  # (1 + D, seeds)
-    W = resample(max(sizes), draws, rng) if by_problem else np.ones((1 + draws, 1))  # (1 + D, P)
-
-    def means(d: dict[tuple, np.ndarray]) -> np.ndarray:
-        rows = np.stack([d[s] if by_problem else d[s].mean(keepdims=True) for s in seeds])  # (seeds, P)
-        return np.einsum("ds,sp,dp->d", S, rows, W, optimize=True)
-
-    px, py = (np.stack([means(v) for v in vs], 1) for vs in ([p.x for p in sweep], [p.y for p in sweep]))
-    d = np.stack([means(p.y) - line_to_beat(means(p.x), px, py) for p in points], 1)  # (1 + D, points)
-    inside = np.isfinite(d[0])
-    out |= {"x_low": float(px[0].min()), "x_high": float(px[0].max()), "inside": int(inside.sum())}
-    if inside.any():
-        d = d[:, inside].mean(1)  # (6.9); NaN in a resample that moved a point outside
-        low, high = interval(d[1:])
-        out |= {"diff": float(d[0]), "low": low, "high": high, "share": float(np.isfinite(d[1:]).mean())}
-    return out
+    n = len(d)
+    mean = float(d[:, 0].mean()) if n else math.nan  # (6.9)
+    if n < 2:
+        return mean, math.nan, math.nan
+    pick = np.random.default_rng(1).integers(n, size=(DRAWS, n))
+    resampled = d[pick, np.arange(1, DRAWS + 1)[:, None]].mean(1)  # (DRAWS,)
+    wide = math.sqrt(n / (n - 1)) * (np.quantile(resampled, [0.025, 0.975]) - resampled.mean())
+    return mean, *(float(d[:, 0].mean() + w) for w in wide)
 
 
-def training_points(groups: dict[str, list[Record]], prefix: str, k: int) -> list[Point]:
-    """One point for every method and every step that all of its seeds were evaluated at."""
-    out = []
+def outcome(row: dict[str, Any], prefix: str, k: int) -> np.ndarray:
+    """Of one evaluation: (2, 1 + DRAWS) means of pass@1 and pass@k, from the right samples per problem."""
+    n, right = row["k"], np.array(row[f"{prefix}right"])
+    return means(np.array([[pass_at_k(n, c, j) for c in range(n + 1)] for j in (1, k)])[:, right])
+
+
+Points = dict[tuple[str, float], Means]  # (label, step or test temperature) -> means
+
+
+def training_points(groups: dict[str, list[Record]], prefix: str, k: int) -> Points:
+    """Every method at every step that all of its seeds were evaluated at."""
+    out: Points = {}
     for label, members in groups.items():
-        rows = {r.seed: {e["step"]: e for e in r.evaluations} for r in members}
-        for step in sorted(set.intersection(*(set(e) for e in rows.values()))):
-            out.append(point(label, step, {s: e[step] for s, e in rows.items()}, prefix, k))
-    return [p for p in out if p]
+        rows = {r.seed: {e["step"]: e for e in r.evaluations if f"{prefix}right" in e} for r in members}
+        for step in sorted(set.intersection(*map(set, rows.values()))):
+            out[label, step] = {s: outcome(e[step], prefix, k) for s, e in rows.items()}
+    return out
 
 
 def sweep_of(groups: dict[str, list[Record]], label: str) -> dict[str, float]:
@@ -851,121 +825,89 @@ def sweep_of(groups: dict[str, list[Record]], label: str) -> dict[str, float]:
     return {} if label in plain else same
 
 
-def frontier(groups: dict[str, list[Record]], points: list[Point], along: str) -> list[dict[str, Any]]:
-    """Differences at matched pass@1 to the line through GRPO's learning-rate sweep, a row a point.
+def line_points(points: Points, sweep: dict[str, float], along: str, at: float) -> dict[str, Means]:
+    """What GRPO's line goes through.  along="step": the learning rates at that step, and the warm start;
+    along="temperature": the final policies of all rates at all test temperatures."""
+    grpo = {key: m for key, m in points.items() if key[0] in sweep}
+    if along == "temperature":
+        return {f"{x} at {t:g}": m for (x, t), m in grpo.items()}
+    start = {q: m for (_, step), every in grpo.items() if step == 0 for q, m in every.items()}
+    rates = {x: m for (x, step), m in grpo.items() if step == at}
+    return ({"the warm start": start} if start else {}) | rates if rates else {}
 
-    along="step": the line of a step goes through what the sweep has reached at that same step, and through
-    the warm start, which is GRPO at learning rate 0.  along="temperature": through the sweep's final policies
-    at all temperatures.  A row with at=None is the method as a whole: its last step, or the mean over its
-    temperatures.
-    """
+
+def frontier(groups: dict[str, list[Record]], points: Points, along: str) -> list[dict[str, Any]]:
+    """A row for every method at every step, or test temperature: where it lies, and D1 (6.9)."""
     rows = []
-    for label in groups:
-        own, sweep = [p for p in points if p.label == label], sweep_of(groups, label)
-        for p in own:
-            x, y = p.mean
-            rows.append({"along": along, "method": label, "at": p.at, "pass@1": x, "pass@k": y})
-            if line := line_points(points, sweep, along, p.at):
-                rows[-1] |= above_line([p], line, 500)
-        if own and (line := line_points(points, sweep, along, own[-1].at)):
-            whole = own[-1:] if along == "step" else own
-            rows.append({"along": along, "method": label, "at": None, "points": len(whole)})
-            rows[-1] |= above_line(whole, line)
+    for (label, at), own in points.items():
+        sweep = line_points(points, sweep_of(groups, label), along, at)
+        x, y = np.mean([m[:2, 0] for m in own.values()], 0)
+        row = {"along": along, "method": label, "at": at, "pass@1": float(x), "pass@k": float(y)}
+        if sweep:
+            d, names = distances(own, sweep), on_frontier(sweep)
+            ends = [np.mean([m[0, 0] for m in sweep[n].values()]) for n in names]
+            row |= zip(("D1 diff", "D1 low", "D1 high"), over_pairs(d))
+            row |= {"pairs": len(d), "line": "; ".join(names)}
+            row["note"] = "" if not ends or min(ends) <= x <= max(ends) else "beyond the line's end"
+        rows.append(row)
     return rows
 
 
-def line_points(points: list[Point], sweep: dict[str, float], along: str, at: float) -> list[Point]:
-    """GRPO's points that make the line."""
-    grpo = [p for p in points if p.label in sweep]
-    return grpo if along == "temperature" else [p for p in grpo if p.at in (0, at)]
-
-
-def draw_frontier(
-    panels: Sequence[tuple[str, str, int, list[Point]]], groups: dict[str, list[Record]], path: Path
-) -> None:
-    """Panels of (title, along, k, points): every method's path in the plane; GRPO's sweep in greys, darker
-    for smaller learning rates, under it the line to beat."""
-    from matplotlib.figure import Figure
-
-    sweeps = {frozenset(x) for label in groups if (x := sweep_of(groups, label))}
-    rates = {x: groups[x][0].settings["lr"] for x in frozenset().union(*sweeps)}
-    order = [*sorted(rates, key=rates.get), *(x for x in groups if x not in rates)]
-    columns = min(2, len(panels))
-    lines = math.ceil(len(panels) / columns)
-    fig = Figure(figsize=(5.6 * columns + 2.4, 5.2 * lines), layout="constrained")
-    axes = fig.subplots(lines, columns, squeeze=False).flatten()
-    for ax, (title, along, k, points) in zip(axes, panels):
-        for i, label in enumerate(order):
-            if own := [p.mean for p in points if p.label == label]:
-                shade = {"color": str(0.7 * i / len(rates)), "linestyle": "-"} if label in rates else None
-                look = shade or style(i - len(rates) + 1)
-                look |= {"marker": MARKERS[i % len(MARKERS)], "alpha": 0.85}
-                ax.plot(*zip(*own), markersize=3, linewidth=1, **look)
-                ax.plot(*own[-1], markersize=8, label=label, **look)
-        for sweep in sweeps:
-            line = line_points(points, sweep, along, max(p.at for p in points))
-            px, py = (np.array([[p.mean[i] for p in line]]) for i in (0, 1))
-            grid = np.linspace(px.min(), px.max(), 200)
-            L = line_to_beat(grid, px.repeat(200, 0), py.repeat(200, 0))
-            ax.plot(grid, L, color="black", linewidth=6, alpha=0.15, label="GRPO's line to beat", zorder=0)
-        ax.set(title=title, xlabel="pass@1", ylabel=f"pass@{k}")
-        ax.grid(alpha=0.25)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    save(fig, path)
+def print_frontier(rows: list[dict[str, Any]], k: int, title: str) -> None:
+    """The methods at the end of training, or at every test temperature, the best D1 first."""
+    last = {r["method"]: r["at"] for r in rows}
+    rows = [r for r in rows if "pairs" in r and (r["along"] == "temperature" or r["at"] == last[r["method"]])]
+    if not rows:
+        print(f"\n{title}: needs grpo at one learning rate or more, and another method.")
+        return
+    print(f"\n{title}: D1 = pass@{k} above plain GRPO's line (6.8) at equal pass@1 (6.9), 95 % interval\n")
+    rows = sorted(rows, key=lambda r: -r["D1 diff"] if r["pairs"] else math.inf)
+    columns = ("method", "at", "pass@1", "pass@k", "D1 diff", "pairs", "note")
+    print(shown(rows, {x: x.removesuffix(" diff").replace("@k", f"@{k}") for x in columns}))
+    for names in dict.fromkeys(r["line"] for r in rows):
+        print(f"the line: {names or 'no seed is in common with all of plain GRPO'}")
 
 
 MARKERS = "osv^D<>PX*"
 
 
-def save(fig: Any, path: Path) -> None:
-    """Written under another name and renamed: a picture is never half there."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.png")
-    fig.savefig(part, dpi=110)
-    part.replace(path)
+def draw_frontier(
+    panels: Sequence[tuple[str, str, int, Points]], groups: dict[str, list[Record]], path: Path
+) -> None:
+    """Panels of (title, along, k, points): every method's path in the plane; GRPO's learning rates in greys,
+    darker for smaller ones, under it the line (6.8)."""
+    sweeps = {frozenset(x) for label in groups if (x := sweep_of(groups, label))}
+    rates = {x: groups[x][0].settings["lr"] for x in frozenset().union(*sweeps)}
+    order = [*sorted(rates, key=rates.get), *(x for x in groups if x not in rates)]
+    columns = min(2, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    fig, axes = figure(5.6 * columns + 2.4, 5.2 * lines, lines, columns)
 
+    def mean(every: Means) -> np.ndarray:
+        return np.mean([m[:2, 0] for m in every.values()], 0)
 
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """One column for every key of any row."""
-    keys = list(dict.fromkeys(k for r in rows for k in r))
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, keys)
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
-
-
-def print_frontier(rows: list[dict[str, Any]], k: int, title: str) -> None:
-    """The whole methods against the line."""
-    body = []
-    for r in rows:
-        if r["at"] is None:
-            d = {f"d {key}": r[key] for key in ("diff", "low", "high")}
-            where = f"{r['inside']} of {r['points']}"
-            if not r["seeds"]:
-                where = "no seed in common with GRPO's sweep"
-            elif not r["inside"]:
-                where = f"none: GRPO's line covers pass@1 {r['x_low']:.3f} to {r['x_high']:.3f} only"
-            elif r["share"] < 0.95:
-                where += f"; {r['share']:.0%} of the resamples are"
-            body.append([r["method"], with_interval(d, "d"), where, str(r["seeds"])])
-    if not body:
-        print(f"\n{title}: needs grpo at one learning rate or more, and another method.")
-        return
-    print(f"\n{title}: pass@{k} above GRPO's line (6.8) at equal pass@1 (6.9), 95 % interval\n")
-    print(aligned(["method", f"pass@{k} - line", "points inside", "seeds"], body))
+    for ax, (title, along, k, points) in zip(axes.flat, panels):
+        for i, label in enumerate(order):
+            if own := [mean(m) for (x, _), m in points.items() if x == label]:
+                look = {"color": str(0.7 * i / len(rates)), "linestyle": "-"} if label in rates else None
+                look = (look or style(i - len(rates) + 1)) | {"marker": MARKERS[i % len(MARKERS)]}
+                ax.plot(*np.array(own).T, markersize=3, linewidth=1, alpha=0.85, **look)
+                ax.plot(*own[-1], markersize=8, label=label, alpha=0.85, **look)
+        for sweep in sweeps:
+            every = line_points(points, sweep, along, max(at for x, at in points if x in sweep))
+            found = sorted(tuple(mean(every[x])) for x in on_frontier(every))
+            if found:
+                ax.plot(*zip(*found), color="black", linewidth=6, alpha=0.15, zorder=0, label="GRPO's line")
+        ax.set(title=title, xlabel="pass@1", ylabel=f"pass@{k}")
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    save(fig, path)
 
 
 # -- the law -------------------------------------------------------------------------------------------------
 
-
-def law_series(record: Record) -> dict[str, tuple[list[float], list[float]]]:
-    """(entropy, score) in the order of training: of the evaluations, as the paper has it, but with the
-    entropy of the very policy that is scored; and of every training batch, more points and more noise."""
-    out = {}
-    for kind, h, r in (("evaluation", "eval_entropy", "pass@1"), ("training batch", "entropy", "reward")):
-        pairs = [(value(x, h), value(x, r)) for x in record.rows]
-        pairs = [p for p in pairs if all(map(math.isfinite, p))]
-        out[kind] = tuple(map(list, zip(*pairs))) if pairs else ([], [])
-    return out
+LAW = {"evaluation": ("eval_entropy", "pass@1"), "training batch": ("entropy", "reward")}
 
 
 def law_row(label: str, kind: str, H: Sequence[float], R: Sequence[float], share: float = 0.15) -> dict:
@@ -987,48 +929,41 @@ def law_row(label: str, kind: str, H: Sequence[float], R: Sequence[float], share
 
 
 def law(records: Sequence[Record], out: Path) -> None:
-    """Table, law.png and law.csv."""
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(12, 5.2), layout="constrained")
-    axes = dict(zip(("evaluation", "training batch"), fig.subplots(1, 2)))
+    """Table, law.png and law.csv.  R against H of the evaluations, as the paper has it, but with the entropy
+    of the very policy that is scored; and of every training batch: more points and more noise."""
+    fig, axes = figure(12, 5.2, 1, 2)
     rows, points = [], []
-    for i, record in enumerate(records):
-        name = f"{record.spec}, seed {record.settings.get('seed')}"
-        for kind, (H, R) in law_series(record).items():
+    for ax, (kind, keys) in zip(axes[0], LAW.items()):
+        for i, record in enumerate(records):
+            frame = pd.DataFrame(record.rows).reindex(columns=keys).dropna()
+            H, R = (frame[key].tolist() for key in keys)
             row = law_row(str(record.folder), kind, H, R)
+            points.append(pd.DataFrame({"run": row["run"], "points of": kind, "entropy": H, "score": R}))
             rows.append(row)
-            of = {"run": str(record.folder), "points of": kind}
-            points += [of | {"entropy": h, "score": r} for h, r in zip(H, R)]
-            n, ax, color = row["fitted"], axes[kind], style(i)["color"]
-            size = 14 if kind == "evaluation" else 3
+            n, color, size = row["fitted"], style(i)["color"], 14 if kind == "evaluation" else 3
             ax.scatter(H[n:], R[n:], s=size, facecolors="none", edgecolors=color, linewidths=0.7)
+            name = f"{record.spec}, seed {record.settings.get('seed')}"
             ax.scatter(H[:n], R[:n], s=2 * size, color=color, label=name)
             if "a" in row:
                 h = np.linspace(min(H), max(H), 100)
                 ax.plot(h, row["b"] - row["a"] * np.exp(h), **style(i))
-    for kind, ax in axes.items():
         ax.set(title=f"R = -a e^H + b, {kind}: fitted on the filled points", xlabel="entropy H, nats")
         ax.set_ylabel("pass@1" if kind == "evaluation" else "mean reward")
-        scores = [p["score"] for p in points if p["points of"] == kind]
-        if scores:
-            ax.set_ylim(min(scores) - 0.05, max(scores) + 0.05)
-        ax.grid(alpha=0.25)
-    axes["evaluation"].legend(fontsize=7)
+        scores = pd.concat(points).query("`points of` == @kind")["score"]
+        if len(scores):
+            ax.set_ylim(scores.min() - 0.05, scores.max() + 0.05)
+    axes[0, 0].legend(fontsize=7)
     save(fig, out / "law.png")
+    rows.sort(key=lambda r: [str(x.folder) for x in records].index(r["run"]))
     write_csv(out / "law.csv", rows)
-    write_csv(out / "law-points.csv", points)
-    keys = ("a", "b", "R2 of the fit", "R2 of the rest", "rmse", "largest error", "last error")
-    body = [
-        [r["run"], r["points of"], f"{r['fitted']}/{r['predicted']}"]
-        + ([number(r[k]) for k in keys] if "a" in r else [r["why"]] + [""] * (len(keys) - 1))
-        for r in rows
-    ]
-    print(aligned(["run", "points of", "fitted/rest", *keys], body))
+    write_csv(out / "law-points.csv", pd.concat(points))
+    keys = ("a", "b", "R2 of the fit", "R2 of the rest", "rmse", "largest error", "last error", "why")
+    print(shown(rows, ("run", "points of", "fitted", "predicted", *keys)))
     print("R2 of the rest compares with its own mean: below 0, a constant predicts better than the law.")
 
 
-# -- fresh samples from a run's checkpoint -------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# 6. Fresh samples of a run
 
 
 def own_attention(model: str | Path, device: torch.device) -> str:
@@ -1040,25 +975,16 @@ def own_attention(model: str | Path, device: torch.device) -> str:
     return "sdpa" if device.type == "cpu" and kind.startswith("flash") else kind
 
 
-def load_policy(folder: Path, attention: str = "") -> tuple[nn.Module, Any]:
-    """Model and tokenizer of a run's checkpoint, by default with the run's own attention; ValueError where
-    there is none or it cannot be read."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    path = folder / "checkpoint"
-    several = sorted(folder.glob("*/checkpoint"))
+def load_policy(folder: Path, attention: str = "auto") -> tuple[nn.Module, Any]:
+    """Model and tokenizer of a run's checkpoint, on the CPU, by default with the run's own attention.
+    Raises ValueError where there is none or it cannot be read."""
+    path, several = folder / "checkpoint", sorted(folder.glob("*/checkpoint"))
     if several and not path.exists():
         raise ValueError(f"{folder}: compares several methods; name one, e.g. {several[0].parent}")
     if not (path / "config.json").is_file():
         raise ValueError(f"{folder}: holds no checkpoint/; name the folder of a run, e.g. runs/opefo-s0")
-    try:
-        kind = attention or own_attention(path, torch.device("cpu"))
-        how = {} if kind == "sdpa" else {"attn_implementation": kind}  # sdpa, else eager
-        return AutoModelForCausalLM.from_pretrained(path, **how).eval(), AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # damage shows as any of a dozen classes of three libraries
-        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0][:160]})") from None
+    own = own_attention(path, torch.device("cpu"))
+    return load_model(str(path), attention=own if attention == "auto" else attention)
 
 
 def embedded(record: Record) -> Task:
@@ -1074,101 +1000,14 @@ def embedded(record: Record) -> Task:
 @torch.no_grad()
 def fresh(record: Record, k: int, temperature: float, top_p: float, seed: int) -> dict[str, Groups]:
     """k samples of every held-out problem, "", and of the hard ones, "hard ".  As `evaluate` draws them."""
-    task, (model, tokenizer) = embedded(record), load_policy(record.folder)
-    engine, generator = TorchEngine(model, tokenizer), torch.Generator().manual_seed(seed)
-    out = {}
+    task, engine = embedded(record), TorchEngine(*load_policy(record.folder))
+    how = Sampling(k, task.max_new_tokens, temperature, top_p, entropy=True)
+    generator, out = torch.Generator().manual_seed(seed), {}
     for prefix, problems in (("", task.test), ("hard ", task.hard)):
-        parts = _answers(engine, task, problems, k, 1024, temperature, top_p, generator)
         out[prefix] = []
-        for part in parts:
+        for part in responses(engine, task, problems, how, generator):
             out[prefix] += to_samples(part, k, len(out[prefix]))
     return out
-
-
-def print_samples(sets: dict[str, dict[str, Groups]], ks: Sequence[int], length: int, out: Path) -> None:
-    """Two tables, samples.csv (every number with its standard error) and problems.csv (right counts)."""
-    key = chain_task().signature
-    length = length or min(common_length(g) for groups in sets.values() for g in groups.values())
-    rows, counts = [], []
-    for label, groups in sets.items():
-        for prefix, g in groups.items():
-            rows.append((label, prefix, measure(g, ks, key, key, length)))
-            for p, group in enumerate(g):
-                n = sum(s["correct"] for s in group)
-                row = {"run": label, "set": prefix.strip() or "test", "problem": p}
-                counts.append(row | {"right": n, "of": len(group)})
-    shown = [f"pass@{k}" for k in [1, *ks]] + ["distinct_correct", "entropy", "length", "truncated"]
-    more = ["distinct-1", "distinct-2", "distinct-3", "self_bleu", "ece_vote", "ece_likelihood"]
-    for names in (shown, more):
-        body = [[x, p.strip() or "test", *(plus_minus(*m[name]) for name in names)] for x, p, m in rows]
-        print(aligned(["run", "problems", *(x.replace("_", " ") for x in names)], body) + "\n")
-    print(f"± standard error over problems (6.2); diversity (6.4) (6.5) of the first {length} tokens")
-    flat = [{"run": label, "set": prefix.strip() or "test"} | with_errors(m) for label, prefix, m in rows]
-    write_csv(out / "samples.csv", flat)
-    write_csv(out / "problems.csv", counts)
-
-
-def with_errors(m: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """A column for each metric, and one for its standard error where there is such."""
-    both = {name: v for x, pair in m.items() for name, v in zip((x, f"{x} se"), pair)}
-    return {name: v for name, v in both.items() if name in m or not math.isnan(v)}
-
-
-def draw_calibration(sets: dict[str, Groups], vote: Callable[[str], str], path: Path) -> None:
-    """Reliability: share right against confidence, one panel for each meaning of the word; CSV beside it."""
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(10, 4.8), layout="constrained")
-    axes, rows = dict(zip(("vote", "likelihood"), fig.subplots(1, 2))), []
-    for i, (label, groups) in enumerate(sets.items()):
-        for name, pair in confidences(groups, vote).items():
-            bins = calibration(*pair)
-            c, r, n = zip(*bins)
-            text = f"{label}: ECE {calibration_error(*pair):.3f}"
-            axes[name].plot(c, r, marker="o", markersize=4, label=text, **style(i))
-            rows += [
-                {"run": label, "confidence": name, "mean": x, "right": y, "count": m} for x, y, m in bins
-            ]
-    titles = {"vote": "share of the most frequent answer", "likelihood": "exp of the tokens' mean log π"}
-    for name, ax in axes.items():
-        ax.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=":")
-        ax.set(title=f"confidence: {titles[name]}", xlabel="mean confidence", ylabel="share right")
-        ax.set(xlim=(0, 1.02), ylim=(-0.02, 1.02))
-        ax.grid(alpha=0.25)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=8)
-    save(fig, path)
-    write_csv(path.with_suffix(".csv"), rows)
-
-
-def draw_tokens(sets: dict[str, Groups], name: Callable[[int], str], path: Path, what: str) -> None:
-    """Histogram of the entropy over tokens with the fork's threshold (6.7), and the most frequent tokens
-    drawn from there on; CSV beside it."""
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(6 + 3.2 * len(sets), 4.8), layout="constrained")
-    left, *right = fig.subplots(1, 1 + len(sets), width_ratios=[6] + [3.2] * len(sets))
-    every = {x: np.array([h for g in groups for s in g for h in s["nats"]]) for x, groups in sets.items()}
-    edges = np.linspace(0, max(v.max() for v in every.values()) or 1, 51)
-    rows = []
-    for i, (label, nats) in enumerate(every.items()):
-        counts, cut = np.histogram(nats, edges)[0], forking(nats)
-        left.stairs(counts / len(nats), edges, label=f"{label}: fork above {cut:.3f}", **style(i))
-        left.axvline(cut, linewidth=0.8, **style(i))
-        bins = zip(edges, edges[1:], counts)
-        rows += [{"run": label, "from": a, "to": b, "tokens": int(c)} for a, b, c in bins]
-        forks = fork_table(sets[label], name)
-        rows += [{"run": label, **f} for f in forks]
-        names = [tidy(f["token"]).strip() or repr(f["token"]) for f in forks]
-        right[i].barh(range(len(forks)), [f["forks"] for f in forks], color=style(i)["color"])
-        right[i].set_yticks(range(len(forks)), [x.replace("$", r"\$") for x in names], fontsize=8)
-        right[i].invert_yaxis()
-        right[i].set(title=f"{label}:\nmost frequent forks", xlabel="drawn there")
-    left.set(title=f"{what} over tokens", xlabel="nats", ylabel="share of tokens", yscale="log")
-    left.legend(fontsize=8)
-    left.grid(alpha=0.25)
-    save(fig, path)
-    write_csv(path.with_suffix(".csv"), rows)
 
 
 def over_temperatures(
@@ -1215,89 +1054,258 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16] if files else ""
 
 
-def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Add lines in one write and wait until they are on the disk.  A line that a kill cut short is cut off
-    first, so that nothing is glued to it."""
-    data = path.read_bytes() if path.exists() else b""
-    if data and not data.endswith(b"\n"):
-        os.truncate(path, data.rfind(b"\n") + 1)
-    with open(path, "ab") as file:
-        file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode("utf-8", "replace"))
-        file.flush()
-        os.fsync(file.fileno())
+def print_samples(sets: dict[str, dict[str, Groups]], ks: Sequence[int], out: Path) -> None:
+    """Two tables, samples.csv (every number with its standard error) and problems.csv (right counts)."""
+    key = chain_task().signature
+    length = min(common_length(g) for groups in sets.values() for g in groups.values())
+    rows, counts = [], []
+    for label, groups in sets.items():
+        for prefix, g in groups.items():
+            where = {"run": label, "set": prefix.strip() or "test"}
+            rows.append(where | measure(g, ks, key, key, length))
+            right = [sum(s["correct"] for s in group) for group in g]
+            counts += [where | {"problem": p, "right": c, "of": len(g[p])} for p, c in enumerate(right)]
+    what = [f"pass@{k}" for k in [1, *ks]] + ["distinct_correct", "entropy", "length", "truncated"]
+    more = ["distinct-1", "distinct-2", "distinct-3", "ece_vote", "ece_likelihood"]
+    for names in (what, more):
+        print(shown(rows, ("run", "set", *names)) + "\n")
+    print(f"± standard error over problems (6.2); diversity (6.4) of the first {length} tokens")
+    write_csv(out / "samples.csv", rows)
+    write_csv(out / "problems.csv", counts)
+
+
+def draw_calibration(sets: dict[str, Groups], vote: Callable[[str], str], path: Path) -> None:
+    """Reliability: share right against confidence, one panel for each meaning of the word; CSV beside it."""
+    fig, axes = figure(10, 4.8, 1, 2)
+    titles = {"vote": "share of the most frequent answer", "likelihood": "exp of the tokens' mean log π"}
+    rows = []
+    for ax, (name, title) in zip(axes[0], titles.items()):
+        ax.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=":")
+        ax.set(title=f"confidence: {title}", xlabel="mean confidence", ylabel="share right")
+        ax.set(xlim=(0, 1.02), ylim=(-0.02, 1.02))
+        for i, (label, groups) in enumerate(sets.items()):
+            if pair := confidences(groups, vote).get(name):
+                bins = pd.DataFrame(calibration(*pair), columns=["mean", "right", "count"])
+                text = f"{label}: ECE {calibration_error(*pair):.3f}"
+                ax.plot(bins["mean"], bins["right"], marker="o", markersize=4, label=text, **style(i))
+                rows.append(bins.assign(run=label, confidence=name))
+                ax.legend(fontsize=8)
+    save(fig, path)
+    write_csv(path.with_suffix(".csv"), pd.concat(rows))
+
+
+def draw_tokens(sets: dict[str, Groups], name: Callable[[int], str], path: Path, what: str) -> None:
+    """Histogram of the entropy over tokens with the fork's threshold (6.7), and the most frequent tokens
+    drawn from there on; CSV beside it."""
+    fig, axes = figure(6 + 3.2 * len(sets), 4.8, 1, 1 + len(sets), width_ratios=[6] + [3.2] * len(sets))
+    left, *right = axes[0]
+    every = {x: np.array([h for g in groups for s in g for h in s["nats"]]) for x, groups in sets.items()}
+    edges = np.linspace(0, max(v.max() for v in every.values()) or 1, 51)
+    rows = []
+    for i, (label, nats) in enumerate(every.items()):
+        counts, cut = np.histogram(nats, edges)[0], forking(nats)
+        left.stairs(counts / len(nats), edges, label=f"{label}: fork above {cut:.3f}", **style(i))
+        left.axvline(cut, linewidth=0.8, **style(i))
+        forks = fork_table(sets[label], name)
+        rows.append(pd.DataFrame({"run": label, "from": edges[:-1], "to": edges[1:], "tokens": counts}))
+        rows.append(pd.DataFrame(forks).assign(run=label))
+        names = [tidy(f["token"]).strip() or repr(f["token"]) for f in forks]
+        right[i].barh(range(len(forks)), [f["forks"] for f in forks], color=style(i)["color"])
+        right[i].set_yticks(range(len(forks)), [x.replace("$", r"\$") for x in names], fontsize=8)
+        right[i].invert_yaxis()
+        right[i].set(title=f"{label}:\nmost frequent forks", xlabel="drawn there")
+    left.set(title=f"{what} over tokens", xlabel="nats", ylabel="share of tokens", yscale="log")
+    left.legend(fontsize=8)
+    save(fig, path)
+    write_csv(path.with_suffix(".csv"), pd.concat(rows))
+
+
+def token_names(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The tokens as the vocabulary has them; <id> for one without a name, since an embedding may have more
+    rows than the vocabulary."""
+    return [f"<{i}>" if w is None else w for i, w in zip(ids, tokenizer.convert_ids_to_tokens(ids))]
+
+
+@cache
+def token_namer(model: str, trust: bool = False) -> Callable[[int], str]:
+    """id -> the token's text; the id itself where the tokenizer cannot be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
+    except Exception:  # names are a convenience: the numbers do not depend on them
+        return str
+    return lambda i: tokenizer.decode([i]) or token_names(tokenizer, [i])[0]
+
+
+# -- tokens in the colour of their entropy flow --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Coloured:
+    """A response: what it answers, whether it is right, and the flow of each token, nats per unit learning
+    rate (positive raises entropy)."""
+
+    prompt: str
+    reward: float
+    tokens: Sequence[str]
+    flow: Sequence[float]
+
+
+def logged_flows(path: Path) -> tuple[list[Coloured], str]:
+    """The last entry of flows.jsonl: the network flow that `train.py --ledger full` booked."""
+    rows = read_jsonl(path)
+    rows = [r for r in rows if r["step"] == rows[-1]["step"]]
+    for r in rows:  # a token without a name was once written as null
+        r["tokens"] = ["<?>" if w is None else w for w in r["tokens"]]
+    keys = ("prompt", "reward", "tokens", "network_flow")
+    return [
+        Coloured(*map(r.get, keys)) for r in rows
+    ], f"network flow of step {rows[-1]['step']}, from {path}"
+
+
+def own_task(record: Record, tokenizer: Any) -> Task:
+    """What a run was trained on: the embedded task, or that of the files that it names."""
+    s = record.settings
+    if not record.task:
+        return chain_task()
+    names = ("data", "eval_data", "eval_problems", "prompt_template")
+    limits = s["max_prompt_tokens"], s["max_new_tokens"]
+    return task_of_data(tokenizer, *(s[name] for name in names), s["chat"] == "auto", *limits)[0]
+
+
+@torch.no_grad()
+def fresh_flows(
+    record: Record, seed: int = 0, attention: str = "auto", prompts: int = 32, n: int = 16
+) -> tuple[list[Coloured], str]:
+    """The exact flow of a table, entropy_math (3.2), of the tokens of a fresh batch: what one step of GRPO on
+    it, at the run's temperature, would do to entropy.  Of each of the first 8 problems with right and wrong
+    answers, the response that moves entropy most."""
+    model, tokenizer = load_policy(record.folder, attention)
+    task, tau = own_task(record, tokenizer), record.settings.get("temperature", 1.0)
+    problems, how = task.test[:prompts], Sampling(n, task.max_new_tokens, tau)
+    out, _ = answer(TorchEngine(model, tokenizer), task, problems, how, torch.Generator().manual_seed(seed))
+    stats = TokenStats(**Policy(model)(out, tau))
+    adv = group_advantages(out.correct.double(), out.group)  # grpo (2.1)
+    flow = (
+        torch.where(out.mask, entropy_change(stats, adv[:, None]), 0) / out.mask.sum()
+    )  # token mean, (B, T)
+    best = flow.abs().sum(1).view(-1, n).max(1)
+    found = []
+    for p in [p for p in range(len(problems)) if best.values[p] > 0][:8]:
+        i = p * n + int(best.indices[p])
+        m = out.mask[i]
+        words = token_names(tokenizer, out.ids[i][m].tolist())
+        found.append(Coloured(problems[p].prompt, float(out.correct[i]), words, flow[i][m].tolist()))
+    what = f"exact flow of a table, fresh batch of {len(problems)} x {n} from {record.folder}/checkpoint"
+    return found, what
+
+
+def tidy(token: str) -> str:
+    """A token as it may be printed: byte-level marks as what they stand for, control characters visible."""
+    token = token.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "⏎").replace("\n", "⏎")
+    return "".join(c if c.isprintable() else "·" for c in token)
+
+
+def shade(flow: float, top: float) -> tuple[int, int, int]:
+    """White at 0 to full red (raises entropy) or blue (lowers it) at ±top; by the square root, since a few
+    tokens carry most of the flow."""
+    fade = round(255 - 175 * math.sqrt(min(1.0, abs(flow) / top))) if top else 255
+    return (255, fade, fade) if flow > 0 else (fade, fade, 255)
+
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Entropy flow</title>
+<style>body{{font:16px/2 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;background:#fff;color:#000}}
+span{{padding:.15em .2em;border-radius:.2em;white-space:pre-wrap}}p{{margin:.2em 0 1.2em}}</style>
+<h1>Entropy flow, token by token</h1>
+<p><span style="background:rgb(255,80,80)">raises entropy</span>
+<span style="background:rgb(80,80,255)">lowers it</span>; the colour goes with the square root of the flow,
+full at {top:.3g} nats per unit learning rate. Point at a token for its number. {what}.</p>
+{body}
+</html>
+"""
+
+
+def page(rows: Sequence[Coloured], what: str) -> str:
+    """A self-contained HTML page; everything that comes from a model is escaped."""
+    top = max((abs(f) for r in rows for f in r.flow), default=0.0)
+    body = []
+    for r in rows:
+        spans = [
+            f'<span title="{f:+.3g}" style="background:rgb{shade(f, top)}">{html.escape(tidy(w))}</span>'
+            for w, f in zip(r.tokens, r.flow)
+        ]
+        blank = "" if any(w.startswith(("Ġ", "▁", " ")) for w in r.tokens) else " "
+        body.append(f"<b>{html.escape(r.prompt)}</b> (reward {r.reward:g})<p>{blank.join(spans)}</p>")
+    return PAGE.format(top=top, what=html.escape(what), body="\n".join(body))
+
+
+def show(record: Record, seed: int, attention: str, out: Path) -> None:
+    """flow.html, and a line a response of its strongest tokens: of flows.jsonl, else of fresh ones."""
+    flows = record.folder / "flows.jsonl"
+    rows, what = logged_flows(flows) if flows.is_file() else fresh_flows(record, seed, attention)
+    top = max((abs(f) for r in rows for f in r.flow), default=0.0) or 1.0
+    print(f"{what}\nThe strongest tokens, flow in percent of the largest: + raises entropy, - lowers it\n")
+    for r in rows:
+        strongest = sorted(zip(r.tokens, r.flow), key=lambda pair: -abs(pair[1]))[:6]
+        words = "  ".join(f"{tidy(w)} {100 * f / top:+.0f}" for w, f in strongest)
+        print(f"{tidy(r.prompt)[-60:]}   reward {r.reward:g}:   {words}")
+    (out / "flow.html").write_text(page(rows, what), encoding="utf-8")
+    print(f"\npage: {out / 'flow.html'}")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. The benchmarks
+# 7. The benchmarks
 
 BENCHMARKS = {  # name -> samples a problem: many on the small sets, one on the large (OPEFO, STEER)
     "aime24": 32, "aime25": 32, "amc23": 32, "math500": 1, "minerva": 1, "olympiadbench": 1,
 }  # fmt: skip
 
-
-@dataclass(frozen=True)
-class Reported:
-    """What a paper reports, in percent: method -> the six benchmarks and their average; None: not given."""
-
-    paper: str
-    sampling: str
-    rows: dict[str, tuple[float | None, ...]]
-
-
-def _average(x: float) -> tuple[float | None, ...]:
-    return (None,) * 6 + (x,)
-
-
-REPORTED = {
-    "opefo": Reported(
-        "2605.11491, Qwen2.5-Math-7B (transcribed by others, not checked in the paper)",
-        "temperature 1, top-p .7; avg@32 on AIME and AMC, avg@1 on the others; the checkpoint that is best "
-        "on the mean of these very benchmarks; one run",
-        {
-            "base": _average(21.2), "GRPO, 8 updates": _average(45.5), "GRPO, strict": _average(50.1),
-            "entropy regularisation": _average(47.8), "clip-higher": _average(49.8),
-            "Clip-Cov": _average(50.7), "KL-Cov": _average(50.5),
-            "OPEFO": (34.5, None, 82.2, None, None, None, 52.4),
-            "GRPO, 8 updates: pass@32": (59.8, 38.4, 93.7, 92.5, None, None, None),
-            "GRPO, strict: pass@32": (61.3, 41.2, 94.8, 93.3, None, None, None),
-            "OPEFO: pass@32": (62.4, 43.3, 95.6, 94.1, None, None, None),
-        },
-    ),
-    "steer": Reported(
-        "2510.10150, Qwen2.5-Math-7B",
-        "temperature 1, top-p .7; avg@32 on AIME and AMC, avg@1 on the others; the checkpoint that is best "
-        "on AIME24; mean of 2 runs",
-        {
-            "base": (13.8, 5.3, 44.6, 39.6, 9.9, 13.8, 21.2),
-            "GRPO": (28.0, 14.3, 66.2, 78.6, 37.3, 40.9, 44.2),
-            "OPO": (32.2, 13.4, 71.5, 82.2, 38.2, 41.0, 46.4),
-            "entropy advantage": (27.5, 13.5, 70.2, 79.6, 36.8, 42.8, 45.1),
-            "Clip-Cov": (32.5, 12.9, 68.4, 78.0, 40.8, 41.3, 45.7),
-            "KL-Cov": (32.8, 14.1, 64.2, 78.8, 37.1, 39.4, 44.4),
-            "STEER": (36.2, 16.1, 72.1, 82.2, 41.7, 43.0, 48.6),
-        },
-    ),
-    "clip_cov": Reported(
-        "2505.22617, Qwen2.5 7B and 32B",
-        "not recorded here, nor the benchmarks that it averages over",
-        {
-            "7B: GRPO": _average(38.6), "7B: clip-higher": _average(38.8), "7B: Clip-Cov": _average(40.4),
-            "7B: KL-Cov": _average(40.6), "32B: GRPO": _average(45.8), "32B: clip-higher": _average(47.2),
-            "32B: Clip-Cov": _average(50.3), "32B: KL-Cov": _average(52.2),
-        },
-    ),
-    "par": Reported(
-        "2511.05993 table 2, Qwen2.5-Math-7B",
-        "temperature 1, top-p 1; avg@64 on all; validated on AIME25; its own average, of the first five",
-        {
-            "base": (10.0, 3.8, 30.04, 43.76, 14.41, None, 20.4),
-            "GRPO, 1 update": (28.75, 14.69, 64.38, 78.14, 34.64, None, 44.12),
-            "PAR, entropy-guided": (34.38, 15.89, 69.34, 75.93, 32.78, None, 45.66),
-            "adaptive entropy": (33.96, 18.65, 68.52, 73.98, 31.66, None, 45.35),
-            "clip-higher": (33.33, 15.94, 67.62, 72.35, 30.57, None, 43.96),
-        },
-    ),
-}  # fmt: skip
+SOURCES = {  # what --against knows: where REPORTED has it from, and how the paper sampled
+    "opefo": "2605.11491, Qwen2.5-Math-7B (transcribed by others, not checked in the paper). Sampling: "
+    "temperature 1, top-p .7; avg@32 on AIME and AMC, avg@1 on the others; the checkpoint that is best on "
+    "the mean of these very benchmarks; one run.",
+    "steer": "2510.10150, Qwen2.5-Math-7B. Sampling: temperature 1, top-p .7; avg@32 on AIME and AMC, avg@1 "
+    "on the others; the checkpoint that is best on AIME24; mean of 2 runs.",
+    "clip_cov": "2505.22617, Qwen2.5 7B and 32B. Sampling: not recorded here, nor the benchmarks that it "
+    "averages over.",
+    "par": "2511.05993 table 2, Qwen2.5-Math-7B. Sampling: temperature 1, top-p 1; avg@64 on all; validated "
+    "on AIME25; its own average, of the first five.",
+}
+REPORTED = pd.read_csv(io.StringIO("""\
+paper;method;aime24;aime25;amc23;math500;minerva;olympiadbench;average
+opefo;base;;;;;;;21.2
+opefo;GRPO, 8 updates;;;;;;;45.5
+opefo;GRPO, strict;;;;;;;50.1
+opefo;entropy regularisation;;;;;;;47.8
+opefo;clip-higher;;;;;;;49.8
+opefo;Clip-Cov;;;;;;;50.7
+opefo;KL-Cov;;;;;;;50.5
+opefo;OPEFO;34.5;;82.2;;;;52.4
+opefo;GRPO, 8 updates: pass@32;59.8;38.4;93.7;92.5;;;
+opefo;GRPO, strict: pass@32;61.3;41.2;94.8;93.3;;;
+opefo;OPEFO: pass@32;62.4;43.3;95.6;94.1;;;
+steer;base;13.8;5.3;44.6;39.6;9.9;13.8;21.2
+steer;GRPO;28.0;14.3;66.2;78.6;37.3;40.9;44.2
+steer;OPO;32.2;13.4;71.5;82.2;38.2;41.0;46.4
+steer;entropy advantage;27.5;13.5;70.2;79.6;36.8;42.8;45.1
+steer;Clip-Cov;32.5;12.9;68.4;78.0;40.8;41.3;45.7
+steer;KL-Cov;32.8;14.1;64.2;78.8;37.1;39.4;44.4
+steer;STEER;36.2;16.1;72.1;82.2;41.7;43.0;48.6
+clip_cov;7B: GRPO;;;;;;;38.6
+clip_cov;7B: clip-higher;;;;;;;38.8
+clip_cov;7B: Clip-Cov;;;;;;;40.4
+clip_cov;7B: KL-Cov;;;;;;;40.6
+clip_cov;32B: GRPO;;;;;;;45.8
+clip_cov;32B: clip-higher;;;;;;;47.2
+clip_cov;32B: Clip-Cov;;;;;;;50.3
+clip_cov;32B: KL-Cov;;;;;;;52.2
+par;base;10.0;3.8;30.04;43.76;14.41;;20.4
+par;GRPO, 1 update;28.75;14.69;64.38;78.14;34.64;;44.12
+par;PAR, entropy-guided;34.38;15.89;69.34;75.93;32.78;;45.66
+par;adaptive entropy;33.96;18.65;68.52;73.98;31.66;;45.35
+par;clip-higher;33.33;15.94;67.62;72.35;30.57;;43.96
+"""), sep=";")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -1314,37 +1322,32 @@ class Bench:
         return self.folder / f"{self.name}.jsonl"
 
     @property
-    def stored(self) -> Path:
-        return self.folder / f"{self.name}.json"
-
-    @property
     def step(self) -> int:
         return max(1, self.settings["batch"] // self.settings["samples"])  # problems in a batch
 
     def begin(self) -> int:
         """Problems done.  ValueError where samples are stored that were drawn with other settings, or are
         damaged.  A batch that a kill cut short is dropped."""
-        if self.stored.exists():
-            before = json.loads(self.stored.read_text())
-            for k in dict.fromkeys([*self.settings, *before]):
-                if before.get(k) != self.settings.get(k):
-                    raise ValueError(
-                        f"--out {self.folder}: {self.name} was begun there with {k} {before.get(k)!r}, not "
-                        f"{self.settings.get(k)!r}; give that, or another --out"
-                    )
-        data = self.path.read_bytes() if self.path.exists() else b""
-        n, lines = self.settings["samples"], data.splitlines(keepends=True)
-        whole = len(lines) - bool(lines and not lines[-1].endswith(b"\n"))
-        done = len(self.problems) if whole >= len(self.problems) * n else whole // n // self.step * self.step
-        for i, line in enumerate(lines[: done * n]):
-            try:
-                row = json.loads(line)
-                if (row["problem"], row["sample"]) != divmod(i, n):
-                    raise ValueError("out of order")
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.path}: line {i + 1} is damaged ({error}); remove the file") from None
-        if data:
-            os.truncate(self.path, sum(map(len, lines[: done * n])))
+        stored, n = self.path.with_suffix(".json"), self.settings["samples"]
+        before = json.loads(stored.read_text()) if stored.exists() else self.settings
+        for k in dict.fromkeys([*self.settings, *before]):
+            if before.get(k) != self.settings.get(k):
+                raise ValueError(
+                    f"--out {self.folder}: {self.name} was begun there with {k} {before.get(k)!r}, not "
+                    f"{self.settings.get(k)!r}; give that, or another --out"
+                )
+        if not self.path.exists():
+            return 0
+        append(self.path, [])  # cuts off half a line
+        rows = read_jsonl(self.path)
+        done = len(self.problems)
+        if len(rows) < done * n:
+            done = len(rows) // n // self.step * self.step
+        for i, row in enumerate(rows[: done * n]):
+            if (row.get("problem"), row.get("sample")) != divmod(i, n):
+                raise ValueError(f"{self.path}: line {i + 1} is damaged (out of order); remove the file")
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        os.truncate(self.path, sum(map(len, lines[: done * n])))
         return done
 
     def generate(self, engine: Engine, done: int) -> None:
@@ -1352,18 +1355,18 @@ class Bench:
         that was killed ends with the samples of one that was not."""
         from tqdm import tqdm
 
-        s = self.settings
+        s, n = self.settings, self.settings["samples"]
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.stored.write_text(json.dumps(s, indent=2) + "\n")
+        self.path.with_suffix(".json").write_text(json.dumps(s, indent=2) + "\n")
         prompts = render(self.problems, engine.tokenizer, s["template"], s["chat"])
-        task, n = math_task(self.name, (), tuple(prompts), s["max_new_tokens"]), s["samples"]
+        task = math_task(self.name, (), tuple(prompts), s["max_new_tokens"])
+        how = Sampling(n, s["max_new_tokens"], s["temperature"], s["top_p"], entropy=True)
         bar = tqdm(total=len(prompts) * n, initial=done * n, desc=self.name, unit="sample")
         for i in range(done, len(prompts), self.step):
             digest = hashlib.sha256(f"{s['seed']}/{self.name}/{i}".encode()).digest()
             generator = torch.Generator(engine.device).manual_seed(int.from_bytes(digest[:4], "little"))
             part = prompts[i : i + self.step]
-            how = (s["temperature"], s["top_p"], generator)
-            groups = to_samples((part, answer(engine, task, part, n, *how, entropy=True)), n, i)
+            groups = to_samples((part, *answer(engine, task, part, how, generator)), n, i)
             append(self.path, [x for g in groups for x in g])
             bar.update(len(part) * n)
         bar.close()
@@ -1371,18 +1374,6 @@ class Bench:
     def samples(self) -> Groups:
         rows, n = read_jsonl(self.path), self.settings["samples"]
         return [rows[i : i + n] for i in range(0, len(rows), n)]
-
-    def regrade(self) -> int:
-        """Grade the stored texts again; how many grades changed."""
-        rows = read_jsonl(self.path)
-        told = [self.problems[r["problem"]].answer for r in rows]
-        right = shared_grader().grade_all([r["text"] for r in rows], told)
-        changed = sum(a != r["correct"] for a, r in zip(right, rows))
-        part = self.path.with_suffix(".part")
-        part.unlink(missing_ok=True)
-        append(part, [r | {"correct": a} for a, r in zip(right, rows)])
-        part.replace(self.path)
-        return changed
 
 
 def sources(names: Sequence[str], data: Sequence[str]) -> dict[str, str]:
@@ -1425,46 +1416,6 @@ def whole_benchmark(name: str, source: str, limit: int) -> tuple[Problem, ...]:
     return tuple(problems[:limit] if limit else problems)
 
 
-def model_folder(name: str) -> str:
-    """A model's folder or hub id; of a training run, its checkpoint."""
-    inner = Path(name).expanduser() / "checkpoint"
-    return str(inner) if (inner / "config.json").is_file() else name
-
-
-def open_engine(args: argparse.Namespace, model: str, rendered: Callable[[Any], list[Problem]]) -> Engine:
-    """The engine that the flags ask for; `rendered(tokenizer)` gives the prompts, whose longest must fit into
-    the model's context together with a response.  Raises ValueError naming the flag."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    device, trust = usable_device(args.device), args.trust_remote_code
-    try:
-        if args.engine == "torch":
-            attention = args.attention or own_attention(model, device)
-            policy, tokenizer = load_model(model, args.dtype, trust, attention, device)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust).get_text_config()
-        longest = longest_prompt(rendered(tokenizer), tokenizer, getattr(config, "vocab_size", None))
-    except Exception as error:  # missing, gated, damaged: a dozen classes of three libraries
-        reason = " ".join(str(error).split()).removeprefix(f"{model}: ")[:300]
-        raise ValueError(f"--model {model}: {reason}") from None
-    room = (getattr(config, "max_position_embeddings", None) or math.inf) - longest
-    if args.max_new_tokens > room:
-        raise ValueError(
-            f"--max-new-tokens {args.max_new_tokens}: the longest prompt has {longest} tokens, {model} sees "
-            f"{longest + room} in all; {f'give {room} at most' if room > 0 else 'take another model'}"
-        )
-    if args.engine == "torch":
-        return TorchEngine(policy, tokenizer)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return VllmEngine(
-        model, tokenizer, device=device, dtype=getattr(torch, args.dtype), sleep_level=0,
-        max_model_len=longest + args.max_new_tokens, gpu_memory=args.gpu_memory,
-        trust_remote_code=trust,
-    )  # fmt: skip
-
-
 def set_threads(n: int, embedded: bool = True) -> None:
     """Threads for tensor work; 0: one for the embedded model, torch's own choice for others."""
     if n or embedded:
@@ -1482,323 +1433,305 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def benchmark(args: argparse.Namespace) -> None:
-    """Generate what is missing, then tables, pictures and CSV from the stored samples."""
-    problems = {
-        name: whole_benchmark(name, source, args.limit)
-        for name, source in sources(args.benchmark, args.data or []).items()
-    }
-    args.dtype = args.dtype or ("float32" if usable_device(args.device).type == "cpu" else "bfloat16")
-    out = own_folder(Path(args.out or "runs/benchmarks"))
-    results: dict[str, dict[str, dict]] = {}
-    for model in args.model:
-        path, label = model_folder(model), model.strip("/.").replace("/", "--")
-        benches = [make_bench(args, path, name, p, out / label) for name, p in problems.items()]
-        done = [b.begin() for b in benches]
-        if any(d < len(b.problems) for d, b in zip(done, benches)):
-            everything = [p for b in benches for p in b.problems]
-            rendered = lambda t: render(everything, t, args.template, not args.plain)  # noqa: B023, E731
-            engine = open_engine(args, path, rendered)
-            for d, b in zip(done, benches):
-                if d < len(b.problems):
-                    b.generate(engine, d)
-            engine.close()
-        groups = {}
-        for b in benches:
-            if args.regrade:
-                print(f"{model} {b.name}: {b.regrade()} grades changed")
-            groups[b.name] = b.samples()
-            n = b.settings["samples"]
-            ks = [k for k in sorted({8, 16, 32, args.k or n}) if 1 < k <= n]
-            boxed = lambda text: (last_boxed(text) or "").strip()  # noqa: E731
-            results.setdefault(model, {})[b.name] = measure(groups[b.name], ks, str.strip, boxed) | {
-                "problems": (len(b.problems), math.nan), "samples": (n, math.nan)
-            }  # fmt: skip
-        what = "Surprisal -log π of the tokens drawn" if args.engine == "vllm" else "Entropy"
-        draw_calibration(groups, boxed, out / label / "calibration.png")
-        draw_tokens(groups, token_namer(path, args.trust_remote_code), out / label / "tokens.png", what)
-    print_benchmarks(results, args, out)
-    for key in args.against or []:
-        print_reported(key, list(problems))
+def open_engine(o: Options, s: dict[str, Any], everything: Sequence[Problem]) -> Engine:
+    """The engine of a benchmark's settings `s`.  The longest prompt must fit into the model's context
+    together with a response.  Raises ValueError naming the flag."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    model, device, trust = s["model"], usable_device(o.machine.device), o.benchmarks.trust_remote_code
+    try:
+        if s["engine"] == "torch":
+            policy, tokenizer = load_model(model, s["dtype"], trust, s.get("attention", "sdpa"), device)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust).get_text_config()
+        prompts = render(everything, tokenizer, s["template"], s["chat"])
+        longest = longest_prompt(prompts, tokenizer, getattr(config, "vocab_size", None))
+    except Exception as error:  # missing, gated, damaged: a dozen classes of three libraries
+        reason = " ".join(str(error).split()).removeprefix(f"{model}: ")[:300]
+        raise ValueError(f"--model {model}: {reason}") from None
+    room = (getattr(config, "max_position_embeddings", None) or math.inf) - longest
+    if s["max_new_tokens"] > room:
+        raise ValueError(
+            f"--max-new-tokens {s['max_new_tokens']}: the longest prompt has {longest} tokens, {model} sees "
+            f"{longest + room} in all; {f'give {room} at most' if room > 0 else 'take another model'}"
+        )
+    if s["engine"] == "torch":
+        return TorchEngine(policy, tokenizer)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return VllmEngine(
+        model, tokenizer, device=device, dtype=getattr(torch, s["dtype"]), sleep_level=0,
+        max_model_len=longest + s["max_new_tokens"], gpu_memory=o.benchmarks.gpu_memory,
+        trust_remote_code=trust,
+    )  # fmt: skip
 
 
-def make_bench(
-    args: argparse.Namespace, model: str, name: str, problems: tuple[Problem, ...], folder: Path
-) -> Bench:
-    """With everything that the samples depend on."""
+def make_bench(o: Options, model: str, name: str, problems: tuple[Problem, ...], folder: Path) -> Bench:
+    """With everything that the samples depend on.  `model`: a folder, a hub id, or a training run."""
+    b, device = o.benchmarks, usable_device(o.machine.device)
+    inner = Path(model).expanduser() / "checkpoint"
+    model = str(inner) if (inner / "config.json").is_file() else model
     text = json.dumps([[p.prompt, p.answer, *p.before] for p in problems])
-    attention = args.attention or own_attention(model, usable_device(args.device))
-    n = args.samples or (args.k or 32 if BENCHMARKS.get(name, 32) > 1 else 1)
+    n = o.sampling.samples or (o.sampling.k or 32 if BENCHMARKS.get(name, 32) > 1 else 1)
+    dtype = {"auto": "float32" if device.type == "cpu" else "bfloat16"}.get(b.dtype, b.dtype)
     settings = {
-        "model": model, "weights": fingerprint(Path(model)), "engine": args.engine,
-        "dtype": args.dtype, "temperature": args.temperature, "top_p": args.top_p,
-        "seed": args.seed, "samples": n, "max_new_tokens": args.max_new_tokens, "template": args.template,
-        "chat": not args.plain,
+        "model": model, "weights": fingerprint(Path(model)), "engine": b.engine, "dtype": dtype,
+        "temperature": o.sampling.temperature, "top_p": o.sampling.top_p, "seed": o.sampling.seed,
+        "samples": n, "max_new_tokens": b.max_new_tokens, "template": b.template, "chat": not b.plain,
         "problems": len(problems), "sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
-        "batch": args.batch or (512 if args.engine == "vllm" else 128),
+        "batch": b.batch or (512 if b.engine == "vllm" else 128),
     }  # fmt: skip
-    if args.engine == "torch" and attention != "sdpa":  # older folders, which name none, have sdpa's
-        settings["attention"] = attention
+    kind = o.machine.attention
+    kind = own_attention(model, device) if kind == "auto" else kind
+    if b.engine == "torch" and kind != "sdpa":  # older folders, which name none, have sdpa's
+        settings["attention"] = kind
     return Bench(name, problems, settings, folder)
 
 
-def token_names(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The tokens as the vocabulary has them; <id> for one without a name, since an embedding may have more
-    rows than the vocabulary."""
-    return [f"<{i}>" if w is None else w for i, w in zip(ids, tokenizer.convert_ids_to_tokens(ids))]
+def benchmark(o: Options) -> None:
+    """Generate what is missing, then tables, pictures and CSV from the stored samples."""
+    set_threads(o.machine.threads, embedded=False)
+    found = sources(o.benchmarks.benchmark, o.benchmarks.data)
+    problems = {name: whole_benchmark(name, source, o.benchmarks.limit) for name, source in found.items()}
+    benches = {}
+    out = own_folder(Path(o.machine.out or "runs/benchmarks"))
+    what = "Surprisal -log π of the tokens drawn" if o.benchmarks.engine == "vllm" else "Entropy"
+    rows, boxed = [], lambda text: (last_boxed(text) or "").strip()
+    for model in o.benchmarks.model:
+        folder = out / model.strip("/.").replace("/", "--")
+        benches = [make_bench(o, model, name, p, folder) for name, p in problems.items()]
+        todo = [(b, done) for b in benches if (done := b.begin()) < len(b.problems)]
+        if todo:
+            engine = open_engine(o, benches[0].settings, [p for b in benches for p in b.problems])
+            for b, done in todo:
+                b.generate(engine, done)
+            engine.close()
+        groups = {b.name: b.samples() for b in benches}
+        for b in benches:
+            n = b.settings["samples"]
+            ks = [k for k in sorted({8, 16, 32, o.sampling.k or n}) if 1 < k <= n]
+            row = {"model": model, "benchmark": b.name, "problems x samples": f"{len(b.problems)} x {n}"}
+            rows.append(row | measure(groups[b.name], ks, str.strip, boxed))
+        draw_calibration(groups, boxed, folder / "calibration.png")
+        namer = token_namer(benches[0].settings["model"], o.benchmarks.trust_remote_code)
+        draw_tokens(groups, namer, folder / "tokens.png", what)
+    print_benchmarks(pd.DataFrame(rows), o, out)
+    for key in o.benchmarks.against:
+        frame = REPORTED[REPORTED["paper"] == key]
+        columns = ["method", *(x for x in problems if x in BENCHMARKS), "average"]
+        text = frame[columns].to_string(index=False, na_rep="–", float_format="%.1f")
+        print(f"\nreported: {key}\n{text}\n{SOURCES[key]}")
 
 
-@cache
-def token_namer(model: str, trust: bool = False) -> Callable[[int], str]:
-    """id -> the token's text; the id itself where the tokenizer cannot be read."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
-    except Exception:  # names are a convenience: the numbers do not depend on them
-        return str
-    return lambda i: tokenizer.decode([i]) or token_names(tokenizer, [i])[0]
-
-
-TOKENS = ("length", "truncated", "entropy")
+def averages(frame: pd.DataFrame) -> dict[str, float]:
+    """Means over benchmarks.  The standard error is √(Σ se²) / m of m benchmarks: their problems are
+    independent samples.  A pass@k that one of them lacks has no average."""
+    names = [x for x in frame if x.startswith("pass@") or x in ("length", "truncated", "entropy")]
+    out = {x: float(frame[x].mean(skipna=False)) for x in names}
+    errors = {
+        x: math.sqrt(sum(frame[x] ** 2)) / len(frame) for x in names if x.startswith("pass@") and " se" in x
+    }
+    return out | errors
 
 
-def print_benchmarks(results: dict[str, dict[str, dict]], args: argparse.Namespace, out: Path) -> None:
+def print_benchmarks(frame: pd.DataFrame, o: Options, out: Path) -> None:
     """The papers' table, in percent, one block a model; where there are several models (checkpoints of
     several seeds), another of means and standard errors over them."""
-    every = {x for r in results.values() for m in r.values() for x in m}
-    ks = sorted({int(x[5:]) for x in every if x.startswith("pass@")} - {1})
-    shown = ["pass@1", *(f"pass@{k}" for k in ks)]
-    head = ["benchmark", "problems x samples", "avg@n = pass@1", *shown[1:], "length", "truncated", "entropy"]
-    nan, flat = (math.nan, math.nan), []
-    for model, benches in results.items():
-        body, all_of = [], list(benches.values())
-        mean = {x: average([m[x] for m in all_of]) for x in shown if all(x in m for m in all_of)}
-        mean |= {x: (sum(m[x][0] for m in all_of) / len(all_of), math.nan) for x in TOKENS}
-        benches["average"] = mean | {"problems": nan, "samples": nan}
-        for name, m in benches.items():
-            cells = [plus_minus(*(100 * v for v in m.get(x, nan)), 1) for x in shown]
-            size = f"{m['problems'][0]} x {m['samples'][0]}" if name != "average" else ""
-            cells += [number(m["length"][0], 0), number(100 * m["truncated"][0], 1), number(m["entropy"][0])]
-            body.append([name, size, *cells])
-            flat.append({"model": model, "benchmark": name, **with_errors(m)})
-        print(f"\n{model}\n" + aligned(head, body))
-    if len(results) > 1:
-        body, over = [], f"mean over {len(results)} models"
-        for name in next(iter(results.values())):
-            of = {x: [r[name].get(x, nan)[0] for r in results.values()] for x in (*shown, *TOKENS)}
-            both = {x: mean_se(v) for x, v in of.items()}
-            cells = [plus_minus(*(100 * v for v in both[x]), 1) for x in shown]
-            cells += [plus_minus(*both["length"], 0), plus_minus(*(100 * v for v in both["truncated"]), 1)]
-            body.append([name, *cells, plus_minus(*both["entropy"], 3)])
-            flat.append({"model": over, "benchmark": name, **with_errors(both)})
-        print(f"\n{over}, standard errors over models\n" + aligned([head[0], *head[2:]], body))
+    ks = sorted({int(x[5:]) for x in frame if re.fullmatch(r"pass@\d+", x)} - {1})
+    shares = {"pass@1": "avg@n = pass@1, %", **{f"pass@{k}": f"pass@{k}, %" for k in ks}}
+    tokens = {"length": "length", "truncated": "truncated, %", "entropy": "entropy"}
+    blocks = []
+    for model, block in frame.groupby("model", sort=False):
+        mean = pd.DataFrame(
+            [{"model": model, "benchmark": "average", "problems x samples": ""} | averages(block)]
+        )
+        blocks.append(pd.concat([block, mean]))
+        columns = {"benchmark": "benchmark", "problems x samples": "problems x samples", **shares}
+        rows = blocks[-1].drop(columns=["length se", "truncated se", "entropy se"]).to_dict("records")
+        print(f"\n{model}\n{shown(rows, columns | tokens)}")
+    if len(blocks) > 1:
+        over = f"mean over {len(blocks)} models"
+        values = pd.concat(blocks).groupby("benchmark", sort=False)[[*shares, *tokens]]
+        both = values.mean().join(values.sem().add_suffix(" se")).reset_index().assign(model=over)
+        blocks.append(both)
+        columns = {"benchmark": "benchmark"} | shares | tokens
+        print(f"\n{over}, standard errors over models\n{shown(both.to_dict('records'), columns)}")
+    s, b = o.sampling, o.benchmarks
     print(
-        f"\nPercent ± standard error over problems (6.2); pass@k unbiased (6.1). Sampled with {args.engine}, "
-        f"temperature {args.temperature:g}, top-p {args.top_p:g}, at most {args.max_new_tokens} tokens, "
-        f"seed {args.seed}; all settings: {out}/*/*.json"
+        f"\n± standard error over problems (6.2); pass@k unbiased (6.1). Sampled with {b.engine}, "
+        f"temperature {s.temperature:g}, top-p {s.top_p:g}, at most {b.max_new_tokens} tokens, seed "
+        f"{s.seed}; all settings: {out}/*/*.json"
     )
-    kind = (
-        "the mean of -log π of the tokens drawn, whose expectation is the entropy"
-        if args.engine == "vllm"
-        else "exact, of the distribution that tokens were drawn from (after temperature and top-p)"
-    )
+    exact = "exact, of the distribution that tokens were drawn from (after temperature and top-p)"
+    surprisal = "the mean of -log π of the tokens drawn, whose expectation is the entropy"
+    kind = surprisal if b.engine == "vllm" else exact
     print(f"Entropy in nats per token: {kind}. Samples with their grades: {out}/*/*.jsonl")
-    write_csv(out / "benchmarks.csv", flat)
-
-
-def average(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Mean of m benchmarks and its standard error, √(Σ se²) / m: their problems are independent samples."""
-    means, errors = zip(*pairs)
-    return sum(means) / len(means), math.sqrt(sum(e * e for e in errors)) / len(means)
-
-
-def print_reported(key: str, names: Sequence[str]) -> None:
-    """A paper's own numbers on the benchmarks named, in percent, and how it sampled."""
-    r = REPORTED[key]
-    columns = [list(BENCHMARKS).index(x) for x in names if x in BENCHMARKS]
-    head = [f"reported: {key}", *(list(BENCHMARKS)[i] for i in columns), "average"]
-    cells = [[m, *("–" if v[i] is None else f"{v[i]:.1f}" for i in [*columns, 6])] for m, v in r.rows.items()]
-    print(f"\n{aligned(head, cells)}\n{r.paper}. Sampling: {r.sampling}.")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 7. Tokens in the colour of their entropy flow
-
-
-@dataclass(frozen=True)
-class Coloured:
-    """A response: what it answers, whether it is right, and the flow of each token, nats per unit learning
-    rate (positive raises entropy)."""
-
-    prompt: str
-    reward: float
-    tokens: Sequence[str]
-    flow: Sequence[float]
-
-
-def logged_flows(path: Path) -> tuple[list[Coloured], str]:
-    """The last entry of flows.jsonl: the network flow that `train.py --ledger full` booked."""
-    rows = read_jsonl(path)
-    rows = [r for r in rows if r["step"] == rows[-1]["step"]]
-    what = f"network flow of step {rows[-1]['step']}, from {path}"
-    for r in rows:  # a token without a name was once written as null
-        r["tokens"] = ["<?>" if w is None else w for w in r["tokens"]]
-    keys = ("prompt", "reward", "tokens", "network_flow")
-    return [Coloured(*(r[k] for k in keys)) for r in rows], what
-
-
-def own_task(record: Record, tokenizer: Any) -> Task:
-    """What a language model was trained on, from the files that its run names."""
-    s = record.settings
-    names = ("data", "eval_data", "eval_problems", "prompt_template")
-    chat, limits = s["chat"] == "auto", (s["max_prompt_tokens"], s["max_new_tokens"])
-    return task_of_data(tokenizer, *(s[name] for name in names), chat, *limits)[0]
-
-
-@torch.no_grad()
-def fresh_flows(
-    record: Record, seed: int = 0, attention: str = "", prompts: int = 32, n: int = 16
-) -> tuple[list[Coloured], str]:
-    """The exact flow of a table, entropy_math (3.2), of the tokens of a fresh batch: what one step of GRPO on
-    it, at the run's temperature, would do to entropy.  Of each of the first 8 problems with right and wrong
-    answers, the response that moves entropy most."""
-    model, tokenizer = load_policy(record.folder, attention)
-    task = own_task(record, tokenizer) if record.task else chain_task()
-    prompts, generator = min(prompts, len(task.test)), torch.Generator().manual_seed(seed)
-    tau, engine = record.settings.get("temperature", 1.0), TorchEngine(model, tokenizer)
-    out = answer(engine, task, task.test[:prompts], n, tau, generator=generator)
-    stats = score(model, *out.full_ids(tokenizer.pad_token_id), out.ids, out.mask, tau)
-    reward = out.correct.double().view(-1, n)
-    adv = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-6)  # grpo (2.1)
-    flow = torch.where(out.mask, entropy_change(stats, adv.view(-1, 1)), 0)  # (B, T)
-    flow = flow / out.mask.sum()  # token mean
-    best = flow.abs().sum(1).view(-1, n).max(1)
-    rows = [p * n + int(best.indices[p]) for p in range(prompts) if best.values[p] > 0][:8]
-    found = []
-    for i in rows:
-        m = out.mask[i]
-        words = token_names(tokenizer, out.ids[i][m].tolist())
-        prompt = task.test[i // n].prompt
-        found.append(Coloured(prompt, float(out.correct[i]), words, flow[i][m].tolist()))
-    return found, f"exact flow of a table, fresh batch of {prompts} x {n} from {record.folder}/checkpoint"
-
-
-def tidy(token: str) -> str:
-    """A token as it may be printed: byte-level marks as what they stand for, control characters visible."""
-    token = token.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "⏎").replace("\n", "⏎")
-    return "".join(c if c.isprintable() else "·" for c in token)
-
-
-def shade(flow: float, top: float) -> tuple[int, int, int]:
-    """White at 0 to full red (raises entropy) or blue (lowers it) at ±top; by the square root, since a few
-    tokens carry most of the flow."""
-    fade = round(255 - 175 * math.sqrt(min(1.0, abs(flow) / top))) if top else 255
-    return (255, fade, fade) if flow > 0 else (fade, fade, 255)
-
-
-def glue(words: Sequence[str]) -> str:
-    """Between tokens: nothing where they bring their own blanks."""
-    return "" if any(w.startswith(("Ġ", "▁", " ")) for w in words) else " "
-
-
-def terminal(rows: Sequence[Coloured], colour: bool) -> str:
-    """With ANSI colours, or with each token's flow in percent of the largest."""
-    top = max((abs(f) for r in rows for f in r.flow), default=0.0)
-    lines = []
-    for r in rows:
-        cells = []
-        for word, f in zip(r.tokens, r.flow):
-            red, green, blue = shade(f, top)
-            plain = f"{tidy(word)}({100 * f / top if top else 0:+.0f})"
-            cells.append(f"\x1b[30;48;2;{red};{green};{blue}m{tidy(word)}\x1b[0m" if colour else plain)
-        lines += [f"{tidy(r.prompt)}   reward {r.reward:g}", "  " + glue(r.tokens).join(cells), ""]
-    return "\n".join(lines)
-
-
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Entropy flow</title>
-<style>body{{font:16px/2 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;background:#fff;color:#000}}
-span{{padding:.15em .2em;border-radius:.2em;white-space:pre-wrap}}p{{margin:.2em 0 1.2em}}</style>
-<h1>Entropy flow, token by token</h1>
-<p><span style="background:rgb(255,80,80)">raises entropy</span>
-<span style="background:rgb(80,80,255)">lowers it</span>; the colour goes with the square root of the flow,
-full at {top:.3g} nats per unit learning rate. Point at a token for its number. {what}.</p>
-{body}
-</html>
-"""
-
-
-def page(rows: Sequence[Coloured], what: str) -> str:
-    """A self-contained HTML page; everything that comes from a model is escaped."""
-    top = max((abs(f) for r in rows for f in r.flow), default=0.0)
-    body = []
-    for r in rows:
-        spans = [
-            f'<span title="{f:+.3g}" style="background:rgb{shade(f, top)}">{html.escape(tidy(w))}</span>'
-            for w, f in zip(r.tokens, r.flow)
-        ]
-        text = glue(r.tokens).join(spans)
-        body.append(f"<b>{html.escape(r.prompt)}</b> (reward {r.reward:g})<p>{text}</p>")
-    return PAGE.format(top=top, what=html.escape(what), body="\n".join(body))
-
-
-def show(record: Record, seed: int, attention: str, out: Path) -> None:
-    """Coloured responses on the terminal and in flow.html: of flows.jsonl, else fresh ones."""
-    flows = record.folder / "flows.jsonl"
-    rows, what = logged_flows(flows) if flows.is_file() else fresh_flows(record, seed, attention)
-    print(f"{what}; red raises entropy, blue lowers it\n")
-    print(terminal(rows, sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
-    (out / "flow.html").write_text(page(rows, what), encoding="utf-8")
-    print(f"page: {out / 'flow.html'}")
+    write_csv(out / "benchmarks.csv", pd.concat(blocks))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 8. The command line and the demonstration
 
-MARK = "eval.json"  # in every folder that this file writes to
+
+@dataclass(frozen=True)
+class RunFlags:
+    """What is said about finished runs, and which."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """folders that train.py made; a comparison counts as its members"""
+    temperatures: tuple[float, ...] = ()
+    """also sample at these test temperatures; name the runs first"""
+    sample: bool = False
+    """fresh samples of every run; without it of a single run only"""
+    law: bool = False
+    """fit R = -a e^H + b to the first 15 percent of each run, predict the rest"""
+    show: bool = False
+    """colour the tokens of a run by their entropy flow"""
+
+
+@dataclass(frozen=True)
+class SamplingFlags:
+    """How responses are drawn.  Truncation hides a collapse: temperature 1 and top-p 1 unless you say so."""
+
+    k: int = 0
+    """the largest k of pass@k (0: 32)"""
+    samples: int = 0
+    """samples per problem (0: k; on the large benchmarks 1)"""
+    temperature: float = 1.0
+    """of the softmax"""
+    top_p: float = 1.0
+    """the papers use .7"""
+    seed: int = 0
+    """the same seed draws the same samples"""
+
+
+@dataclass(frozen=True)
+class BenchmarkFlags:
+    """A model on benchmarks."""
+
+    model: tuple[str, ...] = ()
+    """folders or hub ids; several: a mean over them too"""
+    benchmark: tuple[str, ...] = ()
+    """of aime24, aime25, amc23, math500, minerva, olympiadbench, or of --data"""
+    data: tuple[str, ...] = ()
+    """NAME=SOURCE: a .jsonl, .json, .csv or .parquet file, or owner/dataset@config:split of the hub (without:
+    $ENTROPY_FLOW_DATA/NAME.jsonl)"""
+    against: tuple[Literal["opefo", "steer", "clip_cov", "par"], ...] = ()
+    """print what these papers report"""
+    limit: int = 0
+    """only the first problems of each (0: all)"""
+    engine: Literal["torch", "vllm"] = "torch"
+    """our own loop, or vLLM"""
+    max_new_tokens: int = 3072
+    """as in STEER's training"""
+    template: str = PROMPT_TEMPLATE
+    """with {problem} in it"""
+    plain: bool = False
+    """no chat template, even where the tokenizer has one"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: float32 on a CPU, bfloat16 on a GPU"""
+    batch: int = 0
+    """responses at once, the most that a kill loses (0: 128; vllm: 512)"""
+    gpu_memory: float = 0.9
+    """share of the GPU for vLLM"""
+    trust_remote_code: bool = False
+    """run code that comes with the model"""
+
+
+@dataclass(frozen=True)
+class MachineFlags:
+    """Where it runs, and where it writes."""
+
+    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
+    """of --show and of benchmarks with --engine torch (auto: that of a run's checkpoint, else sdpa)"""
+    device: str = "auto"
+    """cpu, cuda, ... (auto: a GPU if there is one)"""
+    threads: int = 0
+    """CPU threads (0: for embedded runs 1, else torch's choice)"""
+    out: str = ""
+    """folder to write to (without: runs/compare, a single run's eval/, runs/benchmarks)"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Numbers that can be trusted, on finished runs and on benchmarks.
+
+    examples:
+      python eval.py                               the estimators, shown on made-up counts
+      python eval.py runs/opefo-s0                 one run: its log, samples, diversity, calibration
+      python eval.py runs/*                        methods over seeds, the frontier, from the logs
+      python eval.py runs/* --temperatures .5 .6 .8 1 1.2     the frontier over test temperatures too
+      python eval.py --law runs/grpo-*             does R = -a e^H + b predict the rest of a run?
+      python eval.py --show runs/opefo-s0          responses in the colours of their entropy flow
+      python eval.py --model FOLDER_OR_ID --benchmark aime24 aime25 amc23 math500 minerva \\
+          olympiadbench --k 32 --engine vllm --data aime24=aime24.jsonl ... --against opefo steer
+
+    The same command again goes on where a kill stopped it, and once all is sampled computes without a model.
+    """
+
+    finished: RunFlags = field(default_factory=RunFlags)
+    sampling: SamplingFlags = field(default_factory=SamplingFlags)
+    benchmarks: BenchmarkFlags = field(default_factory=BenchmarkFlags)
+    machine: MachineFlags = field(default_factory=MachineFlags)
+
+
+def flags_of(kind: type) -> list[str]:
+    """The flags of a dataclass and of those nested in it."""
+    out = []
+    for name, hint in get_type_hints(kind).items():
+        out += flags_of(hint) if is_dataclass(hint) else [f"--{name.replace('_', '-')}"]
+    return out
 
 
 def command_line(
     kind: type, prog: str, argv: Sequence[str] | None, absent: dict[str, str] | None = None
 ) -> Any:
     """A dataclass filled by tyro from the words of a command line: fields are flags, their docstrings the
-    help, nested dataclasses its groups.  tyro's framed complaint becomes one line, with exit code 2; `absent`
-    are flags that one may look for, and why there are none."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    for word in words:
-        if why := (absent or {}).get(word.split("=")[0]):
-            print(f"{prog}: error: {word}: {why}", file=sys.stderr)
-            raise SystemExit(2)
-    said = io.StringIO()
+    help, nested dataclasses its groups.  tyro's framed complaint becomes one line, with exit code 2 and the
+    nearest flag; `absent` are flags that one may look for, and why there are none."""
+    words, said = sys.argv[1:] if argv is None else list(argv), io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             style = tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff
             return tyro.cli(kind, prog=prog, args=words, config=style)
     except SystemExit as end:
         if end.code:
-            lines = [line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│")]
-            text = " ".join(lines).split(" For full helptext")[0].split(" Argument helptext")[0]
-            print(
-                f"{prog}: error: {re.sub(' *─+ *', '; ', text).rstrip('; ')}  (see --help)", file=sys.stderr
-            )
+            # The frame's rules, or what ASCII has in their place; the first line is the title.
+            rule, lines = re.compile("[│╭╮╰╯─ -]*"), said.getvalue().splitlines()[1:]
+            text = " ".join(";" if rule.fullmatch(line) else line.strip("│ ") for line in lines)
+            text = re.split("For full helptext|Argument helptext", re.sub("[; ]*; *", "; ", text))[0]
+            if unknown := re.match(r"Unrecognized options: ([^\s,;]+)", text):
+                flag = unknown[1].split("=")[0]
+                near = difflib.get_close_matches(flag, flags_of(kind), 1, 0)
+                text = f"{flag}: " + ((absent or {}).get(flag) or f"unknown; did you mean {near[0]}?")
+            print(f"{prog}: error: {text.strip('; ')}  (see --help)", file=sys.stderr)
         raise
 
 
-class Parser(argparse.ArgumentParser):
-    """Complains in one line that names the flag and the nearest, instead of a page of usage."""
-
-    absent: dict[str, str] = {}  # flags that one may look for, and why there are none
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
-        found, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            name = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(name, self._option_string_actions, 1, 0)
-            self.error(f"{unknown[0]}: {self.absent.get(name) or f'unknown; did you mean {near[0]}?'}")
-        return found
-
-    def error(self, message: str) -> Any:
-        self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}  (--help shows all flags)\n")
+def check(o: Options) -> None:
+    """ValueError on a value that would end in a traceback or in a wrong number, naming flag and remedy."""
+    s, b, f = o.sampling, o.benchmarks, o.finished
+    for group in (s, b, o.machine):
+        for x in fields(group):
+            if type(value := getattr(group, x.name)) is int and value < 0:
+                raise ValueError(f"--{x.name.replace('_', '-')} {value}: must not be negative")
+    for t in (s.temperature, *f.temperatures):
+        if not 1e-3 <= t <= 1e3:
+            raise ValueError(f"--temperature {t:g}: must lie between 0.001 and 1000")
+    if not 0 < s.top_p <= 1:
+        raise ValueError(f"--top-p {s.top_p:g}: must lie above 0 and be at most 1")
+    if s.samples and s.k > s.samples:
+        raise ValueError(f"--k {s.k}: larger than --samples {s.samples}; draw at least k a problem")
+    if bool(b.model) != bool(b.benchmark):
+        given, missing = ("model", "benchmark") if b.model else ("benchmark", "model")
+        raise ValueError(f"--{given} {getattr(b, given)[0]}: needs --{missing} too")
+    if b.model and f.runs:
+        raise ValueError(f"--model {b.model[0]}: benchmarks or runs, not both; leave one out")
+    if "{problem}" not in b.template:
+        raise ValueError(f"--template {b.template!r}: needs {{problem}}, where the question goes")
+    if (f.law or f.show or f.sample or f.temperatures) and not f.runs:
+        raise ValueError("no run named: give folders that train.py made, before --temperatures")
 
 
 def own_folder(path: Path) -> Path:
@@ -1813,129 +1746,19 @@ def own_folder(path: Path) -> Path:
     return path
 
 
-SWITCH = {"action": "store_true"}
-FLAGS: dict[str, list[tuple[str, Any, str]]] = {
-    "finished runs": [
-        ("runs", {"nargs": "*"}, "folders that train.py made; a comparison counts as its members"),
-        ("--temperatures", {"nargs": "+", "type": float, "metavar": "T"},
-         "also sample at these; name the runs first"),
-        ("--sample", SWITCH, "fresh samples of every run; without it of a single run only"),
-        ("--law", SWITCH, "fit R = -a e^H + b to the first 15 %% of each run"),
-        ("--show", SWITCH, "colour the tokens of a run by their entropy flow"),
-    ],
-    "sampling": [
-        ("--k", int, "the largest k of pass@k (default: 32)"),
-        ("--samples", int, "samples per problem (default: k; on the large benchmarks 1)"),
-        ("--temperature", {"type": float, "default": 1.0}, "default: 1"),
-        ("--top-p", {"type": float, "default": 1.0}, "default: 1, no truncation; the papers use .7"),
-        ("--seed", {"type": int, "default": 0}, "default: 0"),
-        ("--length", {"type": int, "default": 0},
-         "tokens that diversity looks at (default: what 90 %% of responses have)"),
-    ],
-    "benchmarks": [
-        ("--model", {"nargs": "+", "metavar": "FOLDER_OR_ID"}, "several: a mean over them too"),
-        ("--benchmark", {"nargs": "+", "metavar": "NAME"}, f"of {', '.join(BENCHMARKS)}, or of --data"),
-        ("--data", {"nargs": "+", "metavar": "NAME=SOURCE"},
-         ".jsonl, .json, .csv or .parquet file, or owner/dataset@config:split of the hub (default: "
-         "$ENTROPY_FLOW_DATA/NAME.jsonl)"),
-        ("--against", {"nargs": "+", "choices": list(REPORTED)}, "print what these papers report"),
-        ("--limit", {"type": int, "default": 0}, "only the first LIMIT problems of each"),
-        ("--regrade", SWITCH, "grade the stored samples again"),
-        ("--engine", {"choices": ["torch", "vllm"], "default": "torch"}, "default: torch"),
-        ("--max-new-tokens", {"type": int, "default": 3072}, "default: 3072, as in STEER's training"),
-        ("--template", {"default": PROMPT_TEMPLATE}, "with {problem} in it (default: %(default)r)"),
-        ("--plain", SWITCH, "no chat template, even where the tokenizer has one"),
-        ("--dtype", {"choices": ["float32", "bfloat16", "float16"]},
-         "default: float32 on a CPU, bfloat16 on a GPU"),
-        ("--batch", {"type": int, "default": 0},
-         "responses at once, the most that a kill loses (default: 128; vllm: 512)"),
-        ("--gpu-memory", {"type": float, "default": 0.9}, "share for vLLM (default: .9)"),
-        ("--trust-remote-code", SWITCH, "run code that comes with the model"),
-    ],
-    "machine and files": [
-        ("--attention", {"choices": ["sdpa", "flash_attention_2", "eager"], "default": ""},
-         "of --show and of benchmarks with --engine torch (default: that of a run's checkpoint, else sdpa)"),
-        ("--device", {"default": "auto"}, "cpu, cuda, ... (default: a GPU if there is one)"),
-        ("--threads", {"type": int, "default": 0}, "CPU threads (default: embedded runs 1, else torch's)"),
-        ("--out", {"metavar": "FOLDER"}, "default: runs/compare, a single run's eval/, runs/benchmarks"),
-    ],
-}  # fmt: skip
-
-
-def parser() -> Parser:
-    """The command line."""
-    p = Parser(
-        prog="eval.py",
-        usage="eval.py [runs ...] [flags]",
-        description="Numbers that can be trusted, on finished runs and on benchmarks.",
-        epilog="examples:\n"
-        "  python eval.py                               the estimators, shown on made-up counts\n"
-        "  python eval.py runs/opefo-s0                 one run: its log, samples, diversity, calibration\n"
-        "  python eval.py runs/*                        methods over seeds, the frontier, from the logs\n"
-        "  python eval.py runs/* --temperatures .5 .6 .8 1 1.2     the frontier over test temperatures too\n"
-        "  python eval.py --law runs/grpo-*             does R = -a e^H + b predict the rest of a run?\n"
-        "  python eval.py --show runs/opefo-s0          responses in the colours of their entropy flow\n"
-        "  python eval.py --model FOLDER_OR_ID --benchmark aime24 aime25 amc23 math500 minerva \\\n"
-        "      olympiadbench --k 32 --engine vllm --data aime24=aime24.jsonl ... --against opefo steer\n\n"
-        "The same command again goes on where a kill stopped it, and once all is sampled computes without a "
-        "model.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    for title, flags in FLAGS.items():
-        group = p.add_argument_group(title)
-        for name, how, text in flags:
-            how = {"type": how} if isinstance(how, type) else how
-            group.add_argument(name, **how, help=text)
-    return p
-
-
-def check(args: argparse.Namespace) -> None:
-    """ValueError on the first impossible value or combination, naming flag, value and remedy."""
-    for name in ("k", "samples", "max_new_tokens"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    for name in ("limit", "batch", "threads", "seed", "length"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name} {getattr(args, name)}: must not be negative")
-    for t in [args.temperature, *(args.temperatures or [])]:
-        if not 1e-3 <= t <= 1e3:
-            raise ValueError(f"--temperature {t:g}: must lie between 0.001 and 1000")
-    if not 0 < args.top_p <= 1:
-        raise ValueError(f"--top-p {args.top_p:g}: must lie above 0 and be at most 1")
-    if args.k and args.samples and args.k > args.samples:
-        raise ValueError(f"--k {args.k}: larger than --samples {args.samples}; draw at least k a problem")
-    if bool(args.model) != bool(args.benchmark):
-        given, missing = ("model", "benchmark") if args.model else ("benchmark", "model")
-        raise ValueError(f"--{given} {' '.join(getattr(args, given))}: needs --{missing} too")
-    if "{problem}" not in args.template:
-        raise ValueError(f"--template {args.template!r}: needs {{problem}}, where the question goes")
-    if args.model and (args.runs or args.law or args.show or args.sample or args.temperatures):
-        raise ValueError(f"--model {args.model[0]}: benchmarks or runs, not both; leave one out")
-    default = parser().get_default
-    for flag in () if args.model else (name for name, *_ in FLAGS["benchmarks"]):
-        name = flag[2:].replace("-", "_")
-        if getattr(args, name) != default(name):
-            raise ValueError(f"{flag}: for benchmarks only; name --model and --benchmark, or leave it out")
-    if args.attention and not (args.show or (args.model and args.engine == "torch")):
-        raise ValueError(f"--attention {args.attention}: of --show and of --engine torch only; leave it out")
-    if (args.law or args.show or args.sample or args.temperatures) and not args.runs:
-        raise ValueError("no run named: give folders that train.py made, before --temperatures")
-
-
-def runs(args: argparse.Namespace) -> None:
+def runs(o: Options) -> None:
     """Everything about finished runs."""
-    records, notes = find_records(args.runs)
-    set_threads(args.threads, embedded=not any(r.settings.get("model") for r in records))
+    records, notes = find_records(o.finished.runs)
+    set_threads(o.machine.threads, embedded=not any(r.settings.get("model") for r in records))
     for note in notes:
         print(note, file=sys.stderr)
     alone = len(records) == 1
-    out = own_folder(Path(args.out or (records[0].folder / "eval" if alone else "runs/compare")))
-    if args.show:
+    out = own_folder(Path(o.machine.out or (records[0].folder / "eval" if alone else "runs/compare")))
+    if o.finished.show:
         if not alone:
             raise ValueError(f"--show: {len(records)} runs; name one, e.g. {records[0].folder}")
-        return show(records[0], args.seed, args.attention, out)
-    if args.law:
+        return show(records[0], o.sampling.seed, o.machine.attention, out)
+    if o.finished.law:
         law(records, out)
     else:
         tasks = {r.task: [x for x in records if x.task == r.task] for r in records}
@@ -1944,45 +1767,41 @@ def runs(args: argparse.Namespace) -> None:
             if len(tasks) > 1:
                 place = own_folder(out / f"{i}-{Path(task).name or 'embedded'}")
                 print(f"\n== {task or 'the embedded task'}: {len(members)} of {len(records)} runs\n")
-            compare(args, grouped(members), place)
-        if alone or args.sample:
-            sample_runs(args, records, args.k or 32, out)
+            compare(o, grouped(members), place)
+        if alone or o.finished.sample:
+            sample_runs(o, records, out)
     print(f"\npictures and CSV: {out}")
 
 
-def compare(args: argparse.Namespace, groups: dict[str, list[Record]], out: Path) -> None:
+def compare(o: Options, groups: dict[str, list[Record]], out: Path) -> None:
     """The tables and the frontier: along training from the logs, over temperatures from fresh samples."""
-    records = [r for g in groups.values() for r in g]
+    records, s, temperatures = [r for g in groups.values() for r in g], o.sampling, o.finished.temperatures
     if len(records) == 1:
-        log = table({records[0].spec: list(records[0].rows)})
-        print(f"The run's log: first and last evaluation\n\n{log}\n")
+        print(f"The run's log: first and last evaluation\n\n{table({records[0].spec: records[0].rows})}\n")
     else:
         rows = comparison(groups)
         print_comparison(groups, rows)
         write_csv(out / "comparison.csv", rows)
     sampled, panels, found = {}, [], []
-    if args.temperatures:
-        n = args.samples or args.k or 32
-        sampled = over_temperatures(groups, sorted(args.temperatures), n, args.top_p, args.seed, out)
-    low, high = min(args.temperatures or [1]), max(args.temperatures or [1])
-    titles = {
-        "step": "along training (large: end)",
-        "temperature": f"test temperatures {low:g} to {high:g} (large)",
-    }
-    for along, title in titles.items():
+    if temperatures:
+        n = s.samples or s.k or 32
+        sampled = over_temperatures(groups, sorted(temperatures), n, s.top_p, s.seed, out)
+    for along, title in (("step", "along training (large: end)"), ("temperature", "over test temperatures")):
         for prefix in ("", "hard_"):
             if along == "step":
-                k = logged_k(records, args.k)
-                points = training_points(groups, prefix, k) if len(groups) > 1 else []
+                k = k_of(records, s.k)
+                points = training_points(groups, prefix, k) if len(groups) > 1 else {}
             else:
-                k = args.k or args.samples or 32
-                points = [point(label, t, e, prefix, k) for (label, t), e in sampled.items()]
+                k = s.k or s.samples or 32
+                points = {
+                    key: {q: outcome(e, prefix, k) for q, e in every.items()}
+                    for key, every in sampled.items()
+                }
             if points:
                 name = f"{prefix.rstrip('_') or 'held-out'} problems"
                 rows = frontier(groups, points, along)
-                print_frontier(
-                    rows, k, f"{name}, {'end of training' if along == 'step' else 'test temperatures'}"
-                )
+                end = "end of training" if along == "step" else "test temperatures"
+                print_frontier(rows, k, f"{name}, {end}")
                 found += [{"problems": name, "k": k, **r} for r in rows]
                 panels.append((f"{name}, {title}", along, k, points))
     if panels:
@@ -1990,25 +1809,22 @@ def compare(args: argparse.Namespace, groups: dict[str, list[Record]], out: Path
         write_csv(out / "frontier.csv", found)
 
 
-def logged_k(records: Sequence[Record], asked: int | None) -> int:
-    """The k of pass@k that all logs can tell: what was asked for where right samples were counted problem by
-    problem, else the k that was logged.  ValueError where they cannot tell what was asked for."""
-    rows = [e for r in records for e in r.evaluations]
-    logged = min(int(e.get("k", 1)) for e in rows)
-    if asked and asked != logged and (asked > logged or not all("right" in e for e in rows)):
-        raise ValueError(f"--k {asked}: the logs tell pass@{logged}; leave --k out, or name a single run")
-    return asked or min(32, logged)
+def k_of(records: Sequence[Record], wanted: int) -> int:
+    """The k of pass@k that all logs can tell.  ValueError where they cannot tell what is wanted."""
+    logged = min(int(e.get("k", 1)) for r in records for e in r.evaluations)
+    if wanted > logged:
+        raise ValueError(f"--k {wanted}: the logs tell pass@{logged}; leave --k out, or name a single run")
+    return wanted or min(32, logged)
 
 
-def sample_runs(args: argparse.Namespace, records: Sequence[Record], k: int, out: Path) -> None:
+def sample_runs(o: Options, records: Sequence[Record], out: Path) -> None:
     """Fresh samples of every run: tables, calibration, forking tokens."""
-    n = args.samples or k
-    print(
-        f"Fresh samples: {n} per problem, temperature {args.temperature:g}, top-p {args.top_p:g}, no top-k, "
-        f"seed {args.seed}\n"
-    )
-    sets = {str(r.folder): fresh(r, n, args.temperature, args.top_p, args.seed) for r in records}
-    print_samples(sets, [x for x in sorted({8, 16, 32, k}) if 1 < x <= n], args.length, out)
+    s, k = o.sampling, o.sampling.k or o.sampling.samples or 32
+    n = s.samples or k
+    how = f"temperature {s.temperature:g}, top-p {s.top_p:g}, no top-k, seed {s.seed}"
+    print(f"Fresh samples: {n} per problem, {how}\n")
+    sets = {str(r.folder): fresh(r, n, s.temperature, s.top_p, s.seed) for r in records}
+    print_samples(sets, [x for x in sorted({8, 16, 32, k}) if 1 < x <= n], out)
     test = {Path(x).name if len(sets) == 1 else x: groups[""] for x, groups in sets.items()}
     name = token_namer(str(records[0].folder / "checkpoint"))
     draw_calibration(test, chain_task().signature, out / "calibration.png")
@@ -2043,14 +1859,13 @@ def demonstrate() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 bad input, 130 stopped by the user."""
-    args = parser().parse_args(argv)
+    o = command_line(Options, "eval.py", argv)
     try:
-        check(args)
-        if args.model:
-            set_threads(args.threads, embedded=False)
-            benchmark(args)
-        elif args.runs:
-            runs(args)
+        check(o)
+        if o.benchmarks.model:
+            benchmark(o)
+        elif o.finished.runs:
+            runs(o)
         else:
             demonstrate()
     except BrokenPipeError:  # `| head` has read enough

@@ -9,7 +9,7 @@ Claim. One GRPO step is: draw n responses to each of P prompts, verify them, pus
 ones up and of the worse ones down.  Repeated, it makes the policy better and more certain, and it is the
 second that ends the progress.
 
-The entropy ledger books that certainty like money.  At each logged step, with H̄(θ) the mean entropy of the
+The entropy ledger books that certainty like money.  At each booked step, with H̄(θ) the mean entropy of the
 update batch's states (token mean, temperature as in sampling) and θ, θ' the parameters before and after the
 step:
 
@@ -25,10 +25,10 @@ Everything random comes from a generator seeded by a hash of (seed, step, purpos
 the numbers of one never stopped, and methods that start from the same seed see the same prompts in the same
 order.
 
-    1  settings: a flag for each              5  a run: its steps, evaluations and checkpoints
-    2  several processes: FSDP2               6  what a run needs: task, policy, engine
-    3  one update: the gradient of a method   7  the command line
-    4  the entropy ledger                     8  the same methods inside TRL's trainer
+    1  the loop                               5  several processes: FSDP2
+    2  a step's parts, in the order of use    6  settings: a flag for each
+    3  the entropy ledger                     7  what a run needs: task, policy, engine
+    4  a run and its files                    8  the command line, 9  inside TRL's trainer
 
 Left out, compared with a production trainer: a critic, learning-rate schedules and weight decay, sampling
 ahead of the update, several responses packed in one row, and tensor, pipeline or context parallelism of the
@@ -37,10 +37,8 @@ policy in training.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
-import errno
 import hashlib
 import json
 import math
@@ -53,11 +51,11 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from types import MethodType, SimpleNamespace
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 if __name__ == "__main__":  # Ctrl-C in the seconds that the imports below take
     said = b"stopped; nothing was written yet\n"
@@ -66,23 +64,46 @@ if __name__ == "__main__":  # Ctrl-C in the seconds that the imports below take
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import tyro
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 
 import interventions
 from entropy_math import adam_preconditioner, entropy_directional_change, network_flow, token_stats
-from eval import Parser, draw, evaluate, fingerprint, set_threads, table, token_names, usable_device
-from grpo import Method, Plan, Progress, Tokens, batch_loss, mismatch_weight, plan_update, token_flow
+from eval import (
+    command_line,
+    draw,
+    evaluate,
+    fingerprint,
+    read_jsonl,
+    set_threads,
+    table,
+    token_names,
+    usable_device,
+)  # fmt: skip
+from grpo import (
+    Method,
+    Plan,
+    Progress,
+    Tokens,
+    batch_loss,
+    concat_padded,
+    mismatch_weight,
+    plan_update,
+    token_flow,
+)  # fmt: skip
 from rollout import (
     PROMPT_TEMPLATE,
     REWARDS,
     SPURIOUS,
     Engine,
+    Policy,
     Problem,
-    Rollout,
+    Sampling,
     Task,
     TorchEngine,
     VllmEngine,
@@ -93,12 +114,10 @@ from rollout import (
     data_file,
     load_model,
     longest_prompt,
-    score,
     shared_grader,
     task_of_data,
-    through,
     warm_policy,
-)
+)  # fmt: skip
 
 
 class UserError(Exception):
@@ -106,249 +125,79 @@ class UserError(Exception):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 1. Settings
+# 1. The loop
 
 
-@dataclass(frozen=True)
-class Settings:
-    """All settings of one run.  The docstring under a field is its line in --help."""
+def train(run: Run) -> Iterator[dict[str, Any]]:
+    """Evaluate the first policy, then step until the last one; yields each row of metrics.jsonl, already on
+    disk.  Whoever iterates may stop after any row and call `run.save()`.
 
-    method: str = "grpo"
-    """the method with its options, e.g. opefo:form=exact"""
-    steps: int = 300
-    """rollouts, each followed by its updates"""
-    seed: int = 0
-    """of the warm start, the prompts' order and the sampling"""
-    lr: float = 3e-4
-    """AdamW's learning rate, constant; a smaller one also slows the collapse, so compare with grpo:lr=..."""
-    prompts: int = 32
-    """prompts per rollout"""
-    group_size: int = 16
-    """responses per prompt: their mean reward is the baseline of their advantages"""
-    updates_per_rollout: int = 1
-    """optimizer steps per rollout: 1 is strictly on-policy; more need the clip, and clip-like methods need
-    more"""
-    micro_batch: int = 0
-    """responses per forward pass, to bound memory; the gradient does not depend on it; 0: all at once"""
-    tokens_per_micro_batch: int = 0
-    """the same as a budget of tokens, prompt and padding included: responses of like length share a pass; 0:
-    no budget (with --model 16384)"""
-    gradient_checkpointing: bool = False
-    """keep only each layer's input for the backward pass and compute the rest again: a third slower, far less
-    memory"""
-    reward: str = "correct"
-    """what is optimised: correct, length_penalty (the same less DAPO's overlong penalty), or for study the
-    spurious random and wrong"""
-    mismatch: str = "auto"
-    """weights against an engine whose probabilities differ from the trainer's: tis, icepop or off; auto: tis
-    with vLLM, else off"""
-    mismatch_low: float = 0.5
-    """icepop drops tokens whose ratio lies below"""
-    mismatch_high: float = 2.0
-    """tis cuts the ratio here; icepop drops tokens whose ratio lies above"""
-    temperature: float = 1.0
-    """of sampling, and of all probabilities in the loss: what is drawn is what is trained"""
-    eval_every: int = 30
-    """steps between evaluations and checkpoints; both also happen at the end"""
-    eval_samples: int = 32
-    """samples per held-out problem, the k of pass@k"""
-    ledger: str = "step"
-    """the entropy ledger: off, step (measured against predicted change), or full (also each token's network
-    flow)"""
-    ledger_every: int = 10
-    """steps between ledger entries; each costs about one more training pass"""
-    grad_clip: float = 1.0
-    """largest gradient norm; 0: no clipping"""
-    model: str = ""
-    """hub id or folder of a causal LM (safetensors); empty: the embedded transformer, built in code"""
-    data: str = ""
-    """problems and answers: a .jsonl, .json, .csv or .parquet file, or owner/name@config:split of the hub;
-    empty: the embedded task"""
-    eval_data: str = ""
-    """the same for evaluation; empty: --eval-problems of the data are held out"""
-    eval_problems: int = 96
-    """held-out problems"""
-    prompt_template: str = PROMPT_TEMPLATE
-    """how a problem is put; {problem} is where it goes"""
-    chat: str = "auto"
-    """auto: the template is a user's turn where the tokenizer has a chat template; off: it is plain text"""
-    max_prompt_tokens: int = 1024
-    """problems with longer prompts are left out, and counted"""
-    max_new_tokens: int = 1024
-    """longest response; the embedded task has its own limit"""
-    engine: str = "torch"
-    """what samples: torch (our loop) or vllm"""
-    tensor_parallel: int = 1
-    """GPUs that share one vLLM engine"""
-    vllm_memory: float = 0.4
-    """share of the GPU's memory that vLLM may take while it is awake"""
-    dtype: str = "auto"
-    """of the computation: float32 or bfloat16 (weights and AdamW's states stay float32); auto: bfloat16 for
-    --model on a GPU"""
-    attention: str = "sdpa"
-    """sdpa, flash_attention_2 or eager"""
-    lora: int = 0
-    """rank of LoRA adapters on all linear layers but the head, and on experts (package peft); 0: all weights
-    are trained"""
-    trust_remote_code: bool = False
-    """run code that comes with the model"""
-    report_to: str = "none"
-    """also log to tensorboard or wandb"""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
-    threads: int = 0
-    """CPU threads; 0: one for the embedded model, which gains little from more and loses much on a busy
-    machine; with --model what torch takes: OMP_NUM_THREADS, else every core"""
-    without: ClassVar[tuple[str, ...]] = ()  # fields that interventions.hyperparameters leaves out
+    Raises FloatingPointError where the policy gives NaN, and after ten updates in a row that were not finite.
+    """
+    s, method, policy, ranks = run.settings, run.method, run.policy, run.ranks
+    push_weights(run)
+    if run.step == 0 and not run.rows:
+        yield run.log({"step": 0, **evaluation(run)}, due=True)
+    while run.step < s.steps:
+        begin = time.perf_counter()
+        method.progress = Progress(run.step, s.steps, s.seed, run.task.max_new_tokens, s.temperature)
 
-    def check(self) -> None:
-        """Raise UserError on the first impossible value or combination, naming flag, value and remedy."""
-        for name in (
-            *("steps", "prompts", "eval_every", "eval_samples", "ledger_every", "updates_per_rollout"),
-            *("eval_problems", "max_prompt_tokens", "max_new_tokens", "tensor_parallel"),
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"{flag(name)} {getattr(self, name)}: must be at least 1")
-        for name in ("micro_batch", "tokens_per_micro_batch", "threads", "grad_clip", "seed", "lora"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{flag(name)} {getattr(self, name)}: must not be negative")
-        if not 0 < self.lr < 1e36:  # beyond, AdamW's step overflows float32
-            raise UserError(f"--lr {self.lr}: must be a positive number, e.g. 3e-4")
-        if not 1e-3 <= self.temperature <= 1e3:  # beyond, float32 logits overflow
-            raise UserError(f"--temperature {self.temperature}: must lie between 0.001 and 1000")
-        for name, most in (("seed", 2**63 - 1), ("threads", 1024)):
-            if getattr(self, name) > most:
-                raise UserError(f"{flag(name)} {getattr(self, name)}: must be at most {most}")
-        if self.group_size < 2:
-            raise UserError(
-                f"--group-size {self.group_size}: advantages compare responses to one prompt; use at least 2"
-            )
-        if self.prompts % self.updates_per_rollout:
-            raise UserError(
-                f"--updates-per-rollout {self.updates_per_rollout}: must divide --prompts {self.prompts}, "
-                "since a prompt's responses stay together in one update"
-            )
-        rows = self.prompts * self.group_size // self.updates_per_rollout
-        if self.micro_batch and rows % self.micro_batch:
-            raise UserError(
-                f"--micro-batch {self.micro_batch}: must divide the {rows} responses of one update "
-                "(prompts x group size / updates per rollout)"
-            )
-        if self.micro_batch and self.tokens_per_micro_batch:
-            raise UserError("--micro-batch and --tokens-per-micro-batch bound the same thing; give one")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                words = f"{', '.join(choices[:-1])} or {choices[-1]}"
-                raise UserError(f"{flag(name)} {getattr(self, name)}: choose {words}")
-        if not 0 < self.mismatch_low < 1 < self.mismatch_high:
-            raise UserError(
-                f"--mismatch-low {self.mismatch_low} --mismatch-high {self.mismatch_high}: the ratio is near "
-                "1, so the first must lie between 0 and 1 and the second above"
-            )
-        if not 0 < self.vllm_memory < 1:
-            raise UserError(f"--vllm-memory {self.vllm_memory}: must be a share between 0 and 1")
-        if bool(self.model) != bool(self.data):
-            has, lacks = ("model", "data") if self.model else ("data", "model")
-            raise UserError(
-                f"--{has} {getattr(self, has)}: needs --{lacks} too; the embedded model reads its own few "
-                "words only, and the embedded task is written in them"
-            )
-        if self.lora and not self.model:
-            raise UserError(
-                f"--lora {self.lora}: the embedded model is small enough; give --model and --data"
-            )
-        if self.ledger == "full" and self.updates_per_rollout > 1:
-            raise UserError("--ledger full: books the tokens of one update; use --updates-per-rollout 1")
+        # 1. Prompts -> responses -> rewards.  A method with `refill` (dynamic sampling) draws again.
+        tokens, row = draw_responses(run)
+        sampled = time.perf_counter()
+        run.engine.sleep()
+
+        # 2. Open the ledger: H̄(θ) and ∇H̄(θ) on the states of these responses, (5.1) and (5.2).
+        booked = s.ledger != "off" and run.step % s.ledger_every == 0 and row["tokens"] > 0
+        ledger = Ledger.open(policy, tokens, s, ranks) if booked else None
+
+        # 3. What the method needs beyond the policy: π_old of the ratio, grpo (2.5); a reference; a proxy.
+        if s.updates_per_rollout > 1:
+            tokens.old_logp = score_batch(policy, tokens, s, ranks)["logp"]
+        if "ref_logp" in method.needs:
+            tokens.ref_logp = reference_logp(run, tokens)
+        if "proxy_logp" in method.needs:
+            tokens.proxy_logp = proxy_logp(run, tokens)
+
+        # 4. Updates: statistics of the whole batch -> plan; loss and gradient by micro-batches; a step.
+        history, skipped = [], 0
+        for i, batch in enumerate(update_batches(tokens, s, ranks)):
+            if skipped == i:  # still the policy that sampled: r is 1, not another pass's rounding
+                batch.old_logp = None
+            run.optimizer.zero_grad(set_to_none=True)
+            update = Update(policy, batch, method, s, ranks)
+            for part, plan in update.micro_batches():  # scored, with a graph, and its rows of the plan
+                loss, metrics = batch_loss(part, plan, method)  # grpo section 7
+                (loss * ranks.world).backward()  # FSDP averages over ranks; the shares of a loss add up
+                update.collect(part, loss, metrics)  # force F_t and flow f_t, (5.3)
+            history.append(update.close())
+            if step_if_finite(run, history[-1]):
+                method.after_step(update.plan)
+                row |= book_tokens(run, ledger, update) if ledger and s.ledger == "full" else {}
+            else:
+                skipped += 1
+        row |= {"skipped": skipped, **over_updates(history)}
+
+        # 5. Close the ledger, hand the weights over, evaluate and save if it is time.
+        row |= ledger.close(policy) if ledger else {}
+        updated = time.perf_counter()
+        push_weights(run)
+        now = time.perf_counter()
+        row |= {"seconds": now - begin, "seconds_rollout": sampled - begin, "seconds_push": now - updated}
+        run.step += 1
+        due = run.step % s.eval_every == 0 or run.step == s.steps
+        row |= evaluation(run) if due else {}
+        maybe_reset_reference(run, row.get("pass@1"))
+        yield run.log(row, due)
+        if run.skipped_in_row >= 10:
+            run.save()
+            raise FloatingPointError("ten updates in a row had a non-finite loss or gradient")
 
 
-# Settings that are one of a few words.
-CHOICES = {
-    "ledger": ("off", "step", "full"),
-    "reward": tuple(REWARDS),
-    "mismatch": ("auto", "tis", "icepop", "off"),
-    "chat": ("auto", "off"),
-    "engine": ("torch", "vllm"),
-    "dtype": ("auto", "float32", "bfloat16"),
-    "attention": ("sdpa", "flash_attention_2", "eager"),
-    "report_to": ("none", "tensorboard", "wandb"),
-}
+# ------------------------------------------------------------------------------------------------------------
+# 2. A step's parts, in the order of use
 
-BOUNDS = ("micro_batch", "tokens_per_micro_batch")  # of memory: at most one of them
-
-# What a language model wants otherwise than the embedded one, where the command line does not say.
-MODEL_DEFAULTS = {"lr": 1e-6, "tokens_per_micro_batch": 16384, "eval_samples": 8}
-
-
-def flag(name: str) -> str:
-    """The flag of a setting: eval_every -> --eval-every."""
-    return "--" + name.replace("_", "-")
-
-
-def convert(name: str, text: str) -> Any:
-    """The value of a setting from its text.  Raises UserError naming flag, value and type."""
-    kind = {"int": int, "float": float, "str": str, "bool": truth}[Settings.__annotations__[name]]
-    try:
-        return kind(text)
-    except ValueError:
-        kinds = {int: "a whole number", float: "a number", truth: "true or false"}
-        raise UserError(f"{flag(name)} {text}: must be {kinds[kind]}") from None
-
-
-def truth(text: str) -> bool:
-    """true or false; ValueError on any other word."""
-    if text.lower() not in ("true", "false"):
-        raise ValueError
-    return text.lower() == "true"
-
-
-# Settings that belong to the whole comparison.  The others may ride behind a method's name.
-SHARED = (
-    *("method", "seed", "device", "threads", "model", "data", "eval_data", "eval_problems", "chat", "dtype"),
-    *("prompt_template", "max_prompt_tokens", "max_new_tokens", "engine", "tensor_parallel", "vllm_memory"),
-    *("attention", "lora", "trust_remote_code", "report_to"),
-)
-PER_METHOD = tuple(f.name for f in fields(Settings) if f.name not in SHARED)
-
-
-def parse_spec(spec: str, base: Settings) -> tuple[Settings, Method]:
-    """`name:key=value,key=value` -> settings and method.  A key is a hyperparameter of the method or a
-    setting."""
-    try:
-        name, options = interventions.parse(spec)
-        options = {key.replace("-", "_"): value for key, value in options.items()}
-        own = {k: convert(k, v) for k, v in options.items() if k in PER_METHOD}
-        method = interventions.build(name, **{k: v for k, v in options.items() if k not in PER_METHOD})
-    except ValueError as error:
-        raise UserError(f"--method {spec}: {error}") from None
-    settings = overridden(base, {"method": spec, **own})
-    if settings.mismatch == "auto":
-        settings = replace(settings, mismatch="tis" if settings.engine == "vllm" else "off")
-    with named(spec):
-        settings.check()
-    return settings, method
-
-
-def overridden(base: Settings, given: dict[str, Any]) -> Settings:
-    """`base` with what was given.  Of the two bounds of memory, the one given takes the other's place."""
-    for one, other in (BOUNDS, BOUNDS[::-1]):
-        given = {other: 0, **given} if given.get(one) else given
-    return replace(base, **given)
-
-
-@contextlib.contextmanager
-def named(spec: str) -> Iterator[None]:
-    """An error about a setting that rides behind a method's name begins with that name."""
-    try:
-        yield
-    except UserError as error:
-        text, own = str(error), map(flag, interventions.parse(spec)[1])
-        blamed = any(f in text for f in own) and not text.startswith("--method")
-        raise UserError(f"--method {spec}: {text}" if blamed else text) from None
-
-
-def label_of(spec: str) -> str:
-    """A file name for a spec: grpo:lr=1e-4 -> grpo-lr=1e-4."""
-    return "".join(c if c.isalnum() or c in "._=+-" else "-" for c in spec)
+MAX_DRAWS = 10  # rollouts that dynamic sampling may draw for one update; the recipe's max_num_gen_batches
 
 
 def seeded(seed: int, step: int, purpose: str, device: str | torch.device = "cpu") -> torch.Generator:
@@ -357,230 +206,86 @@ def seeded(seed: int, step: int, purpose: str, device: str | torch.device = "cpu
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "little"))
 
 
-def prompts_at(problems: tuple[Problem, ...], seed: int, position: int, count: int) -> list[Problem]:
-    """`count` problems from `position` on, in an endless sequence of seeded shuffles of all problems."""
+def prompts_at(problems: tuple[Problem, ...], seed: int, used: int, count: int) -> list[Problem]:
+    """`count` problems after the first `used`, in an endless sequence of seeded shuffles of all problems."""
     out = []
     while len(out) < count:
-        epoch, offset = divmod(position + len(out), len(problems))
+        epoch, offset = divmod(used + len(out), len(problems))
         order = torch.randperm(len(problems), generator=seeded(seed, epoch, "order")).tolist()
         out += [problems[i] for i in order[offset : offset + count - len(out)]]
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. Several processes
-#
-# `torchrun --nproc-per-node N train.py ...` runs N of these programs.  Each samples and scores its share of
-# the prompts; weights, gradients and AdamW's states are sharded by PyTorch's FSDP2.  What a method must know
-# about the batch is gathered from all ranks first, so that N ranks take the step that one would have taken.
+def draw_responses(run: Run) -> tuple[Tokens, dict[str, Any]]:
+    """Rewarded responses to this rank's share of the next prompts, and the first numbers of a row."""
+    s, r, method, limit = run.settings, run.ranks, run.method, run.task.max_new_tokens
+    purpose = "" if r.world == 1 else f"/{r.rank}"
+    generator = seeded(s.seed, run.step, f"sample{purpose}", run.engine.device)
+    hook = None if type(method).sample is Method.sample else method.sample
+    share, how = s.prompts // r.world, Sampling(s.group_size, limit, s.temperature, hook=hook)
+    parts, right = [], []
+    for attempt in range(MAX_DRAWS):
+        problems = prompts_at(run.task.train, s.seed, run.prompts_used, s.prompts)
+        run.prompts_used += len(problems)
+        out, _ = answer(run.engine, run.task, problems[r.rank * share :][:share], how, generator)
+        chance = seeded(s.seed, run.step, f"reward/{attempt}{purpose}")
+        out.reward = REWARDS[s.reward](out.correct, out.lengths, limit, chance)
+        out.group = out.group + (r.rank * MAX_DRAWS + attempt) * share
+        right.append(out.correct)
+        if s.reward in SPURIOUS:
+            out.correct = out.reward > 0  # a method must not know better than the reward
+        parts.append(out)
+        tokens = concat_padded(parts, run.tokenizer.pad_token_id)
+        if not method.refill:
+            break
+        groups = tokens.group[method.select(tokens)].unique()[:share]
+        found = r.all(len(groups))
+        if min(found) == share:
+            break
+    row = {"step": run.step + 1, **drawn_metrics(run, tokens, torch.cat(right)), "draws": len(parts)}
+    if method.refill:
+        if not len(groups) and any(found):  # take part in the step with rows that `select` masks out
+            groups = tokens.group[:1]
+        tokens = tokens.rows(torch.isin(tokens.group, groups))
+    return tokens, row | {"tokens": int(r.sum(int(tokens.mask.sum())))}
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """This process among all.  Alone, every method is the identity."""
-
-    rank: int = 0
-    world: int = 1
-
-    @classmethod
-    def join(cls, device: torch.device) -> Ranks:
-        """Meet the others that torchrun started, if it did."""
-        if "WORLD_SIZE" not in os.environ:
-            return ALONE
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size())
-
-    @staticmethod
-    def leave() -> None:
-        """Before the process ends: end its group, if it has one, and let gloo's threads finish.
-
-        Their last piece of work holds Python objects of autograd's.  A thread that asks for the interpreter's
-        lock in order to drop them after the interpreter has begun to end aborts the process; while this one
-        sleeps they get it.  Destroying the group alone does not help: FSDP2's meshes keep its threads alive.
-        """
-        if dist.is_initialized():
-            dist.destroy_process_group()
-            time.sleep(0.1)
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-    def all(self, value: Any) -> list[Any]:
-        """Everybody's value, in the order of ranks."""
-        if self.world == 1:
-            return [value]
-        out: list[Any] = [None] * self.world
-        dist.all_gather_object(out, value)
-        return out
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """An error of one rank in the block ends all, with one exit code, and only that one tells of it.  In
-        the block nobody may wait for another behind a line at which one may fail alone."""
-        error: Exception | None = None
-        try:
-            yield
-        except Exception as e:
-            error = e
-        known = isinstance(error, UserError) or disk_full(error)
-        codes = self.all(2 if known else int(error is not None))
-        if any(codes):
-            speaker = next(i for i, code in enumerate(codes) if code)
-            raise error if error and speaker == self.rank else SystemExit(codes[speaker])
-
-    def sum(self, value: float) -> float:
-        return value if self.world == 1 else math.fsum(self.all(value))
-
-    def most(self, value: int) -> int:
-        return max(self.all(value))
-
-    def gather(self, tokens: Tokens) -> tuple[Tokens, int]:
-        """The rows of all ranks, and where this rank's begin."""
-        if self.world == 1:
-            return tokens, 0
-        device = tokens.ids.device
-        parts = [t._map(lambda v: v.to(device)) for t in self.all(tokens.detach()._map(lambda v: v.cpu()))]
-        return join(parts), sum(len(t.ids) for t in parts[: self.rank])
+def drawn_metrics(run: Run, tk: Tokens, right: Tensor) -> dict[str, float]:
+    """Means over the responses of all ranks, and the share of groups whose rewards are all equal, which teach
+    nothing."""
+    n = run.ranks.sum(len(tk.reward))
+    rewards = tk.reward.view(-1, run.settings.group_size)
+    alike = (rewards == rewards[:, :1]).all(1, keepdim=True).expand_as(rewards)
+    means = {"reward": tk.reward, "length": tk.mask, "truncated": tk.truncated, "no_contrast": alike}
+    means |= {"correct": right} if run.settings.reward != "correct" else {}
+    return {name: run.ranks.sum(float(x.sum(dtype=torch.float64))) / n for name, x in means.items()}
 
 
-ALONE = Ranks()
-
-
-def join(parts: list[Tokens], pad: int = 0) -> Tokens:
-    """The rows of several batches in one, padded to the widest."""
-    width = max(t.ids.shape[1] for t in parts)
-
-    def wide(x: Tensor, name: str) -> Tensor:
-        fill = pad if name == "ids" else 0
-        return x if x.dim() == 1 else nn.functional.pad(x, (0, width - x.shape[1]), value=fill)
-
-    names = [f.name for f in fields(Tokens) if getattr(parts[0], f.name) is not None]
-    return Tokens(**{k: torch.cat([wide(getattr(t, k), k) for t in parts]) for k in names})
-
-
-def shard(model: nn.Module, dtype: torch.dtype, device: torch.device, offload: bool = False) -> nn.Module:
-    """Weights in float32, split over all ranks and computed with in `dtype`: FSDP2, layer by layer, in place.
-
-    With one rank nothing is split, and what remains is the mixed precision: float32 master weights, gradients
-    and AdamW states, one layer at a time in bfloat16. `offload` keeps the shards in CPU memory (a reference
-    model). The gradient that arrives is the *mean* over ranks.
-    """
-    from torch.distributed.fsdp import (
-        CPUOffloadPolicy,
-        MixedPrecisionPolicy,
-        OffloadPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
-
-    if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    how = {
-        "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
-        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
-        "reshard_after_forward": True,  # the root too: after a pass without backward, parameters are shards
-    }
-    for module in list(model.modules()):
-        if type(module).__name__ in (model._no_split_modules or ()):
-            fully_shard(module, **how)
-    fully_shard(model, **how)
-    model.through = MethodType(lambda self, f, *args: f(self, *args), model)
-    register_fsdp_forward_method(model, "through")
-    return model
-
-
-def whole(x: Tensor) -> Tensor:
-    """A weight of all ranks together."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def local(x: Tensor) -> Tensor:
-    """This rank's share of a weight."""
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
-def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name in `transformers`, weight) of the whole model, one after another, LoRA merged in.  All ranks must
-    read it to the end together."""
-    layers = adapters(model)
-    for name, p in model.named_parameters():
-        if ".lora_" not in name:
-            weight, layer = whole(p.detach()), layers.get(plain_name(name))
-            yield plain_name(name), weight if layer is None else merged(weight, layer)
-
-
-def plain_name(name: str) -> str:
-    """What a parameter under LoRA is called without it."""
-    return name.removeprefix("base_model.model.").replace(".base_layer", "")
-
-
-def adapters(model: nn.Module) -> dict[str, nn.Module]:
-    """The LoRA layers by the weight that each adapts.  Experts are parameters without a module."""
-    return {
-        f"{plain_name(n)}.{getattr(m, 'parameter_name', 'weight')}": m
-        for n, m in model.named_modules()
-        if hasattr(m, "lora_A") and hasattr(m, "base_layer")
-    }
-
-
-def merged(weight: Tensor, layer: nn.Module) -> Tensor:
-    """A weight with its LoRA adapter added by the layer's own rule, which knows of transposed weights and of
-    stacked experts, from all ranks' shards."""
-    alone, parts = copy.copy(layer), {}
-    for key in ("lora_A", "lora_B"):
-        part = whole(getattr(layer, key)["default"].weight.detach()).float()
-        parts[key] = {"default": SimpleNamespace(weight=part)}
-    alone._modules = {**layer._modules, **parts}
-    return (weight.float() + alone.get_delta_weight("default")).to(weight.dtype)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 3. One update
-
-
-@dataclass
-class Batch:
-    """Responses ready for scoring: the tokens of grpo, and the padded text that the model reads."""
-
-    tokens: Tokens
-    full_ids: Tensor  # (B, L) prompt and response, padded on the right
-    start: Tensor  # (B,) position that predicts the first response token
-    right: Tensor | None = None  # (B,) what the verifier said, also where the reward is another
-
-    def rows(self, index: Any) -> Batch:
-        right = None if self.right is None else self.right[index]
-        return Batch(self.tokens.rows(index), self.full_ids[index], self.start[index], right)
-
-
-def micro_batches(batch: Batch, settings: Settings) -> list[Any]:
+def micro_batches(tokens: Tokens, settings: Settings) -> list[Any]:
     """The rows of each forward pass: slices of `micro_batch` rows, or index tensors of responses of like
     length, padded together within `tokens_per_micro_batch` tokens (a longer response goes alone)."""
-    rows = len(batch.start)
+    rows = len(tokens.ids)
     if not settings.tokens_per_micro_batch:
         size = settings.micro_batch or rows
         return [slice(i, i + size) for i in range(0, rows, size)]
-    length = (batch.start + 1 + batch.tokens.mask.sum(-1)).cpu()
+    length = (tokens.start + 1 + tokens.lengths).cpu()
     order = length.argsort(descending=True, stable=True)  # the longest first: what does not fit fails at once
     out, begin = [], 0
     while begin < rows:
         size = max(1, settings.tokens_per_micro_batch // int(length[order[begin]]))
-        out.append(order[begin : begin + size].to(batch.start.device))
+        out.append(order[begin : begin + size].to(tokens.ids.device))
         begin += size
     return out if len(out) > 1 else [slice(0, rows)]
 
 
-def in_step(slices: list[Any], ranks: Ranks) -> Iterator[tuple[Any, bool]]:
+def equal_passes(slices: list[Any], ranks: Ranks) -> Iterator[tuple[Any, bool]]:
     """This rank's micro-batches, then its first row again, marked False, until all ranks have had as many
     passes: sharded weights are gathered by all ranks together."""
-    for i in range(ranks.most(len(slices))):
+    for i in range(ranks.max(len(slices))):
         yield (slices[i], True) if i < len(slices) else (slice(0, 1), False)
 
 
-def reassembled(parts: list[Tensor], slices: list[Any]) -> Tensor:
+def restore_order(parts: list[Tensor], slices: list[Any]) -> Tensor:
     """The rows of `micro_batches`, back in the batch's order."""
     if len(parts) == 1:
         return parts[0]
@@ -590,104 +295,118 @@ def reassembled(parts: list[Tensor], slices: list[Any]) -> Tensor:
     return out
 
 
-def make_batch(rollouts: list[Rollout], pad: int, first: int = 0) -> Batch:
-    """One batch from several rollouts (more than one where a method samples until it has enough usable
-    prompts); their prompts are numbered from `first`."""
-    text = [r.full_ids(pad) for r in rollouts]
-    length = max(ids.shape[1] for ids, _ in text)
-    wide = lambda x: nn.functional.pad(x, (0, length - x.shape[1]), value=pad)  # noqa: E731
-    parts = []
-    for r in rollouts:
-        reward = r.correct.float() if r.reward is None else r.reward.to(r.ids.device)
-        parts.append(Tokens(r.ids, r.mask, r.rollout_logp, reward, r.correct, r.group + first, r.truncated))
-        first += len(r.prompt_ids)
-    tokens, start = join(parts, pad), torch.cat([start for _, start in text])
-    return Batch(tokens, torch.cat([wide(ids) for ids, _ in text]), start, tokens.correct)
-
-
-def scored(model: nn.Module, batch: Batch, temperature: float, entropy_grad: bool = False) -> Tokens:
-    """The batch's tokens with log π, H, Σp² and Σp² log p of the current policy."""
-    tk = batch.tokens
-    stats = score(model, batch.full_ids, batch.start, tk.ids, tk.mask, temperature, entropy_grad)
-    return replace(tk, logp=stats.logp, entropy=stats.entropy, p2=stats.p2, p2logp=stats.p2logp)
-
-
 @torch.no_grad()
-def scored_in_slices(model: nn.Module, batch: Batch, settings: Settings, ranks: Ranks = ALONE) -> Tokens:
-    """The same without gradient, a micro-batch at a time."""
-    slices = micro_batches(batch, settings)
-    parts = [(scored(model, batch.rows(s), settings.temperature), own) for s, own in in_step(slices, ranks)]
-    parts = [part for part, own in parts if own]
-    names = ("logp", "entropy", "p2", "p2logp")
-    return replace(batch.tokens, **{k: reassembled([getattr(p, k) for p in parts], slices) for k in names})
+def score_batch(
+    policy: Policy,
+    tokens: Tokens,
+    settings: Settings,
+    ranks: Ranks,
+    of_logits: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """What `Policy.forward` returns, without gradient, a micro-batch at a time."""
+    slices, parts = micro_batches(tokens, settings), []
+    for rows, own in equal_passes(slices, ranks):
+        found = policy(tokens.rows(rows), settings.temperature, of_logits=of_logits)
+        parts += [found] if own else []
+    return {key: restore_order([p[key] for p in parts], slices) for key in parts[0]} if parts else {}
 
 
-@torch.no_grad()
-def response_logits(model: nn.Module, batch: Batch, temperature: float) -> Tensor:
-    """(B, T, V) logits / temperature at the response positions: for the one method that needs the logits
-    themselves (Lp-Reg's proxy) and for pictures.  Fine at a small vocabulary; at a large one use small
-    micro-batches."""
-
-    def logits(model: nn.Module) -> Tensor:
-        hidden = model.get_decoder()(batch.full_ids, use_cache=False).last_hidden_state  # (B, L, D)
-        columns = batch.start[:, None] + torch.arange(batch.tokens.ids.shape[1], device=hidden.device)
-        columns = columns.clamp(max=hidden.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[-1])
-        return model.get_output_embeddings()(hidden.gather(1, columns)).float() / temperature
-
-    return through(model, logits)
+def reference_logp(run: Run, tokens: Tokens) -> Tensor:
+    """log π_ref, (B, T).  With LoRA the reference is the model without its adapters."""
+    if run.reference is not None:
+        return score_batch(run.reference, tokens, run.settings, run.ranks)["logp"]
+    with run.policy.model.disable_adapter():
+        return score_batch(run.policy, tokens, run.settings, run.ranks)["logp"]
 
 
-@dataclass
-class Gradient:
-    """What `accumulate_gradient` found out on its way, besides the gradient in the parameters."""
-
-    plan: Plan  # of the batch of all ranks
-    metrics: dict[str, float]
-    force: Tensor  # (B, T) F_t = -∂loss/∂log π(y_t)
-    flow: Tensor  # (B, T) F_t T_t, the tabular flow (5.3)
+def proxy_logp(run: Run, tokens: Tokens) -> Tensor:
+    """log q of Lp-Reg's filtered proxy, (B, T), interventions (3.29)."""
+    members = getattr(run.method, "members", [run.method])
+    threshold = next(m.threshold for m in members if "proxy_logp" in m.needs)
+    filtered = partial(interventions.proxy_log_prob, threshold=threshold)
+    return score_batch(run.policy, tokens, run.settings, run.ranks, filtered)["of_logits"]
 
 
-def accumulate_gradient(
-    model: nn.Module, batch: Batch, method: Method, settings: Settings, ranks: Ranks = ALONE
-) -> Gradient:
-    """Add the gradient of the method's loss on the whole batch, of all ranks, to the parameters.
+def update_batches(tokens: Tokens, settings: Settings, ranks: Ranks) -> list[Tokens]:
+    """The update batches of one rollout, whole groups each; none where no rank has a response."""
+    if not ranks.sum(len(tokens.ids)):
+        return []
+    groups = tokens.group.unique().tensor_split(settings.updates_per_rollout)
+    if len(groups) == 1:
+        return [tokens]
+    return [tokens.rows(torch.isin(tokens.group, g)) for g in groups if len(g) or ranks.world > 1]
+
+
+class Update:
+    """One update: its plan, its micro-batches, and what they leave behind: metrics, force and flow (B, T).
 
     All at once, the plan is made from the very forward pass that is differentiated. In micro-batches it is
-    made from a pass without gradient over the whole batch first, so that every statistic is of the whole
-    batch: one more forward pass buys that the gradient does not depend on how the batch was sliced.
+    made from a pass without gradient over the whole batch, of all ranks, first: one more forward pass buys
+    that the gradient does not depend on how the batch was sliced.
     """
-    slices = micro_batches(batch, settings)
-    plan, first = None, 0
-    if len(slices) > 1 or ranks.world > 1:
-        stats = scored_in_slices(model, batch, settings, ranks)
-        stats, first = ranks.gather(stats)
-        plan = plan_update(stats, method)
-        plan.metrics |= mismatch_metrics(stats, settings)
-    model.train(settings.gradient_checkpointing)  # transformers recomputes in train mode only; dropout is 0
-    totals: dict[str, float] = {"loss": 0.0}
-    forces, flows = [], []
-    for s, own in in_step(slices, ranks):
-        tk = scored(model, batch.rows(s), settings.temperature, method.entropy_grad)
-        if not own:
-            (tk.logp.sum() * 0.0).backward()
-            continue
-        if plan is None:
-            plan = plan_update(tk, method)
-            plan.metrics |= mismatch_metrics(tk, settings)
-        tk.mismatch = mismatch_of(tk, settings)
-        tk.logp.retain_grad()
-        mine = slice(first + s.start, first + s.stop) if isinstance(s, slice) else s + first
-        loss, metrics = batch_loss(tk, plan.rows(mine), method)
-        (loss * ranks.world).backward()  # FSDP averages over ranks; the shares of a loss add up
-        forces.append(torch.zeros_like(tk.logp) if tk.logp.grad is None else -tk.logp.grad / ranks.world)
-        flows.append(token_flow(tk, forces[-1]))  # (5.3)
+
+    def __init__(
+        self, policy: Policy, batch: Tokens, method: Method, settings: Settings, ranks: Ranks
+    ) -> None:
+        self.policy, self.batch, self.method, self.settings, self.ranks = (
+            policy,
+            batch,
+            method,
+            settings,
+            ranks,
+        )
+        self.slices, self.first = micro_batches(batch, settings), 0
+        self.metrics: dict[str, float] = {"loss": 0.0}
+        self.forces: list[Tensor] = []
+        self.flows: list[Tensor] = []
+        self.plan: Plan | None = None
+        if len(self.slices) > 1 or ranks.world > 1:
+            stats = replace(batch, **score_batch(policy, batch, settings, ranks), full_ids=None, start=None)
+            stats, self.first = ranks.gather(stats)
+            self._make_plan(stats)
+
+    def _make_plan(self, stats: Tokens) -> None:
+        self.plan = plan_update(stats, self.method)
+        self.plan.metrics |= mismatch_metrics(stats, self.settings)
+
+    def micro_batches(self) -> Iterator[tuple[Tokens, Plan]]:
+        """Each micro-batch scored, with its graph, and its rows of the plan.  Its gradient must be taken
+        before the next one is asked for."""
+        s = self.settings
+        self.policy.train(
+            s.gradient_checkpointing
+        )  # transformers recomputes in train mode only; dropout is 0
+        for rows, own in equal_passes(self.slices, self.ranks):
+            part = self.batch.rows(rows)
+            part = replace(part, **self.policy(part, s.temperature, self.method.entropy_grad))
+            if not own:
+                (part.logp.sum() * 0.0).backward()
+                continue
+            if self.plan is None:
+                self._make_plan(part)
+            part.mismatch = mismatch_of(part, s)
+            part.logp.retain_grad()
+            mine = rows + self.first if isinstance(rows, Tensor) else None
+            mine = slice(self.first + rows.start, self.first + rows.stop) if mine is None else mine
+            yield part, self.plan.rows(mine)
+        self.policy.eval()
+
+    def collect(self, part: Tokens, loss: Tensor, metrics: dict[str, float]) -> None:
+        """After the backward pass of a micro-batch."""
+        grad = part.logp.grad
+        self.forces.append(torch.zeros_like(part.logp) if grad is None else -grad / self.ranks.world)
+        self.flows.append(token_flow(part, self.forces[-1]))  # (5.3)
         for key, value in {**metrics, "loss": float(loss.detach())}.items():
-            totals[key] = totals.get(key, 0.0) + value
-    model.eval()
-    force, flow = reassembled(forces, slices).detach(), reassembled(flows, slices)
-    totals |= {"flow_up": float(flow.clamp(min=0).sum()), "flow_down": float(-flow.clamp(max=0).sum())}
-    totals = {key: ranks.sum(value) for key, value in totals.items()}
-    return Gradient(plan, totals, force, flow)
+            self.metrics[key] = self.metrics.get(key, 0.0) + value
+
+    def close(self) -> dict[str, float]:
+        """All numbers of the update, of all ranks together."""
+        self.force = restore_order(self.forces, self.slices).detach()
+        self.flow = restore_order(self.flows, self.slices)
+        up, down = float(self.flow.clamp(min=0).sum()), float(-self.flow.clamp(max=0).sum())
+        own = self.metrics | {"flow_up": up, "flow_down": down}
+        summed = {key: self.ranks.sum(value) for key, value in own.items()}
+        return {**self.plan.metrics, **summed, "entropy": self.plan.entropy}
 
 
 def mismatch_of(tk: Tokens, settings: Settings) -> Tensor | None:
@@ -716,161 +435,69 @@ def mismatch_metrics(tk: Tokens, settings: Settings) -> dict[str, float]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. The entropy ledger
+def step_if_finite(run: Run, numbers: dict[str, float]) -> bool:
+    """Clip the gradient and take the optimizer's step, unless loss or gradient are not finite."""
+    norm = nn.utils.clip_grad_norm_(trained(run.policy), run.settings.grad_clip or math.inf)
+    numbers["grad_norm"] = float(full_tensor(norm))
+    if not (math.isfinite(numbers["grad_norm"]) and math.isfinite(numbers["loss"])):
+        run.skipped_in_row += 1
+        return False
+    run.optimizer.step()
+    run.skipped_in_row = 0
+    return True
 
 
-class LogProbs(nn.Module):
-    """The model as a function from parameters to the responses' log-probabilities, for `torch.func`."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch, temperature: float) -> Tensor:
-        tk = batch.tokens
-        full = (batch.full_ids, batch.start, tk.ids, tk.mask)
-        return score(self.model, *full, temperature, chunk=None).logp  # unchunked: forward mode goes through
-
-
-@dataclass
-class Ledger:
-    """Opened before a step and closed after it: measured and predicted change of the mean entropy on the same
-    states, and on demand every token's network flow."""
-
-    batch: Batch
-    settings: Settings
-    before: float  # H̄(θ), nats
-    grads: list[Tensor]  # ∇H̄(θ)
-    params: list[Tensor]  # θ
-    ranks: Ranks = ALONE
-
-    @classmethod
-    def open(cls, model: nn.Module, batch: Batch, settings: Settings, ranks: Ranks = ALONE) -> Ledger:
-        params = trained(model)
-        count, total = max(ranks.sum(int(batch.tokens.mask.sum())), 1), 0.0
-        model.zero_grad(set_to_none=True)
-        model.train(settings.gradient_checkpointing)
-        for s, own in in_step(micro_batches(batch, settings), ranks):
-            tk = scored(model, batch.rows(s), settings.temperature, entropy_grad=True)
-            nats = torch.where(tk.mask, tk.entropy, 0) * own
-            (nats.sum() * (ranks.world / count)).backward()  # FSDP averages over ranks
-            total += float(nats.detach().sum(dtype=torch.float64))
-        model.eval()
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        model.zero_grad(set_to_none=True)
-        theta = [p.detach().clone() for p in params]
-        return cls(batch, settings, ranks.sum(total) / count, grads, theta, ranks)
-
-    def close(self, model: nn.Module) -> dict[str, float]:
-        """(5.1) and (5.2), nats."""
-        moved = [local(p.detach()) - local(old) for p, old in zip(trained(model), self.params)]
-        after = scored_in_slices(model, self.batch, self.settings, self.ranks)
-        nats = float(torch.where(after.mask, after.entropy, 0).sum(dtype=torch.float64))
-        now = self.ranks.sum(nats) / max(self.ranks.sum(int(after.mask.sum())), 1)
-        predicted = entropy_directional_change([local(g) for g in self.grads], moved)  # entropy_math (5.1)
-        return {"dH_measured": now - self.before, "dH_predicted": self.ranks.sum(predicted)}  # (5.1), (5.2)
-
-    def network_flow(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, force: Tensor, **how: Any
-    ) -> Tensor:
-        """(B, T): F_t <∇log π(y_t), P ∇H̄> at θ, P the optimizer's preconditioner in this step.
-
-        What token t did to the batch's entropy through the shared parameters, per unit of learning rate and
-        apart from momentum and gradient clipping: the exact counterpart, in a network, of the tabular (5.3).
-        `force` is F_t of the step, (B, T).
-        """
-        names = [name for name, p in model.named_parameters() if p.requires_grad]
-        scale = adam_preconditioner(optimizer)
-        scale = {old: scale[p] for p, old in zip(trained(model), self.params)}
-        slices, call, out = micro_batches(self.batch, self.settings), LogProbs(model), []
-        for s in slices:
-            rows = self.batch.rows(s)
-
-            def logp(at: dict[str, Tensor], rows: Batch = rows) -> Tensor:
-                named = {f"model.{name}": value for name, value in at.items()}
-                return torch.func.functional_call(call, named, (rows, self.settings.temperature))
-
-            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
-                params, grads = dict(zip(names, self.params)), dict(zip(names, self.grads))
-                out.append(network_flow(logp, params, force[s], grads, scale, **how))
-        return reassembled(out, slices)
-
-
-def trained(model: nn.Module) -> list[Tensor]:
+def trained(policy: Policy) -> list[Tensor]:
     """The parameters that training moves: with LoRA the adapters only."""
-    return [p for p in model.parameters() if p.requires_grad]
+    return [p for p in policy.parameters() if p.requires_grad]
 
 
-def flow_summary(tabular: Tensor, network: Tensor, mask: Tensor) -> dict[str, float]:
-    """Network flow up and down, and how well the tabular score of a token knows it (Pearson's r over
-    tokens)."""
-    a, b = tabular[mask].double(), network[mask].double()
-    r = torch.corrcoef(torch.stack([a, b]))[0, 1] if len(a) > 1 else torch.tensor(math.nan)
-    up, down = float(b.clamp(min=0).sum()), float(-b.clamp(max=0).sum())
-    return {"net_flow_up": up, "net_flow_down": down, "flow_r": float(r) if r.isfinite() else None}
+def over_updates(history: list[dict[str, float]]) -> dict[str, float]:
+    """One row from those of a rollout's updates: flows add up, the rest are means; the entropy is that of the
+    policy that sampled."""
+    out: dict[str, float] = {}
+    for key in dict.fromkeys(key for numbers in history for key in numbers):
+        values = [numbers[key] for numbers in history if key in numbers]
+        out[key] = sum(values) / (1 if key in ("flow_up", "flow_down") else len(values))
+    return out | {"entropy": history[0]["entropy"]} if history else out
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 5. A run
-
-
-def read_rows(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
-    """The JSON lines of a file up to a step; a last line that a crash cut short is dropped."""
-    rows = []
-    for line in path.read_bytes().splitlines():
-        try:
-            row = json.loads(line)
-            late = last_step is not None and row["step"] > last_step
-        except (ValueError, TypeError, KeyError):
-            break
-        if late:
-            break
-        rows.append(row)
-    return rows
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Under another name first: the file is never half there."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text)
-    part.replace(path)
-
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def disk_full(error: BaseException | None) -> bool:
-    """Whether there is no room.  Libraries have classes of their own for it, and torch's names no reason."""
-    words = (*map(os.strerror, FULL), "failed writing file", "unexpected pos")
-    return getattr(error, "errno", 0) in FULL or any(w in str(error) for w in words)
-
-
-CHECKSUMS = "sha256.json"  # of every other file of a checkpoint: flipped bits in weights raise no error
-
-
-def checksum(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def check_sums(folder: Path) -> None:
-    """Raises ValueError or OSError at the first file that is not as it was written."""
-    for name, digest in json.loads((folder / CHECKSUMS).read_text()).items():
-        if checksum(folder / name) != digest:
-            raise ValueError(f"{name} is not as it was written")
-
-
-def link_or_copy(source: str, target: str) -> None:
-    """A second name for a file that is never written again; a copy where the disk has no hard links."""
+def push_weights(run: Run) -> None:
+    """Hand the new weights to an engine that has a copy of its own, and prove that they arrived."""
+    if not run.engine.copies:
+        return
+    run.engine.push(full_weights(run.policy.model))
+    run.engine.wake()
+    prompt = run.tokenizer(run.task.train[0].prompt, add_special_tokens=False)["input_ids"]
     try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+        check_push(run.engine, run.policy, prompt, run.dtype)
+    except RuntimeError as error:
+        raise UserError(f"--engine {run.settings.engine}: {error}") from None
+
+
+def maybe_reset_reference(run: Run, score: float | None) -> None:
+    """ProRL's reset, where the method asks for it: the policy becomes the reference, the optimizer
+    forgets."""
+    if run.method.reset_reference(run.step, score):
+        if run.reference is not None:
+            run.reference.load_state_dict(run.policy.state_dict())
+        run.optimizer.state.clear()
+
+
+def evaluation(run: Run) -> dict[str, Any]:
+    """Held-out problems, each rank its share; some responses go to samples.jsonl."""
+    s, r = run.settings, run.ranks
+    seed = seeded(s.seed, run.step, "evaluate").initial_seed()
+    test, hard = (x[r.rank :: r.world] for x in (run.task.test, run.task.hard))
+    # A rank without a problem answers the first too: processes that share an engine sample together.
+    task = replace(run.task, test=test or run.task.test[:1], hard=hard or run.task.hard[:1])
+    result = evaluate(run.engine, task, s.eval_samples, s.temperature, seed=seed + r.rank)
+    samples = result.pop("samples")
+    correct, length = (torch.tensor([x[key] for x in samples]) for key in ("correct", "tokens"))
+    chance = seeded(s.seed, run.step, "samples")
+    rewards = REWARDS[s.reward](correct, length, run.task.max_new_tokens, chance).tolist()
+    run.append("samples.jsonl", [{"step": run.step, **x, "reward": y} for x, y in zip(samples, rewards)])
+    return combined(r.all((len(test), len(hard), result)))
 
 
 def combined(parts: list[tuple[int, int, dict[str, Any]]]) -> dict[str, Any]:
@@ -888,9 +515,102 @@ def combined(parts: list[tuple[int, int, dict[str, Any]]]) -> dict[str, Any]:
     return out
 
 
-MAX_DRAWS = 10  # rollouts that dynamic sampling may draw for one update; the recipe's max_num_gen_batches
+# ------------------------------------------------------------------------------------------------------------
+# 3. The entropy ledger
 
 
+@dataclass
+class Ledger:
+    """Opened before a step and closed after it: measured and predicted change of the mean entropy on the same
+    states, and on demand every token's network flow."""
+
+    tokens: Tokens
+    settings: Settings
+    before: float  # H̄(θ), nats
+    grads: list[Tensor]  # ∇H̄(θ)
+    params: list[Tensor]  # θ
+    ranks: Ranks
+
+    @classmethod
+    def open(cls, policy: Policy, tokens: Tokens, settings: Settings, ranks: Ranks) -> Ledger:
+        params = trained(policy)
+        count, total = max(ranks.sum(int(tokens.mask.sum())), 1), 0.0
+        policy.zero_grad(set_to_none=True)
+        policy.train(settings.gradient_checkpointing)
+        for rows, own in equal_passes(micro_batches(tokens, settings), ranks):
+            part = tokens.rows(rows)
+            nats = policy(part, settings.temperature, entropy_grad=True)["entropy"]
+            nats = torch.where(part.mask, nats, 0) * own
+            (nats.sum() * (ranks.world / count)).backward()  # FSDP averages over ranks
+            total += float(nats.detach().sum(dtype=torch.float64))
+        policy.eval()
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        policy.zero_grad(set_to_none=True)
+        theta = [p.detach().clone() for p in params]
+        return cls(tokens, settings, ranks.sum(total) / count, grads, theta, ranks)
+
+    def close(self, policy: Policy) -> dict[str, float]:
+        """(5.1) and (5.2), nats."""
+        moved = [to_local(p.detach()) - to_local(old) for p, old in zip(trained(policy), self.params)]
+        nats = score_batch(policy, self.tokens, self.settings, self.ranks)["entropy"]
+        total = float(torch.where(self.tokens.mask, nats, 0).sum(dtype=torch.float64))
+        now = self.ranks.sum(total) / max(self.ranks.sum(int(self.tokens.mask.sum())), 1)
+        predicted = entropy_directional_change([to_local(g) for g in self.grads], moved)  # entropy_math (5.1)
+        return {"dH_measured": now - self.before, "dH_predicted": self.ranks.sum(predicted)}  # (5.1), (5.2)
+
+    def network_flow(
+        self, policy: Policy, optimizer: torch.optim.Optimizer, force: Tensor, **how: Any
+    ) -> Tensor:
+        """(B, T): F_t <∇log π(y_t), P ∇H̄> at θ, P the optimizer's preconditioner in this step.
+
+        What token t did to the batch's entropy through the shared parameters, per unit of learning rate and
+        apart from momentum and gradient clipping: the exact counterpart, in a network, of the tabular (5.3).
+        `force` is F_t of the step, (B, T).
+        """
+        names = [name for name, p in policy.named_parameters() if p.requires_grad]
+        scale = adam_preconditioner(optimizer)
+        scale = {old: scale[p] for p, old in zip(trained(policy), self.params)}
+        slices, out = micro_batches(self.tokens, self.settings), []
+        params, grads = dict(zip(names, self.params)), dict(zip(names, self.grads))
+        for s in slices:
+            text = (self.tokens.rows(s), self.settings.temperature)
+
+            def logp(at: dict[str, Tensor], text: tuple = text) -> Tensor:  # unchunked: for forward mode
+                return torch.func.functional_call(policy, at, text, {"chunk": None})["logp"]
+
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
+                out.append(network_flow(logp, params, force[s], grads, scale, **how))
+        return restore_order(out, slices)
+
+
+def book_tokens(run: Run, ledger: Ledger, update: Update, responses: int = 4) -> dict[str, float | None]:
+    """The network flow of the step just taken, up and down, and how well the tabular score of a token knows
+    it (Pearson's r over tokens); flows.jsonl gets the responses that moved entropy most."""
+    tk, rows = ledger.tokens, []
+    network = ledger.network_flow(run.policy, run.optimizer, update.force)
+    moved = torch.where(tk.mask, network.abs(), 0).sum(-1)
+    for i in moved.topk(min(responses, len(moved))).indices.tolist():
+        m, prompt = tk.mask[i], tk.full_ids[i, : int(tk.start[i]) + 1]
+        rows.append({
+            "step": run.step + 1,
+            "prompt": run.tokenizer.decode(prompt),
+            "reward": float(tk.reward[i]),
+            "tokens": token_names(run.tokenizer, tk.ids[i][m].tolist()),
+            "network_flow": network[i][m].tolist(),
+            "flow": update.flow[i][m].tolist(),
+        })  # fmt: skip
+    run.append("flows.jsonl", rows)
+    a, b = update.flow[tk.mask].double(), network[tk.mask].double()
+    r = float(torch.corrcoef(torch.stack([a, b]))[0, 1]) if len(a) > 1 else math.nan
+    up, down = float(b.clamp(min=0).sum()), float(-b.clamp(max=0).sum())
+    return {"net_flow_up": up, "net_flow_down": down, "flow_r": r if math.isfinite(r) else None}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. A run and its files
+
+
+@dataclass
 class Run:
     """One method, one seed, one folder.
 
@@ -899,276 +619,80 @@ class Run:
     folder/samples.jsonl     some responses of every evaluation
     folder/flows.jsonl       with --ledger full: the responses that moved entropy most, token by token
     folder/checkpoint/       `transformers` and vLLM load it; with what it takes to go on: state.pt (method,
-                             step, position), training/ (torch.distributed.checkpoint: weights, AdamW)
+                             step, prompts used), training/ (torch.distributed.checkpoint: weights, AdamW)
     folder/checkpoint-previous/    the one before, in case of a crash between two renames
     folder/checkpoint-best/  the policy of the evaluation with the highest pass@1
-    folder/entropy.png, summary.txt    picture and table, made by `compare` when the run ends
+    folder/entropy.png, summary.txt    picture and table, made when the run ends
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        method: Method,
-        folder: Path,
-        task: Task,
-        model: nn.Module,
-        tokenizer: Any,
-        engine: Engine | None = None,
-        reference: nn.Module | None = None,
-        ranks: Ranks = ALONE,
-    ):
-        self.settings, self.method, self.folder, self.task = settings, method, folder, task
-        self.model, self.tokenizer, self.ranks = model, tokenizer, ranks
-        self.engine: Engine = engine or TorchEngine(model, tokenizer)
-        self.dtype = compute_dtype(settings, self.engine.device)
-        how = {"lr": settings.lr, "betas": (0.9, 0.95), "weight_decay": 0.0}
-        self.optimizer = torch.optim.AdamW(trained(model), **how)
-        self.reference = reference
-        if "ref_logp" in method.needs and reference is None and not settings.lora:
-            self.reference = copy.deepcopy(model).eval().requires_grad_(False)
-        self.step = 0  # rollouts done
-        self.position = 0  # prompts used
-        self.skipped_in_row = 0
-        self.best = -1.0  # highest pass@1 so far
-        self.rows: list[dict[str, Any]] = []
-        self.drawn: dict[str, Any] = {}  # means over all responses drawn for the update
-        self.warned = False  # that nothing is learned
-        self.why = ""  # the run broke off
-        self.report: Callable[[dict[str, Any]], None] = lambda row: None
+    settings: Settings
+    method: Method
+    folder: Path
+    task: Task
+    policy: Policy
+    tokenizer: Any
+    engine: Engine
+    dtype: torch.dtype = torch.float32  # of the weights that a checkpoint holds for others to load
+    reference: Policy | None = None
+    ranks: Ranks
+    report: Callable[[dict[str, Any]], None] = lambda row: None
+    step: int = 0  # rollouts done
+    prompts_used: int = 0
+    skipped_in_row: int = 0  # updates
+    best: float = -1.0  # highest pass@1 so far
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    warned: bool = False  # that nothing is learned
 
-    # -- one step --------------------------------------------------------------------------------------------
+    def __post_init__(self) -> None:
+        how = {"lr": self.settings.lr, "betas": (0.9, 0.95), "weight_decay": 0.0}
+        self.optimizer = torch.optim.AdamW(trained(self.policy), **how)
 
-    def rollout(self) -> Batch:
-        """Responses to this rank's share of the next prompts; a method with `refill` (dynamic sampling) draws
-        until it has enough of use."""
-        s, r = self.settings, self.ranks
-        purpose = "" if r.world == 1 else f"/{r.rank}"
-        generator = seeded(s.seed, self.step, f"sample{purpose}", self.engine.device)
-        hook = None if type(self.method).sample is Method.sample else self.method.sample
-        share, limit = s.prompts // r.world, self.task.max_new_tokens
-        drawn: list[Rollout] = []
-        for attempt in range(MAX_DRAWS):
-            problems = prompts_at(self.task.train, s.seed, self.position, s.prompts)
-            self.position += len(problems)
-            mine, how = problems[r.rank * share :][:share], {"generator": generator, "hook": hook}
-            out = answer(self.engine, self.task, mine, s.group_size, s.temperature, **how)
-            chance = seeded(s.seed, self.step, f"reward/{attempt}{purpose}")
-            out.reward = REWARDS[s.reward](out.correct, out.mask.sum(-1), limit, chance)
-            drawn.append(out)
-            batch = make_batch(drawn, self.tokenizer.pad_token_id, r.rank * MAX_DRAWS * share)
-            if s.reward in SPURIOUS:
-                batch.tokens.correct = (
-                    batch.tokens.reward > 0
-                )  # a method must not know better than the reward
-            if not self.method.refill:
-                break
-            groups = batch.tokens.group[self.method.select(batch.tokens)].unique()[:share]
-            found = r.all(len(groups))
-            if min(found) == share:
-                break
-        self.drawn = {**self._totals(batch), "draws": len(drawn)}
-        if not self.method.refill:
-            return batch
-        if not len(groups) and any(found):  # take part in the step with rows that `select` masks out
-            groups = batch.tokens.group[:1]
-        return batch.rows(torch.isin(batch.tokens.group, groups))
-
-    def train_step(self) -> dict[str, Any]:
-        """One rollout and its updates.  Returns the row for metrics.jsonl."""
-        s, begin = self.settings, time.perf_counter()
-        limit = self.task.max_new_tokens
-        self.method.progress = Progress(self.step, s.steps, s.seed, limit, s.temperature)
-        batch = self.rollout()
-        sampled = time.perf_counter()
-        self.engine.sleep()
-        tokens = int(self.ranks.sum(int(batch.tokens.mask.sum())))
-        row: dict[str, Any] = {"step": self.step + 1, **self.drawn, "tokens": tokens}
-        ledger = None
-        if s.ledger != "off" and self.step % s.ledger_every == 0 and row["tokens"]:
-            ledger = Ledger.open(self.model, batch, s, self.ranks)
-        row |= self._updates(batch, ledger)
-        if ledger:
-            row |= ledger.close(self.model)
-        updated = time.perf_counter()
-        self.push()
-        now = time.perf_counter()
-        row |= {"seconds": now - begin, "seconds_rollout": sampled - begin, "seconds_push": now - updated}
-        self.step += 1
-        return row
-
-    def _totals(self, batch: Batch) -> dict[str, Any]:
-        """Means over the responses of all ranks, and the share of groups that teach nothing."""
-        tk = batch.tokens
-        n = self.ranks.sum(len(tk.reward))
-        mean = lambda x: self.ranks.sum(float(x.sum(dtype=torch.float64))) / n  # noqa: E731
-        out = {"reward": mean(tk.reward), "length": mean(tk.mask), "truncated": mean(tk.truncated)}
-        rewards = tk.reward.view(-1, self.settings.group_size)
-        alike = (rewards == rewards[:, :1]).all(1, keepdim=True)  # groups whose rewards are all equal
-        out["no_contrast"] = mean(alike.expand_as(rewards))
-        if self.settings.reward != "correct":
-            out["correct"] = mean(batch.right)
-        return out
-
-    def push(self) -> None:
-        """Hand the new weights to an engine that has a copy of its own, and prove that they arrived."""
-        if not self.engine.copies:
+    def create(self) -> None:
+        """The folder with its config.json."""
+        if not self.ranks.is_main:
             return
-        self.engine.push(full_weights(self.model))
-        self.engine.wake()
-        prompt = self.tokenizer(self.task.train[0].prompt, add_special_tokens=False)["input_ids"]
-        try:
-            check_push(self.engine, self.model, prompt, self.dtype)
-        except RuntimeError as error:
-            raise UserError(f"--engine {self.settings.engine}: {error}") from None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "specs": [self.settings.method],
+            "settings": asdict(self.settings),
+            "method": {m.key: asdict(m) for m in getattr(self.method, "members", [self.method])},
+            "origin": self.origin(),
+        }
+        write_atomically(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
 
-    def _updates(self, batch: Batch, ledger: Ledger | None) -> dict[str, Any]:
-        """`updates_per_rollout` optimizer steps on one rollout; a non-finite one is skipped."""
-        s, method = self.settings, self.method
-        out: dict[str, Any] = {"skipped": 0}
-        history: dict[str, list[float]] = {}
-        for i, part in enumerate(self._parts(batch)):
-            if out["skipped"] == i:  # still the policy that sampled: r is 1, not another pass's rounding
-                part.tokens.old_logp = None
-            self.optimizer.zero_grad(set_to_none=True)
-            gradient = accumulate_gradient(self.model, part, method, s, self.ranks)
-            norm = float(whole(nn.utils.clip_grad_norm_(trained(self.model), s.grad_clip or math.inf)))
-            if math.isfinite(norm) and math.isfinite(gradient.metrics["loss"]):
-                self.optimizer.step()
-                method.after_step(gradient.plan)
-                self.skipped_in_row = 0
-                if ledger and s.ledger == "full":
-                    out |= self._book(ledger, gradient)
-            else:
-                out["skipped"] += 1
-                self.skipped_in_row += 1
-            numbers = {**gradient.plan.metrics, **gradient.metrics, "grad_norm": norm}
-            for key, value in {**numbers, "entropy": gradient.plan.entropy}.items():
-                history.setdefault(key, []).append(value)
-        for key, values in history.items():
-            adds_up = key in ("flow_up", "flow_down")  # successive updates move entropy one after another
-            out[key] = sum(values) if adds_up else sum(values) / len(values)
-        if history:
-            out["entropy"] = history["entropy"][0]  # of the policy that sampled
-        return out
+    def origin(self) -> dict[str, str]:
+        """What the names given to --model and --data stand for: files may change behind them."""
+        sha = lambda x: hashlib.sha256(json.dumps(x).encode()).hexdigest()[:16]  # noqa: E731
+        here, problems = Path(self.settings.model).expanduser(), (*self.task.train, *self.task.test)
+        model = getattr(self.policy.model.config, "_commit_hash", None) or ""  # of the hub
+        if self.settings.model and here.is_dir():
+            model = sha([(here / "config.json").read_text(), fingerprint(here)])
+        return {"model": model, "data": sha([[p.prompt, p.answer] for p in problems])}
 
-    def _book(self, ledger: Ledger, gradient: Gradient, responses: int = 4) -> dict[str, float]:
-        """The network flow of the step just taken; flows.jsonl gets the responses that moved entropy most."""
-        tk = ledger.batch.tokens
-        network = ledger.network_flow(self.model, self.optimizer, gradient.force)
-        for i in (
-            torch.where(tk.mask, network.abs(), 0).sum(-1).topk(min(responses, len(network))).indices.tolist()
-        ):
-            m = tk.mask[i]
-            words = token_names(self.tokenizer, tk.ids[i][m].tolist())
-            prompt = ledger.batch.full_ids[i, : int(ledger.batch.start[i]) + 1]
-            row = {
-                "step": self.step + 1,
-                "prompt": self.tokenizer.decode(prompt),
-                "reward": float(tk.reward[i]),
-            }
-            row |= {
-                "tokens": words,
-                "network_flow": network[i][m].tolist(),
-                "flow": gradient.flow[i][m].tolist(),
-            }
-            self._append("flows.jsonl", row)
-        return flow_summary(gradient.flow, network, tk.mask)
+    def append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Add lines to a JSONL file; a number that is not finite becomes null."""
+        if self.ranks.is_main:
+            finite = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v  # noqa: E731
+            plain = [{k: finite(v) for k, v in row.items()} for row in rows]
+            with open(self.folder / name, "a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in plain))
 
-    def _parts(self, batch: Batch) -> list[Batch]:
-        """The update batches of one rollout, whole groups each, with what the method needs beyond the current
-        policy."""
-        s, tk = self.settings, batch.tokens
-        if not self.ranks.sum(len(tk.reward)):
-            return []
-        if s.updates_per_rollout > 1:
-            tk.old_logp = scored_in_slices(self.model, batch, s, self.ranks).logp
-        if "ref_logp" in self.method.needs:
-            tk.ref_logp = self._reference_logp(batch)
-        if "proxy_logp" in self.method.needs:
-            tk.proxy_logp = self._proxy(batch)
-        groups = tk.group.unique().tensor_split(s.updates_per_rollout)
-        if len(groups) == 1:
-            return [batch]
-        parts = [batch.rows(torch.isin(tk.group, g)) for g in groups if len(g) or self.ranks.world > 1]
-        return parts
-
-    def _reference_logp(self, batch: Batch) -> Tensor:
-        """log π_ref, (B, T).  With LoRA the reference is the model without its adapters."""
-        if self.reference is not None:
-            return scored_in_slices(self.reference, batch, self.settings, self.ranks).logp
-        with self.model.disable_adapter():
-            return scored_in_slices(self.model, batch, self.settings, self.ranks).logp
-
-    def _proxy(self, batch: Batch) -> Tensor:
-        """log q of Lp-Reg's filtered proxy, (B, T)."""
-        s, members = self.settings, getattr(self.method, "members", [self.method])
-        threshold = next(m.threshold for m in members if "proxy_logp" in m.needs)
-        slices, out = micro_batches(batch, s), []
-        for rows, own in in_step(slices, self.ranks):
-            part = batch.rows(rows)
-            logits = response_logits(self.model, part, s.temperature)
-            out += [interventions.proxy_log_prob(logits, part.tokens.ids, threshold)] if own else []
-        return reassembled(out, slices)
-
-    def maybe_reset(self, score: float | None) -> None:
-        """ProRL's reset, where the method asks for it: the policy becomes the reference, the optimizer
-        forgets."""
-        if self.method.reset_reference(self.step, score):
-            if self.reference is not None:
-                self.reference.load_state_dict(self.model.state_dict())
-            self.optimizer.state.clear()
-
-    # -- the loop --------------------------------------------------------------------------------------------
-
-    def run(self, stop: Callable[[], bool], show: Callable[[dict[str, Any]], None]) -> str:
-        """Until the last step or until `stop()`; "done", "stopped" or "broken".
-
-        Broken is a run with ten non-finite updates in a row, or whose policy gives NaN, from which no update
-        comes back; then the checkpoint stays that of the last evaluation.
-        """
-        try:
-            return self._loop(stop, show)
-        except FloatingPointError as error:
-            self.why = str(error)
-            return "broken"
-
-    def _loop(self, stop: Callable[[], bool], show: Callable[[dict[str, Any]], None]) -> str:
-        self.push()
-        if self.step == 0 and not self.rows:
-            self._record({"step": 0}, True)
-            show(self.rows[-1])
-        while self.step < self.settings.steps:
-            if self.ranks.most(stop()):  # a signal may reach one rank before the others
-                self.save()
-                return "stopped"
-            row = self.train_step()
-            due = self.step % self.settings.eval_every == 0 or self.step == self.settings.steps
-            self._record(row, due)
-            show(self.rows[-1])
-            if self.skipped_in_row >= 10:
-                self.save()
-                self.why = "ten updates in a row had a non-finite loss or gradient, and none was taken"
-                return "broken"
-        return "done"
-
-    def _record(self, row: dict[str, Any], due: bool) -> None:
-        if due:
-            row |= self._evaluate()
-        if self.step:
-            self.maybe_reset(row.get("pass@1"))
+    def log(self, row: dict[str, Any], due: bool) -> dict[str, Any]:
+        """A row of metrics.jsonl; where an evaluation was due, a checkpoint with it."""
         self.rows.append(row)
-        self._append("metrics.jsonl", row)
+        self.append("metrics.jsonl", [row])
         self.report(row)
-        if not self.warned and all(r.get("no_contrast") == 1 for r in self.rows[-10:]) and self.step >= 10:
+        if not self.warned and self.step >= 10 and all(r.get("no_contrast") == 1 for r in self.rows[-10:]):
             self.warned = True
-            if self.ranks.first:
+            if self.ranks.is_main:
                 warnings.warn(self._nothing_learned(), stacklevel=2)
         if due:
             better = row["pass@1"] > self.best
             self.best = max(self.best, row["pass@1"])
             self.save()
-            if better and self.ranks.first:
+            if better and self.ranks.is_main:
                 self._mark_best()
+        return row
 
     def _nothing_learned(self) -> str:
         """What ten steps without contrast come from, by their numbers, and what to do about it."""
@@ -1189,98 +713,52 @@ class Run:
             f"{reward:.2f}, {cut:.0%} of responses truncated). Likely {why}"
         )
 
-    def _evaluate(self) -> dict[str, Any]:
-        """Held-out problems, each rank its share; means over problems, entropy over tokens."""
-        s, r = self.settings, self.ranks
-        seed = seeded(s.seed, self.step, "evaluate").initial_seed()
-        test, hard = (x[r.rank :: r.world] for x in (self.task.test, self.task.hard))
-        # a rank without a problem answers the first too: processes that share an engine sample together
-        task = replace(self.task, test=test or self.task.test[:1], hard=hard or self.task.hard[:1])
-        result = evaluate(self.engine, task, s.eval_samples, s.temperature, seed=seed + r.rank)
-        samples = result.pop("samples")
-        correct, tokens = (torch.tensor([x[key] for x in samples]) for key in ("correct", "tokens"))
-        chance = seeded(s.seed, self.step, "samples")
-        rewards = REWARDS[s.reward](correct, tokens, self.task.max_new_tokens, chance).tolist()
-        for sample, reward in zip(samples, rewards):
-            self._append("samples.jsonl", {"step": self.step, **sample, "reward": reward})
-        return combined(r.all((len(test), len(hard), result)))
-
-    def _append(self, name: str, row: dict[str, Any]) -> None:
-        if not self.ranks.first:
-            return
-        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        with open(self.folder / name, "a") as file:
-            file.write(json.dumps(plain) + "\n")
-
-    # -- files -----------------------------------------------------------------------------------------------
-
-    def create(self) -> None:
-        if not self.ranks.first:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        config = {
-            "specs": [self.settings.method],
-            "settings": asdict(self.settings),
-            "method": {m.key: asdict(m) for m in getattr(self.method, "members", [self.method])},
-            "task": self.task.name,
-            "origin": self.origin(),
-        }
-        write_atomically(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
-
-    def origin(self) -> dict[str, str]:
-        """What the names given to --model and --data stand for: files may change behind them."""
-        sha = lambda x: hashlib.sha256(json.dumps(x).encode()).hexdigest()[:16]  # noqa: E731
-        here, problems = Path(self.settings.model).expanduser(), (*self.task.train, *self.task.test)
-        model = getattr(self.model.config, "_commit_hash", None) or ""  # of the hub; the embedded has none
-        if self.settings.model and here.is_dir():
-            model = sha([(here / "config.json").read_text(), fingerprint(here)])
-        return {"model": model, "data": sha([[p.prompt, p.answer] for p in problems])}
-
     def save(self) -> None:
         """Write a checkpoint beside the last one, then rename: at no moment is there none."""
-        part, first, together = self.folder / ".checkpoint.part", self.ranks.first, self.ranks.together
+        part, is_main, together = self.folder / ".checkpoint.part", self.ranks.is_main, self.ranks.together
         weights: dict[str, Tensor] = {}
         failed: list[Exception] = []
+        trouble = partial(
+            explained,
+            f"{self.folder}: no checkpoint could be written",
+            f"make room, then go on from the last one: --resume {self.folder}",
+        )
         try:
-            with together():
-                if first:
+            with together(), trouble():
+                if is_main:
                     shutil.rmtree(part, ignore_errors=True)
                     part.mkdir()
             with together():
-                for name, weight in full_weights(self.model):  # all ranks gather, the first one keeps
+                for name, weight in full_weights(self.policy.model):  # all ranks gather, the first one keeps
                     try:
-                        if first:
+                        if is_main:
                             weights[name] = weight.to("cpu", self.dtype).contiguous()
                     except Exception as error:  # no memory: the others must not wait for this one
                         failed.append(error)
                 if failed:
                     raise failed[0]
-            with together():
+            with together(), trouble():
                 self._training(dcp.save, part)
-            with together():
-                if first:
+            with together(), trouble():
+                if is_main:
                     self._write(part, weights)
         except BaseException:
-            if first:
+            if is_main:
                 shutil.rmtree(part, ignore_errors=True)
             raise
 
     def _write(self, part: Path, weights: dict[str, Tensor]) -> None:
         """What the first rank alone writes; then the checkpoint takes the last one's place."""
-        bare = self.model.get_base_model() if self.settings.lora else self.model
+        model = self.policy.model
+        bare = model.get_base_model() if self.settings.lora else model
         bare.save_pretrained(part, state_dict=weights)
         self.tokenizer.save_pretrained(part)
-        state = {
-            "step": self.step,
-            "position": self.position,
-            "skipped_in_row": self.skipped_in_row,
-            "best": self.best,
-            "method": self.method.state_dict(),
-        }
-        torch.save(state, part / "state.pt")
-        files = sorted(f for f in part.rglob("*") if f.is_file())
-        sums = {str(f.relative_to(part)): checksum(f) for f in files}
-        (part / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
+        state = {name: getattr(self, name) for name in STATE}
+        torch.save(state | {"method": self.method.state_dict()}, part / "state.pt")
+        for path in part.rglob("*"):  # on the disk before the rename is
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
         final, previous = self.folder / "checkpoint", self.folder / "checkpoint-previous"
         if final.exists():
             shutil.rmtree(previous, ignore_errors=True)
@@ -1304,8 +782,11 @@ class Run:
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         """Trained weights, AdamW's states and the reference by parameter name, whatever the number of ranks.
-        States that no step has made yet are made here, zero, as AdamW would."""
-        named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+        States that no step has made yet are made here, zero, as AdamW would.  (torch's own
+        `get_optimizer_state_dict` makes them by a step, which Adam's bias correction then counts.)
+        """
+        named = {n: p for n, p in self.policy.named_parameters() if p.requires_grad}
         for p in named.values():
             if not self.optimizer.state[p]:
                 zero = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -1318,25 +799,15 @@ class Run:
         return out
 
     def _mark_best(self) -> None:
-        """checkpoint-best/: the model of the evaluation with the highest pass@1, as links to its files."""
+        """checkpoint-best/: the model of the evaluation with the highest pass@1."""
         part, best = self.folder / ".best.part", self.folder / "checkpoint-best"
         shutil.rmtree(part, ignore_errors=True)
-        skip = shutil.ignore_patterns("training", "state.pt", CHECKSUMS)
-        shutil.copytree(self.folder / "checkpoint", part, ignore=skip, copy_function=link_or_copy)
+        shutil.copytree(
+            self.folder / "checkpoint", part, ignore=shutil.ignore_patterns("training", "state.pt")
+        )
         (part / "best.json").write_text(json.dumps({"step": self.step, "pass@1": self.best}) + "\n")
         shutil.rmtree(best, ignore_errors=True)
         part.rename(best)
-
-    @contextlib.contextmanager
-    def _readable(self, path: Path) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # damage shows as any of a dozen classes of three libraries
-            reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-            raise UserError(
-                f"--resume {self.folder}: {path.name} is damaged ({reason});\n"
-                f"remove {path} to go on from checkpoint-previous if there is one, else from the start"
-            ) from None
 
     def load(self) -> None:
         """Continue from the last checkpoint, on any number of ranks; without any, from the beginning.  Raises
@@ -1355,74 +826,466 @@ class Run:
         if not path.exists():
             path = self.folder / "checkpoint-previous"  # the process died between two renames
         if path.exists():
-            with self.ranks.together(), self._readable(path):
-                if self.ranks.first:
-                    check_sums(path)
-            with self.ranks.together(), self._readable(path):
+            trouble = partial(
+                explained,
+                f"--resume {self.folder}: {path.name} is damaged",
+                f"remove {path} to go on from checkpoint-previous if there is one, else from the start",
+            )
+            with self.ranks.together(), trouble():
                 state = torch.load(path / "state.pt", weights_only=True)
                 self._training(dcp.load, path)
                 self.method.load_state_dict(state["method"])
-                self.step, self.position = state["step"], state["position"]
-                self.skipped_in_row, self.best = state["skipped_in_row"], state["best"]
+                for name in STATE:
+                    setattr(self, name, state[name])
         for name in ("metrics.jsonl", "samples.jsonl", "flows.jsonl"):
             if not (self.folder / name).exists():
                 continue
-            rows = read_rows(self.folder / name, self.step) if path.exists() else []
-            if self.ranks.first:
+            rows = [r for r in read_jsonl(self.folder / name) if path.exists() and r["step"] <= self.step]
+            if self.ranks.is_main:
                 write_atomically(self.folder / name, "".join(json.dumps(r) + "\n" for r in rows))
             if name == "metrics.jsonl":
                 self.rows = rows
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 6. What a run needs
+STATE = ("step", "prompts_used", "skipped_in_row", "best")  # of a run, in state.pt
 
 
-def loaded(flag_name: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What a loader of `rollout` returns; its ValueError, which begins with the value, as a UserError."""
+@contextlib.contextmanager
+def explained(what: str, remedy: str) -> Iterator[None]:
+    """An error of a library that reads or writes files (a dozen classes of three), with what and remedy."""
     try:
-        return load(*args, **kwargs)
+        yield
+    except Exception as error:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise UserError(f"{what} ({reason});\n{remedy}") from None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Under another name first: the file is never half there."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text)
+    part.replace(path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 5. Several processes
+#
+# `torchrun --nproc-per-node N train.py ...` runs N of these programs.  Each samples and scores its share of
+# the prompts; weights, gradients and AdamW's states are sharded by PyTorch's FSDP2.  What a method must know
+# about the batch is gathered from all ranks first, so that N ranks take the step that one would have taken.
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all.  Alone, every method is the identity."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def join(cls, device: torch.device) -> Ranks:
+        """Meet the others that torchrun started, if it did."""
+        if "WORLD_SIZE" not in os.environ:
+            return cls()
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @staticmethod
+    def leave() -> None:
+        """Before the process ends: end its group, if it has one, and let gloo's threads finish.
+
+        Their last piece of work holds Python objects of autograd's.  A thread that asks for the interpreter's
+        lock in order to drop them after the interpreter has begun to end aborts the process; while this one
+        sleeps they get it.  Destroying the group alone does not help: FSDP2's meshes keep its threads alive.
+        """
+        if dist.is_initialized():
+            dist.destroy_process_group()
+            time.sleep(0.1)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all(self, value: Any) -> list[Any]:
+        """Everybody's value, in the order of ranks."""
+        if self.world == 1:
+            return [value]
+        out: list[Any] = [None] * self.world
+        dist.all_gather_object(out, value)
+        return out
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """An error of one rank in the block ends all, with one exit code, and only that one tells of it.  In
+        the block nobody may wait for another behind a line at which one may fail alone."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as e:
+            error = e
+        codes = self.all(2 if isinstance(error, UserError) else int(error is not None))
+        if any(codes):
+            speaker = next(i for i, code in enumerate(codes) if code)
+            raise error if error and speaker == self.rank else SystemExit(codes[speaker])
+
+    def sum(self, value: float) -> float:
+        return value if self.world == 1 else math.fsum(self.all(value))
+
+    def max(self, value: int) -> int:
+        return max(self.all(value))
+
+    def gather(self, tokens: Tokens) -> tuple[Tokens, int]:
+        """The rows of all ranks, and where this rank's begin."""
+        if self.world == 1:
+            return tokens, 0
+        device = tokens.ids.device
+        parts = [t.to(device) for t in self.all(tokens.detach().to("cpu"))]
+        return concat_padded(parts), sum(len(t.ids) for t in parts[: self.rank])
+
+
+def shard(policy: Policy, dtype: torch.dtype, device: torch.device, offload: bool = False) -> Policy:
+    """Weights in float32, split over all ranks and computed with in `dtype`: FSDP2, layer by layer, in place.
+
+    With one rank nothing is split, and what remains is the mixed precision: float32 master weights, gradients
+    and AdamW states, one layer at a time in bfloat16. `offload` keeps the shards in CPU memory (a reference
+    model). The gradient that arrives is the *mean* over ranks.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    how = {
+        "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+        "reshard_after_forward": True,  # the root too: after a pass without backward, parameters are shards
+    }
+    for module in list(policy.modules()):
+        if type(module).__name__ in (policy.model._no_split_modules or ()):
+            fully_shard(module, **how)
+    fully_shard(policy, **how)
+    policy.sharded = dist.get_world_size() > 1
+    return policy
+
+
+def full_tensor(x: Tensor) -> Tensor:
+    """A weight of all ranks together."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def to_local(x: Tensor) -> Tensor:
+    """This rank's share of a weight."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name in `transformers`, weight) of the whole model, one after another, LoRA merged in.  All ranks must
+    read it to the end together."""
+    layers = adapters(model)
+    for name, p in model.named_parameters():
+        if ".lora_" not in name:
+            weight, layer = full_tensor(p.detach()), layers.get(plain_name(name))
+            yield plain_name(name), weight if layer is None else merged(weight, layer)
+
+
+def plain_name(name: str) -> str:
+    """What a parameter under LoRA is called without it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def adapters(model: nn.Module) -> dict[str, nn.Module]:
+    """The LoRA layers by the weight that each adapts.  Experts are parameters without a module."""
+    return {
+        f"{plain_name(n)}.{getattr(m, 'parameter_name', 'weight')}": m
+        for n, m in model.named_modules()
+        if hasattr(m, "lora_A") and hasattr(m, "base_layer")
+    }
+
+
+def merged(weight: Tensor, layer: nn.Module) -> Tensor:
+    """A weight with its LoRA adapter added by the layer's own rule, which knows of transposed weights and of
+    stacked experts, from all ranks' shards."""
+    alone, parts = copy.copy(layer), {}
+    for key in ("lora_A", "lora_B"):
+        part = full_tensor(getattr(layer, key)["default"].weight.detach()).float()
+        parts[key] = {"default": SimpleNamespace(weight=part)}
+    alone._modules = {**layer._modules, **parts}
+    return (weight.float() + alone.get_delta_weight("default")).to(weight.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 6. Settings
+#
+# Every setting is a field; its type, default and docstring make its flag and its line in --help.  The four
+# groups are those of --help.  `Settings` is all of them in one, as config.json has it.
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is learned, from how many samples, and how many of them at once."""
+
+    steps: int = 300
+    """rollouts, each followed by its updates"""
+    lr: float = 3e-4
+    """AdamW's constant learning rate (with --model: 1e-6); a smaller one also slows the collapse"""
+    prompts: int = 32
+    """prompts per rollout"""
+    group_size: int = 16
+    """responses per prompt; their mean reward is the baseline of their advantages"""
+    updates_per_rollout: int = 1
+    """optimizer steps per rollout; 1 is strictly on-policy, where no clip acts"""
+    grad_clip: float = 1.0
+    """largest gradient norm; 0 means no clipping"""
+    temperature: float = 1.0
+    """used in sampling and for every probability in the loss: what is drawn is what is trained"""
+    reward: Literal["correct", "length_penalty", "random", "wrong"] = "correct"
+    """length_penalty adds DAPO's overlong penalty; random and wrong are spurious, for study"""
+    mismatch: Literal["auto", "tis", "icepop", "off"] = "auto"
+    """weights against an engine whose probabilities differ from ours; auto: tis with vLLM, else off"""
+    mismatch_low: float = 0.5
+    """icepop drops tokens whose probability ratio is smaller"""
+    mismatch_high: float = 2.0
+    """tis cuts larger probability ratios to this; icepop drops their tokens"""
+    micro_batch: int = 0
+    """responses per forward pass, to bound memory; the gradient stays the same; 0 means all at once"""
+    tokens_per_micro_batch: int = 0
+    """the same in tokens, with prompts and padding (with --model: 16384); 0 means no limit"""
+    gradient_checkpointing: bool = False
+    """recompute each layer in the backward pass: a third slower, far less memory"""
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """Evaluations, and the ledger of what each step did to the entropy."""
+
+    eval_every: int = 30
+    """steps between evaluations, each with a checkpoint; the last step has both"""
+    eval_samples: int = 32
+    """samples per held-out problem, the k of pass@k (with --model: 8)"""
+    ledger: Literal["off", "step", "full"] = "step"
+    """step: measured against predicted change; full: also the network flow of each token"""
+    ledger_every: int = 10
+    """steps between ledger entries; each costs about one more training pass"""
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model and problems of your own.  Without --model, a small transformer learns an embedded task."""
+
+    model: str = ""
+    """hub id or folder of a causal language model (safetensors); needs --data"""
+    data: str = ""
+    """problems and answers: a .jsonl, .json, .csv or .parquet file, or owner/name@config:split of the hub"""
+    eval_data: str = ""
+    """the same for evaluation; without it, --eval-problems of the data are held out"""
+    eval_problems: int = 96
+    """number of held-out problems"""
+    prompt_template: str = PROMPT_TEMPLATE
+    """text around a problem, which takes the place of {problem}"""
+    chat: Literal["auto", "off"] = "auto"
+    """auto: the prompt is a user's turn if the tokenizer has a chat template; off: it is plain text"""
+    max_prompt_tokens: int = 1024
+    """problems with longer prompts are left out and counted"""
+    max_new_tokens: int = 1024
+    """longest response; the embedded task has its own limit"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """numbers to compute in; the weights stay float32; auto: bfloat16 for a --model on a GPU"""
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    """kernel of the attention layers"""
+    lora: int = 0
+    """rank of LoRA adapters on all linear layers but the head, and on experts; 0 trains all weights"""
+    trust_remote_code: bool = False
+    """run code that comes with the model"""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where it runs, what draws the responses, and the seed."""
+
+    engine: Literal["torch", "vllm"] = "torch"
+    """what samples; torch is the loop of rollout.py"""
+    tensor_parallel: int = 1
+    """GPUs that share one vLLM engine"""
+    vllm_memory: float = 0.4
+    """share of the GPU's memory that vLLM may take while it is awake"""
+    seed: int = 0
+    """seed of the warm start, the order of the prompts and the sampling"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
+    threads: int = 0
+    """CPU threads; 0: one for the embedded model, with --model what torch takes"""
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    """also log there"""
+
+
+@dataclass(frozen=True)
+class Settings(Training, Measuring, LanguageModel, Machine):
+    """All settings of one run, and its method with its options, e.g. opefo:form=exact."""
+
+    method: str = "grpo"
+
+
+# These may also ride behind the name of a method.  The others belong to the whole comparison.
+PER_METHOD = tuple(f.name for group in (Training, Measuring) for f in fields(group))
+
+BOUNDS = ("micro_batch", "tokens_per_micro_batch")  # of memory: at most one of them
+
+# What a language model wants otherwise than the embedded one, where the command line does not say.
+MODEL_DEFAULTS = {"lr": 1e-6, "tokens_per_micro_batch": 16384, "eval_samples": 8}
+
+RANGES: dict[str, tuple[float, float]] = {
+    "group_size": (2, math.inf),  # advantages compare the responses to one prompt
+    "lr": (1e-12, 1e36),  # beyond, AdamW's step overflows float32
+    "temperature": (1e-3, 1e3),  # beyond, float32 logits overflow
+    "mismatch_low": (0, 1),  # the ratio is near 1
+    "mismatch_high": (1, math.inf),
+    "vllm_memory": (0.01, 1),
+    "seed": (0, 2**63 - 1),
+    "threads": (0, 1024),
+    **dict.fromkeys(("micro_batch", "tokens_per_micro_batch", "grad_clip", "lora"), (0, math.inf)),
+}
+RANGES |= {f.name: (1, math.inf) for f in fields(Settings) if type(f.default) is int and f.name not in RANGES}
+
+
+def flag(name: str) -> str:
+    """The flag of a setting: eval_every -> --eval-every."""
+    return "--" + name.replace("_", "-")
+
+
+def overridden(base: Settings, given: dict[str, Any]) -> Settings:
+    """`base` with what was given.  Of the two bounds of memory, the one given takes the other's place."""
+    for one, other in (BOUNDS, BOUNDS[::-1]):
+        given = {other: 0, **given} if given.get(one) else given
+    return replace(base, **given)
+
+
+def parse_spec(spec: str, base: Settings) -> tuple[Settings, Method]:
+    """`name:key=value,key=value` -> settings and method.  A key is a hyperparameter of the method or one of
+    PER_METHOD.  Raises ValueError."""
+    name, options = interventions.parse(spec)
+    options = {key.replace("-", "_"): value for key, value in options.items()}
+    own = {k: options.pop(k) for k in PER_METHOD if k in options}
+    own = {k: interventions.convert(name, k, v, type(getattr(base, k))) for k, v in own.items()}
+    method = interventions.build(name, **options)
+    settings = overridden(base, {"method": spec, **own})
+    if settings.mismatch == "auto":
+        settings = replace(settings, mismatch="tis" if settings.engine == "vllm" else "off")
+    return settings, method
+
+
+def complaints(s: Settings, method: Method, device: torch.device, ranks: Ranks) -> Iterator[str]:
+    """What is wrong with one job: impossible values, then what does not go together.  Each names flag, value
+    and remedy; what comes after the first may rest on it."""
+    for name, (low, high) in RANGES.items():
+        if not low <= getattr(s, name) <= high:
+            bounds = f"be at least {low}" if high == math.inf else f"lie between {low} and {high}"
+            yield f"{flag(name)} {getattr(s, name)}: must {bounds}"
+    for name, kind in get_type_hints(Settings).items():
+        if get_origin(kind) is Literal and getattr(s, name) not in get_args(kind):
+            yield f"{flag(name)} {getattr(s, name)}: choose {', '.join(get_args(kind))}"
+    updates = ranks.world * s.updates_per_rollout
+    share = s.prompts * s.group_size // updates
+    chooses = type(method).sample is not Method.sample
+    resets = type(method).reset_reference is not Method.reset_reference
+    for bad, text in (
+        (s.prompts % updates,
+         f"--prompts {s.prompts}: must be a multiple of --updates-per-rollout {s.updates_per_rollout} x "
+         f"{ranks.world} processes; the responses to a prompt stay together"),
+        (s.micro_batch and share % s.micro_batch,
+         f"--micro-batch {s.micro_batch}: must divide the {share} responses of one update in one process"),
+        (s.micro_batch and s.tokens_per_micro_batch,
+         "--micro-batch and --tokens-per-micro-batch bound the same thing; give one"),
+        (s.model and not s.data, f"--model {s.model}: needs --data; the embedded task has a few words only"),
+        (s.data and not s.model, f"--data {s.data}: needs --model; the embedded one has a few words only"),
+        (s.lora and not s.model, f"--lora {s.lora}: needs --model and --data"),
+        (s.lora and resets,
+         f"--method {s.method}: makes the policy its reference, which with --lora is the model as it was"),
+        (chooses and (s.engine == "vllm" or s.mismatch != "off"),
+         f"--method {s.method}: chooses tokens itself, which vLLM does not allow and --mismatch would undo; "
+         "use --engine torch --mismatch off"),
+        (s.ledger == "full" and (s.updates_per_rollout > 1 or sharded(s, device, ranks)),
+         "--ledger full: books the tokens of one update, of whole weights; use --updates-per-rollout 1, one "
+         "process and --dtype float32, or --ledger step"),
+        (ranks.world % s.tensor_parallel,
+         f"--tensor-parallel {s.tensor_parallel}: must divide the {ranks.world} processes; start with "
+         f"torchrun --nproc-per-node {s.tensor_parallel}"),
+    ):  # fmt: skip
+        if bad:
+            yield text
+
+
+def make_job(spec: str, base: Settings, device: torch.device, ranks: Ranks) -> tuple[Settings, Method]:
+    """One method of a command line.  Raises UserError, which begins with the method's name if the setting
+    rides behind it, and warns of a method that does nothing."""
+    settings, method = parse_spec(spec, base)
+    if text := next(complaints(settings, method, device, ranks), ""):
+        own = any(flag(key) in text for key in interventions.parse(spec)[1])
+        raise UserError(f"--method {spec}: {text}" if own and not text.startswith("--method") else text)
+    members = getattr(method, "members", [method])
+    inert = [m.key for m in members if not m.on_policy and settings.updates_per_rollout == 1]
+    if inert:
+        warnings.warn(
+            f"{spec}: with one update per rollout the ratio is exactly 1, and the clip or penalty of "
+            f"{' and '.join(inert)} does nothing; add e.g. --updates-per-rollout 4",
+            stacklevel=2,
+        )
+    return settings, method
+
+
+def label_of(spec: str) -> str:
+    """A file name for a spec: grpo:lr=1e-4 -> grpo-lr=1e-4."""
+    return "".join(c if c.isalnum() or c in "._=+-" else "-" for c in spec)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 7. What a run needs
+
+
+@contextlib.contextmanager
+def naming(flag: str) -> Iterator[None]:
+    """A loader's ValueError, which begins with the value, as a UserError that begins with the flag."""
+    try:
+        yield
     except ValueError as error:
-        raise UserError(f"{flag_name} {error}") from None
+        raise UserError(f"{flag} {error}".strip()) from None
 
 
-def prepare(
+def load_task_and_policy(
     settings: Settings, device: torch.device, ranks: Ranks, quiet: bool
 ) -> tuple[Task, nn.Module, Any]:
     """Task, first policy in float32 (on the CPU where it will be sharded), tokenizer."""
     s = settings
     if not s.model:
-        from tqdm import tqdm
-
-        bar = lambda it: tqdm(it, desc="warm start", unit="step", disable=quiet or not ranks.first)  # noqa: E731
+        bar = lambda it: tqdm(it, desc="warm start", unit="step", disable=quiet or not ranks.is_main)  # noqa: E731
         for turn in range(2):  # the first rank trains and fills the cache, the others read it
-            if ranks.first == (turn == 0):
+            if ranks.is_main == (turn == 0):
                 model, tokenizer = warm_policy(WarmStart(seed=s.seed), progress=bar)
             ranks.all(None)
         return chain_task(s.eval_problems), model.to(device), tokenizer
     shared_grader()  # without its package nothing is loaded
-    how = {"trust_remote_code": s.trust_remote_code, "attention": s.attention}
     bare = s.lora and ranks.world == 1  # frozen weights need no float32 master
     dtype = str(compute_dtype(s, device)).removeprefix("torch.") if bare else "float32"
     place = "cpu" if sharded(s, device, ranks) else device
-    model, tokenizer = loaded("--model", load_model, s.model, dtype, device=place, **how)
-    try:
+    with naming("--model"):
+        model, tokenizer = load_model(s.model, dtype, s.trust_remote_code, s.attention, place)
+    with naming(""):
         how = (s.prompt_template, s.chat == "auto", s.max_prompt_tokens, s.max_new_tokens)
         task, notes = task_of_data(tokenizer, s.data, s.eval_data, s.eval_problems, *how)
-    except ValueError as error:
-        raise UserError(str(error)) from None
     rows, prompts = model.get_input_embeddings().weight.shape[0], (*task.train, *task.test)
-    longest = loaded(f"--model {s.model}:", longest_prompt, prompts, tokenizer, rows)
+    with naming(f"--model {s.model}:"):
+        longest = longest_prompt(prompts, tokenizer, rows)
     room = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf) - longest
     if s.max_new_tokens > room:
         raise UserError(
             f"--max-new-tokens {s.max_new_tokens}: the longest prompt has {longest} tokens, {s.model} sees "
             f"{longest + room} in all; give {f'{room} or ' * (room > 0)}a smaller --max-prompt-tokens"
         )
-    told = [note for note in notes if not quiet or "left out" in note]
-    told += [] if quiet else ["the first prompt:", task.train[0].prompt, ""]
-    if told and ranks.first:
-        print("\n".join(told), file=sys.stderr)
+    shown = [note for note in notes if not quiet or "left out" in note]
+    shown += [] if quiet else ["the first prompt:", task.train[0].prompt, ""]
+    if shown and ranks.is_main:
+        print("\n".join(shown), file=sys.stderr)
     if s.lora:
         model = with_adapters(model, s.lora, s.seed)
     if s.gradient_checkpointing:
@@ -1477,28 +1340,25 @@ def vllm_engine(
     settings: Settings, task: Task, model: nn.Module, tokenizer: Any, device: torch.device, ranks: Ranks
 ) -> Engine:
     """vLLM on the model that the run starts from; the embedded one is written to a folder for it."""
-    s = settings
+    s, longest = settings, longest_prompt((*task.train, *task.test), tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         folder = ranks.all(folder)[0]  # of the first rank, which alone writes models
-        if not s.model and ranks.first:
+        if not s.model and ranks.is_main:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         ranks.all(None)
-        try:
+        with naming(""):
             engine = VllmEngine(
                 s.model or folder,
                 tokenizer,
                 device=device,
                 dtype=compute_dtype(s, device),
-                max_model_len=longest_prompt((*task.train, *task.test), tokenizer)
-                + max(16, task.max_new_tokens),
+                max_model_len=longest + max(16, task.max_new_tokens),
                 gpu_memory=s.vllm_memory,
                 tensor_parallel=s.tensor_parallel,
                 seed=s.seed,
                 trust_remote_code=s.trust_remote_code,
             )
-        except (ImportError, ValueError) as error:
-            raise UserError(str(error)) from None
         ranks.all(None)  # all have read the folder
         return engine
 
@@ -1510,24 +1370,27 @@ def make_run(
     task: Task,
     model: nn.Module,
     tokenizer: Any,
-    engine: Engine | None,
-    device: torch.device,
-    ranks: Ranks,
+    engine: Engine | None = None,
+    device: torch.device | str = "cpu",
+    ranks: Ranks | None = None,
 ) -> Run:
-    """A run whose model, reference and sampling engine are where the settings want them."""
-    reference, s = None, settings
-    if sharded(s, device, ranks):
-        dtype = compute_dtype(s, device)
-        if engine is None:  # sampling reads all weights at every token: each rank keeps a whole copy for it
-            twin = copy.deepcopy(model)
-            twin = (twin.merge_and_unload() if s.lora else twin).to(device, dtype).eval()
-            engine = TorchEngine(twin, tokenizer, copies=True)
-        if "ref_logp" in method.needs and not s.lora:
-            reference = copy.deepcopy(model).eval().requires_grad_(False)
-            reference = shard(reference, dtype, device, offload=device.type == "cuda")
-        model = shard(model, dtype, device)
-    run = Run(s, method, folder, task, model, tokenizer, engine, reference, ranks)
-    run.report = reporter(s, folder) if ranks.first else run.report
+    """A run whose policy, reference and sampling engine are where the settings want them."""
+    s, device, ranks = settings, torch.device(device), ranks or Ranks()
+    dtype, split = compute_dtype(s, device), sharded(s, device, ranks)
+    policy, reference = Policy(model), None
+    if "ref_logp" in method.needs and not s.lora:
+        reference = Policy(copy.deepcopy(model)).eval().requires_grad_(False)
+    if split and engine is None:  # sampling reads all weights at every token: each rank keeps a whole copy
+        twin = copy.deepcopy(model)
+        twin = (twin.merge_and_unload() if s.lora else twin).to(device, dtype).eval()
+        engine = TorchEngine(twin, tokenizer, copies=True)
+    if split:
+        policy = shard(policy, dtype, device)
+        reference = reference and shard(reference, dtype, device, offload=device.type == "cuda")
+    engine = engine or TorchEngine(model, tokenizer)
+    run = Run(s, method, folder, task, policy, tokenizer, engine, dtype, reference, ranks)
+    if ranks.is_main:
+        run.report = reporter(s, folder)
     return run
 
 
@@ -1553,193 +1416,159 @@ def reporter(settings: Settings, folder: Path) -> Callable[[dict[str, Any]], Non
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 7. The command line
-
-GROUPS = {
-    "training": (
-        "steps",
-        "seed",
-        "lr",
-        "prompts",
-        "group_size",
-        "updates_per_rollout",
-        "grad_clip",
-        "reward",
-    ),
-    "sampling and evaluation": ("temperature", "eval_every", "eval_samples", "eval_problems"),
-    "the entropy ledger": ("ledger", "ledger_every"),
-    "language models": (
-        *("model", "data", "eval_data", "prompt_template", "chat", "max_prompt_tokens", "max_new_tokens"),
-        *("dtype", "attention", "lora", "trust_remote_code"),
-    ),
-    "engine": ("engine", "tensor_parallel", "vllm_memory", "mismatch", "mismatch_low", "mismatch_high"),
-    "machine and logs": (
-        *(
-            "micro_batch",
-            "tokens_per_micro_batch",
-            "gradient_checkpointing",
-            "device",
-            "threads",
-            "report_to",
-        ),
-    ),
-}
+# 8. The command line
 
 
-NO_TRUNCATION = (
+@dataclass(frozen=True)
+class Command:  # its docstring, with the list of methods, follows
+    method: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SPEC [SPEC ...]")] = ("opefo",)
+    """one or more methods, run one after another from the same warm start"""
+    out: str = ""
+    """folder of the run; without it, a new one under runs/"""
+    resume: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[FOLDER]")] = None
+    """go on with a run from its last checkpoint; without FOLDER, that of --out or the newest"""
+    quiet: bool = False
+    """no progress line, only the summary"""
+    training: Training = Training()
+    measuring: Measuring = Measuring()
+    language_model: LanguageModel = LanguageModel()
+    machine: Machine = Machine()
+
+    def values(self) -> dict[str, Any]:
+        """Settings by name, given or not, and the methods as one word."""
+        groups = [group for group in vars(self).values() if is_dataclass(group)]
+        return {k: v for group in groups for k, v in vars(group).items()} | {"method": " ".join(self.method)}
+
+
+Command.__doc__ = """Train a language model with verifiable rewards and watch its entropy.
+
+Without --model it trains a small transformer on an embedded arithmetic task: nothing is downloaded, and it
+takes two minutes on one core.
+
+examples:
+  python train.py --method opefo
+  python train.py --method grpo opefo steer --out runs/three
+  python train.py --method grpo grpo:lr=1e-4 opefo:form=paper clip_cov:ratio=.02
+  python train.py --method steer:help          the options of one method
+  python train.py --resume runs/three          go on after Ctrl-C or a crash
+
+methods (options ride behind the name, NAME:key=value,key=value; so may training and measuring options):
+""" + "\n".join(f"  {name:<20} {cls.idea}" for name, cls in interventions.METHODS.items())
+
+ABSENT = dict.fromkeys(
+    ("--top-p", "--top-k"),
     "not in training: the gradient of a policy that is sampled from the likeliest tokens only, but scored on "
-    "all, is biased; eval.py has --top-p"
+    "all, is biased; eval.py has --top-p",
 )
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line.  Flags that were not given are absent, so that --resume can tell them from
-    defaults."""
-    helps = {name: text for name, _, _, text in interventions.hyperparameters(Settings)}
-    defaults = {f.name: f.default for f in fields(Settings)}
-    ideas = "\n".join(f"  {name:<20} {cls.idea}" for name, cls in interventions.METHODS.items())
-    p = Parser(
-        prog="train.py",
-        description="Train a language model with verifiable rewards and watch its entropy. Without --model\n"
-        "it trains a small transformer on an embedded arithmetic task: nothing is downloaded, two minutes\n"
-        "on one core.",
-        epilog="examples:\n"
-        "  python train.py --method opefo\n"
-        "  python train.py --method grpo opefo steer --out runs/three\n"
-        "  python train.py --method grpo grpo:lr=1e-4 opefo:form=paper clip_cov:ratio=.02\n"
-        "  python train.py --method steer:help            the options of one method\n"
-        "  python train.py --resume runs/three            go on after Ctrl-C or a crash\n\n"
-        f"methods (options ride behind the name, NAME:key=value,key=value; training settings too):\n{ideas}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    p.absent = dict.fromkeys(("--top-p", "--top-k"), NO_TRUNCATION)
-    p.add_argument(
-        "--method",
-        nargs="+",
-        metavar="SPEC",
-        help="one or more methods, run one after another (default: opefo)",
-    )
-    for title, names in GROUPS.items():
-        group = p.add_argument_group(title)
-        for name in names:
-            value = repr(defaults[name]) if isinstance(defaults[name], str) else str(defaults[name])
-            value += f", with --model {MODEL_DEFAULTS[name]}" if name in MODEL_DEFAULTS else ""
-            switch = {"nargs": "?", "const": "true"} if defaults[name] is False else {}
-            text = f"{helps[name]} (default: {value})".replace("; 0:", "; 0 means").replace("%", "%%")
-            group.add_argument(flag(name), metavar=name.upper(), help=text, **switch)
-    group = p.add_argument_group("files")
-    group.add_argument("--out", help="folder of the run (default: a new one under runs/)")
-    group.add_argument(
-        "--resume", nargs="?", const="", metavar="FOLDER",
-        help="go on with a run from its last checkpoint (default folder: --out, else the newest run)",
-    )  # fmt: skip
-    group.add_argument("--quiet", action="store_true", help="no progress bar, only the summary")
-    return p
+def new_run(command: Command, given: set[str]) -> tuple[list[str], Settings]:
+    """Methods and settings of a new run.  Raises UserError where a file of problems is missing."""
+    specs, values = list(command.method), command.values()
+    if not specs or len(set(specs)) < len(specs):
+        raise UserError(f"{' '.join(['--method', *specs])}: give at least one method, and none twice")
+    base = Settings(**(MODEL_DEFAULTS if values["model"] else {}))
+    base = overridden(base, {name: values[name] for name in given - {"method"}})
+    for name in ("data", "eval_data"):
+        try:
+            if values[name]:
+                data_file(values[name])
+        except ValueError as error:
+            raise UserError(f"{flag(name)} {error}") from None
+    return specs, base
 
 
-def given_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that the command line names, converted."""
-    return {
-        f.name: convert(f.name, getattr(args, f.name))
-        for f in fields(Settings)
-        if f.name != "method" and hasattr(args, f.name)
-    }
-
-
-RUN_FILES = (
-    "config.json",
-    "metrics.jsonl",
-    "samples.jsonl",
-    "flows.jsonl",
-    "checkpoint",
-    "checkpoint-previous",
-    "checkpoint-best",
-    "entropy.png",
-    "summary.txt",
-)
-
-
-def run_file(folder: Path, specs: list[str]) -> Path | None:
-    """A file of an earlier run that a new one would overwrite, in the folder or in those of its methods."""
-    places = [folder, *(folder / label_of(x) for x in specs if len(specs) > 1)]
-    return next((p / name for p in places for name in RUN_FILES if (p / name).exists()), None)
-
-
-def new_folder(args: argparse.Namespace, specs: list[str], seed: int) -> Path:
-    """--out, which must not hold a run; without it a fresh name under runs/."""
-    if hasattr(args, "out"):
-        folder = Path(args.out)
-        if folder.is_file():
-            raise UserError(f"--out {folder}: is a file; give a folder")
-        taken = run_file(folder, specs)
-        if taken:
-            raise UserError(
-                f"--out {folder}: {taken} is there already, and nothing is overwritten;\n"
-                f"choose another folder, or go on with a run: --resume {taken.parent}"
-            )
-        return folder
-    name = "-vs-".join(label_of(x) for x in specs)[:80] + f"-s{seed}"
-    folder, n = Path("runs") / name, 2
-    while run_file(folder, specs):
-        folder, n = Path("runs") / f"{name}-{n}", n + 1
-    return folder
-
-
-def old_folder(args: argparse.Namespace) -> Path:
-    """The folder to resume: --resume FOLDER, --out FOLDER, or the newest under runs/."""
-    named = args.resume or getattr(args, "out", "")
-    if getattr(args, "out", named) != named:
-        raise UserError(f"--out {args.out}: the run to go on with is {named}; leave --out out")
-    if named:
-        if not (Path(named) / "config.json").is_file():
-            raise UserError(f"--resume {named}: holds no run (no config.json); start one with --out {named}")
-        return Path(named)
-    runs = sorted(Path("runs").glob("*/config.json"), key=lambda p: p.stat().st_mtime)
-    if not runs:
-        raise UserError("--resume: there is no run under runs/; name its folder")
-    return runs[-1].parent
-
-
-def resumed_plan(args: argparse.Namespace, folder: Path) -> tuple[list[str], Settings]:
-    """Specs and settings of an earlier call.  A flag that contradicts them is refused; only --steps may be
-    raised."""
+def stored_run(folder: Path, command: Command, given: set[str]) -> tuple[list[str], Settings]:
+    """Methods and settings of an earlier call.  Raises UserError where a flag contradicts them; only --steps
+    may be raised."""
     try:
-        stored = json.loads((folder / "config.json").read_text())
-        specs, base = list(map(str, stored["specs"])), Settings(**stored["settings"])
-        if not specs:
-            raise ValueError("no method")
-        for f in fields(Settings):
-            if type(getattr(base, f.name)) is not type(f.default):
-                raise ValueError(f"{f.name} is {getattr(base, f.name)!r}")
+        config = json.loads((folder / "config.json").read_text())
+        specs, base = list(map(str, config["specs"])), Settings(**config["settings"])
+        wrong = [f.name for f in fields(base) if type(getattr(base, f.name)) is not type(f.default)]
+        if wrong or not specs:
+            raise ValueError(f"settings.{wrong[0]} is of another type" if wrong else "no method")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"--resume {folder}: config.json is damaged ({error}); start a new run") from None
-    if hasattr(args, "method") and args.method != specs:
-        raise UserError(
-            f"--method {' '.join(args.method)}: {folder} was started with {' '.join(specs)};\n"
-            "leave --method out"
-        )
-    for name, value in given_settings(args).items():
-        was = getattr(base, name)
-        if name == "steps" and value > was:
-            base = replace(base, steps=value)
-        elif value != was:
+    began, now = {**vars(base), "method": " ".join(specs)}, command.values()
+    for name in sorted(given):
+        if name == "steps" and now[name] > base.steps:
+            base = replace(base, steps=now[name])
+        elif now[name] != began[name]:
             raise UserError(
-                f"{flag(name)} {value}: {folder} was started with {was}; leave it out, or start a new run"
+                f"{flag(name)} {now[name]}: {folder} was started with {began[name]};\n"
+                "leave it out, or start a new run"
             )
     return specs, base
 
 
+def places(folder: Path, specs: list[str]) -> list[Path]:
+    """The folder of each method's run: a comparison has one for each."""
+    return [folder / label_of(x) for x in specs] if len(specs) > 1 else [folder]
+
+
+def new_folder(out: str, specs: list[str], seed: int) -> Path:
+    """--out, which must not hold a run; without it a fresh name under runs/."""
+    name, n = "-vs-".join(label_of(x) for x in specs)[:80] + f"-s{seed}", 1
+    while True:
+        folder = Path(out or f"runs/{name}{f'-{n}' if n > 1 else ''}")
+        files = [p / x for p in (folder, *places(folder, specs)) for x in ("config.json", "metrics.jsonl")]
+        there = next((file.parent for file in files if file.exists()), None)
+        if not there:
+            return folder
+        if out:
+            raise UserError(
+                f"--out {out}: {there} holds a run already, and nothing is overwritten;\n"
+                f"choose another folder, or go on with that run: --resume {there}"
+            )
+        n += 1
+
+
+def old_folder(command: Command) -> Path:
+    """The folder to resume: --resume FOLDER, --out FOLDER, or the newest under runs/."""
+    named = " ".join(command.resume or ()) or command.out
+    if command.out not in ("", named):
+        raise UserError(f"--out {command.out}: the run to go on with is {named}; leave --out out")
+    runs = [Path(named)] if named else sorted(Path("runs").glob("*"), key=lambda p: p.stat().st_mtime)
+    runs = [folder for folder in runs if (folder / "config.json").is_file()]
+    if not runs:
+        raise UserError(f"--resume {named or 'runs/*'}: no run there (no config.json); start one with --out")
+    return runs[-1]
+
+
 def pick_device(name: str) -> torch.device:
-    """The device of --device; under torchrun each process has a GPU of its own. Raises UserError."""
+    """The device of --device; under torchrun each process has a GPU of its own.  Raises ValueError."""
     if "LOCAL_RANK" in os.environ and name in ("auto", "cuda") and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # torchrun: one GPU a process
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         return torch.device("cuda", torch.cuda.current_device())
+    return usable_device(name)
+
+
+@contextlib.contextmanager
+def locked(folders: list[Path], ranks: Ranks) -> Iterator[None]:
+    """Nobody else works in the folders meanwhile: the first rank holds the system's lock on a file in each,
+    which ends with the process, however that ends.  Folders in which nothing was written are removed."""
     try:
-        return usable_device(name)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+        with contextlib.ExitStack() as held:
+            with ranks.together():
+                for folder in folders if ranks.is_main else ():
+                    folder.mkdir(parents=True, exist_ok=True)
+                    file = held.enter_context(open(folder / ".lock", "w"))
+                    try:
+                        import fcntl
+
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        raise UserError(
+                            f"{folder}: another run is at work there; wait for it, or choose another --out"
+                        ) from None
+                    except (ImportError, OSError):
+                        pass  # Windows, or a disk without locks
+                    held.callback((folder / ".lock").unlink)
+            yield
+    finally:
+        for folder in reversed(folders if ranks.is_main else ()):
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only if it is empty
 
 
 @contextlib.contextmanager
@@ -1763,174 +1592,50 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
 
 # The progress line: reward, groups whose rewards are all alike, rollouts drawn where a method refills,
 # entropy, flow up and down, λ, measured (predicted) change, evaluations.
+# fmt: off
 BAR = {
-    "reward": "r {:.2f}",
-    "no_contrast": "alike {:.0%}",
-    "draws": "draws {}",
-    "entropy": "H {:.3f}",
-    "flow_up": "↑{:.3f}",
-    "flow_down": "↓{:.3f}",
-    "lam": "λ {:+.2f}",
-    "dH_measured": "dH {:+.4f}",
-    "dH_predicted": "(pred {:+.4f})",
-    "pass@1": "pass@1 {:.2f}",
-    "pass@k": "pass@k {:.2f}",
+    "reward": "r {:.2f}", "no_contrast": "alike {:.0%}", "draws": "draws {}", "entropy": "H {:.3f}",
+    "flow_up": "↑{:.3f}", "flow_down": "↓{:.3f}", "lam": "λ {:+.2f}", "dH_measured": "dH {:+.4f}",
+    "dH_predicted": "(pred {:+.4f})", "pass@1": "pass@1 {:.2f}", "pass@k": "pass@k {:.2f}",
 }
+# fmt: on
 
 
-class Bar:
-    """One progress line for a run: the ledger and the last evaluation."""
-
-    def __init__(self, label: str, run: Run, quiet: bool):
-        from tqdm import tqdm
-
-        self.numbers: dict[str, str] = {}
-        self.keys = [key for key in BAR if key != "draws" or run.method.refill]
-        steps, shape = run.settings.steps, "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
-        self.bar = tqdm(total=steps, initial=run.step, desc=label, disable=quiet, bar_format=shape)
-
-    def show(self, row: dict[str, Any]) -> None:
-        self.numbers |= {key: form.format(row[key]) for key, form in BAR.items() if row.get(key) is not None}
-        self.bar.set_postfix_str(self.text(), refresh=False)
-        self.bar.update(row["step"] - self.bar.n)
-
-    def text(self) -> str:
-        return " ".join(self.numbers[key] for key in self.keys if key in self.numbers)
+def numbers_of(row: dict[str, Any], refill: bool) -> dict[str, str]:
+    """What the progress line shows of a row."""
+    keys = [key for key in BAR if row.get(key) is not None and (refill or key != "draws")]
+    return {key: BAR[key].format(row[key]) for key in keys}
 
 
-def train(args: argparse.Namespace) -> int:
-    """Everything that a command line asks for.  Returns the exit code."""
-    resume = hasattr(args, "resume")
-    if resume:
-        folder = old_folder(args)
-        specs, base = resumed_plan(args, folder)
-        check_room(folder)
-    else:
-        given = given_settings(args)
-        wants = Settings(**(MODEL_DEFAULTS if given.get("model") else {}))
-        specs, base = getattr(args, "method", ["opefo"]), overridden(wants, given)
-        for name in ("data", "eval_data"):
-            if source := getattr(base, name):
-                loaded(flag(name), data_file, source)
-    if len(set(specs)) < len(specs):
-        raise UserError(f"--method {' '.join(specs)}: the same run twice; change an option or leave one out")
-    plans = [(spec, *parse_spec(spec, base)) for spec in specs]
-    for spec, settings, method in plans:
-        members = getattr(method, "members", [method])
-        inert = [m.key for m in members if not m.on_policy and settings.updates_per_rollout == 1]
-        if inert:
-            warnings.warn(
-                f"{spec}: with one update per rollout the ratio is exactly 1, and the clip or penalty of "
-                f"{' and '.join(inert)} does nothing; add e.g. --updates-per-rollout 4",
-                stacklevel=2,
+def follow(run: Run, quiet: bool) -> int:
+    """Train to the end, or to the end of the step in which the user stops it.  Returns the exit code."""
+    spec, steps = run.settings.method, run.settings.steps
+    shape = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+    bar = tqdm(total=steps, initial=run.step, desc=spec, disable=quiet, bar_format=shape)
+    shown: dict[str, str] = {}
+    try:
+        with bar, stop_on_signal() as stop:
+            for row in train(run):
+                shown |= numbers_of(row, run.method.refill)
+                bar.set_postfix_str(" ".join(shown[key] for key in BAR if key in shown), refresh=False)
+                bar.update(row["step"] - bar.n)
+                stopped = run.ranks.max(stop())  # a signal may reach one rank before the others
+                if stopped and run.step < steps:
+                    run.save()
+                    return 130
+    except FloatingPointError as error:
+        if run.ranks.is_main:
+            print(
+                f"train.py: error: {spec}: {error} (after step {run.step});\n"
+                f"the last checkpoint is in {run.folder / 'checkpoint'}; try a smaller --lr",
+                file=sys.stderr,
             )
-    set_threads(base.threads, embedded=not base.model)
-    device = pick_device(base.device)
-    ranks = Ranks.join(device)
-    for spec, settings, method in plans:
-        with named(spec):
-            check_plan(settings, method, device, ranks)
-    if not resume:
-        folder = ranks.all(new_folder(args, specs, base.seed))[0]
-        check_room(folder)
-    quiet = getattr(args, "quiet", False) or not ranks.first
-    with contextlib.ExitStack() as locks:
-        for place in [folder, *(folder / label_of(x) for x in specs if len(specs) > 1)]:
-            locks.enter_context(locked(place, "resume" if resume else "out", ranks))
-        try:
-            if len(specs) > 1 and ranks.first:
-                config = {"specs": specs, "settings": asdict(base)}
-                write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
-            return compare(plans, folder, device, ranks, resume, quiet)
-        except KeyboardInterrupt:
-            if not (folder / "config.json").is_file():
-                raise
-            if ranks.first:
-                print(f"stopped at once; go on from the last checkpoint: --resume {folder}", file=sys.stderr)
-            return 130
-        except Exception as error:
-            if not disk_full(error):
-                raise
-            raise UserError(
-                f"--out {folder}: no room to write ({str(error).splitlines()[0][:160]});\n"
-                f"make room, then go on from the last checkpoint: --resume {folder}"
-            ) from None
-
-
-def check_plan(settings: Settings, method: Method, device: torch.device, ranks: Ranks) -> None:
-    """Raise UserError where a method, the engine and the number of processes do not go together."""
-    s, where = settings, f"--method {settings.method}:"
-    if type(method).sample is not Method.sample and (s.engine == "vllm" or s.mismatch != "off"):
-        raise UserError(
-            f"{where} chooses tokens itself, which vLLM does not let it and --mismatch would undo; "
-            "use --engine torch --mismatch off"
-        )
-    if s.lora and type(method).reset_reference is not Method.reset_reference:
-        raise UserError(f"{where} makes the policy its reference, which with --lora is the model as it was")
-    if s.ledger == "full" and sharded(s, device, ranks):
-        raise UserError(
-            "--ledger full: needs whole weights; use one process and --dtype float32, or --ledger step"
-        )
-    if s.prompts % (ranks.world * s.updates_per_rollout):
-        raise UserError(
-            f"--prompts {s.prompts}: must be a multiple of processes x updates per rollout, "
-            f"{ranks.world} x {s.updates_per_rollout}"
-        )
-    if s.micro_batch and (s.prompts * s.group_size // s.updates_per_rollout // ranks.world) % s.micro_batch:
-        raise UserError(f"--micro-batch {s.micro_batch}: must divide one process's share of an update")
-    if ranks.world % s.tensor_parallel:
-        raise UserError(
-            f"--tensor-parallel {s.tensor_parallel}: must divide the {ranks.world} processes; "
-            f"start with torchrun --nproc-per-node {s.tensor_parallel}"
-        )
-
-
-def check_room(folder: Path) -> None:
-    """Fail before the work, not after it."""
-    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    if not parent.is_dir():
-        raise UserError(f"--out {folder}: {parent} is not a folder; choose another")
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"--out {folder}: {parent} is not writable; choose another folder")
-    free = shutil.disk_usage(parent).free
-    if free < 50 * 2**20:
-        raise UserError(
-            f"--out {folder}: {free / 2**20:.0f} MB free, 50 MB needed; make room or choose another disk"
-        )
-
-
-def remove_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
-@contextlib.contextmanager
-def locked(folder: Path, name: str, ranks: Ranks) -> Iterator[None]:
-    """Nobody else works in the folder meanwhile: the first rank holds the system's lock on a file in it,
-    which ends with the process, however that ends.  A folder in which nothing was written is removed."""
-    with contextlib.ExitStack() as at_the_end:
-        with ranks.together():
-            if ranks.first:
-                folder.mkdir(parents=True, exist_ok=True)
-                at_the_end.callback(remove_empty, folder)
-                file = at_the_end.enter_context(open(folder / ".lock", "w"))
-                try:
-                    import fcntl
-
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise UserError(
-                        f"--{name} {folder}: another run is at work there; wait for it, or choose "
-                        "another --out"
-                    ) from None
-                except (ImportError, OSError):
-                    pass  # Windows, or a disk without locks
-                at_the_end.callback((folder / ".lock").unlink)
-        yield
+        return 1
+    return 0
 
 
 def compare(
-    plans: list[tuple[str, Settings, Method]],
+    jobs: list[tuple[Settings, Method]],
     folder: Path,
     device: torch.device,
     ranks: Ranks,
@@ -1942,98 +1647,44 @@ def compare(
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of saving and loading a checkpoint
-    done, state, engine = {}, "done", None
+    done, code, engine = {}, 0, None
     with contextlib.ExitStack() as at_the_end:
-        for spec, settings, method in plans:
-            task, model, tokenizer = prepare(settings, device, ranks, quiet)
-            if not ranks.first:
+        for (settings, method), place in zip(jobs, places(folder, [s.method for s, _ in jobs])):
+            task, model, tokenizer = load_task_and_policy(settings, device, ranks, quiet)
+            if not ranks.is_main:
                 sys.stderr = sys.__stderr__  # from here on a process may fail alone, and says so itself
             if settings.engine == "vllm" and engine is None:
                 engine = vllm_engine(settings, task, model, tokenizer, device, ranks)
                 at_the_end.callback(engine.close)
-            place = folder if len(plans) == 1 else folder / label_of(spec)
             run = make_run(settings, method, place, task, model, tokenizer, engine, device, ranks)
             if resume:
                 run.load()
             run.create()
-            bar = Bar(spec, run, quiet)
-            with stop_on_signal() as stop:  # before, there is nothing to finish: Ctrl-C stops at once
-                state = run.run(stop, bar.show)
-            bar.bar.close()
-            done[spec] = run.rows
-            if ranks.first:
-                draw({spec: run.rows}, place / "entropy.png")
+            code = follow(run, quiet)
+            done[settings.method] = run.rows
+            if ranks.is_main:
+                draw({settings.method: run.rows}, place / "entropy.png")
             skipped = sum(row.get("skipped", 0) for row in run.rows)
-            if skipped and ranks.first:
-                print(f"{spec}: {skipped} updates skipped: non-finite loss or gradient", file=sys.stderr)
-            if state != "done":
+            if ranks.is_main and skipped:
+                text = f"{settings.method}: {skipped} updates skipped: non-finite loss or gradient"
+                print(text, file=sys.stderr)
+            if code:
                 break
-    code = {"done": 0, "broken": 1, "stopped": 130}[state]
-    if not ranks.first:
-        return code
-    if len(done) > 1:
-        draw(done, folder / "entropy.png")
-    text = table(done)
-    write_atomically(folder / "summary.txt", text + "\n")
-    print(f"\n{text}\n\npicture: {folder / 'entropy.png'}    numbers: {folder}/**/metrics.jsonl")
-    if state == "stopped":
-        print(
-            f"stopped at step {run.step} of {run.settings.steps}; "
-            f"go on with: python train.py --resume {folder}"
-        )
-    if state == "broken":
-        print(
-            f"train.py: error: {spec}: {run.why} (after step {run.step});\n"
-            f"the last checkpoint is in {place / 'checkpoint'}; try a smaller --lr",
-            file=sys.stderr,
-        )
+    if ranks.is_main:
+        if len(done) > 1:
+            draw(done, folder / "entropy.png")
+        text = table(done)
+        (folder / "summary.txt").write_text(text + "\n")
+        print(f"\n{text}\n\npicture: {folder / 'entropy.png'}    numbers: {folder}/**/metrics.jsonl")
+        if code == 130:
+            at = f"stopped at step {run.step} of {run.settings.steps}"
+            print(f"{at}; go on with: python train.py --resume {folder}")
     return code
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Entry point.  Exit codes: 0 done, 1 diverged, 2 bad input, 130 stopped by the user, 141 by a pipe that
-    nobody reads."""
-    from tqdm import tqdm
-
-    code = 141
-    with warnings.catch_warnings():  # above the progress line
-        warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
-        try:
-            args = parser().parse_args(argv)
-            if os.environ.get("RANK", "0") != "0":  # what one process of many says, the first one says too
-                sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-            for spec in getattr(args, "method", []):
-                if spec.endswith(":help"):
-                    print(method_help(spec[: -len(":help")]), flush=True)
-                    return 0
-            code = train(args)
-            Ranks.leave()
-            sys.stdout.flush()
-            return code
-        except (UserError, ImportError) as error:
-            print(f"train.py: error: {error}", file=sys.stderr)
-            return 2
-        except BrokenPipeError:  # `| head` has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return code
-        except OSError as error:
-            out = getattr(args, "out", "") or getattr(args, "resume", "") or "runs"
-            path = Path(str(error.filename))
-            ours = path.is_relative_to(out) or Path(out).is_relative_to(path)
-            text = f"--out {out}: {error}; choose a writable folder" if ours else str(error)
-            print(f"train.py: error: {text}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("stopped; nothing was written yet", file=sys.stderr)
-            return 130
 
 
 def method_help(name: str) -> str:
     """The options of one method, or of each member of a composition, for `--method NAME:help`."""
-    try:
-        interventions.build(name)  # an unknown name or a senseless composition ends here
-    except ValueError as error:
-        raise UserError(f"--method {name}: {error}") from None
+    interventions.build(name)  # raises ValueError on an unknown name or a senseless composition
     lines = []
     for key in name.split("+"):
         cls = interventions.METHODS[key]
@@ -2046,8 +1697,69 @@ def method_help(name: str) -> str:
     return "\n".join(lines[:-1])
 
 
+def execute(command: Command, given: set[str]) -> int:
+    """Everything that a command line asks for.  Returns the exit code."""
+    resume = command.resume is not None
+    try:
+        if wanted := [spec.removesuffix(":help") for spec in command.method if spec.endswith(":help")]:
+            print("\n\n".join(map(method_help, wanted)))
+            return 0
+        folder = old_folder(command) if resume else None
+        specs, base = stored_run(folder, command, given) if resume else new_run(command, given)
+        device = pick_device(base.device)
+        ranks = Ranks.join(device)
+        jobs = [make_job(spec, base, device, ranks) for spec in specs]
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    set_threads(base.threads, embedded=not base.model)
+    folder = folder or ranks.all(new_folder(command.out, specs, base.seed))[0]
+    with locked(list(dict.fromkeys((folder, *places(folder, specs)))), ranks):
+        try:
+            if len(specs) > 1 and ranks.is_main:
+                config = {"specs": specs, "settings": asdict(base)}
+                write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
+            return compare(jobs, folder, device, ranks, resume, command.quiet or not ranks.is_main)
+        except KeyboardInterrupt:
+            if not (folder / "config.json").is_file():
+                raise
+            if ranks.is_main:
+                print(f"stopped at once; go on from the last checkpoint: --resume {folder}", file=sys.stderr)
+            return 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point.  Exit codes: 0 done, 1 diverged, 2 bad input, 130 stopped by the user, 141 by a pipe that
+    nobody reads."""
+    code, words = 141, sys.argv[1:] if argv is None else argv
+    with warnings.catch_warnings():  # above the progress line
+        warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
+        try:
+            command = command_line(Command, "train.py", words, ABSENT)
+            if os.environ.get("RANK", "0") != "0":  # what one process of many says, the first one says too
+                sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+            flags = {word.split("=")[0].replace("_", "-") for word in words}
+            code = execute(command, {f.name for f in fields(Settings) if flag(f.name) in flags})
+            Ranks.leave()
+            sys.stdout.flush()
+            return code
+        except (UserError, ImportError) as error:
+            print(f"train.py: error: {error}", file=sys.stderr)
+            return 2
+        except BrokenPipeError:  # `| head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return code
+        except OSError as error:
+            out = command.out or " ".join(command.resume or ()) or "runs"
+            remedy = "" if isinstance(error, ConnectionError) else "; make room, or choose a writable folder"
+            print(f"train.py: error: --out {out}: {error}{remedy}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("stopped; nothing was written yet", file=sys.stderr)
+            return 130
+
+
 # ------------------------------------------------------------------------------------------------------------
-# 8. Inside another trainer: TRL
+# 9. Inside another trainer: TRL
 
 OVERRULED = (  # settings of TRL's own objective
     *("loss_type", "epsilon", "epsilon_high", "delta", "scale_rewards", "multi_objective_aggregation"),
@@ -2080,129 +1792,130 @@ def check_trl(trainer: Any, method: Method) -> None:
         warnings.warn(f"{method.key}: TRL draws no further prompts, so updates shrink", stacklevel=3)
 
 
-@cache
-def trl_trainer() -> type:
+class InsideTRL:
     """`trl.GRPOTrainer` with one more argument, `method`: a spec as on the command line, or a Method.
 
         trainer = trl_trainer()("Qwen/Qwen3-0.6B", reward, GRPOConfig(...), data, method="opefo")
 
     TRL keeps sampling (transformers or vLLM), rewards, optimizer, ranks and checkpoints; the objective is
-    that of `accumulate_gradient`.  What differs from plain TRL:
+    ours.  What differs from plain TRL:
 
-    - Before the first of an update's `gradient_accumulation_steps` micro-batches, one pass without graph
-      scores all of them, on all ranks: the scope of every statistic.  It costs a forward pass, during which
-      the logits of one micro-batch exist at once.
-    - TRL shuffles the responses of one generation, which tears groups apart where it makes several updates.
-      Here rows stay in prompt order.
-    - Advantages are the method's, grpo (2.1), and so are clip range, aggregation and penalties: a GRPOConfig
-      setting that would be overruled is refused.  `beta` only makes TRL keep a reference model, for methods
-      that need one.
-    - A response is right if its reward, summed over the reward functions, is positive.  One that no function
-      scored teaches nothing and is in nobody's baseline.
+    - Before the first micro-batch of an update, a pass without graph scores all of them, on all ranks: the
+      scope of every statistic.  It costs a forward pass.
+    - Rows stay in prompt order; TRL shuffles them, which tears groups apart where it makes several updates.
+    - Advantages, clip range, aggregation and penalties are the method's; a GRPOConfig setting that would be
+      overruled is refused.  `beta` only makes TRL keep a reference model, for methods that need one.
+    - A response is right if the sum of its rewards is positive.  One that no reward function scored teaches
+      nothing and is in nobody's baseline.
     - Schedules and draws count optimizer steps.  Evaluation reports TRL's own loss.
 
-    `dapo` drops groups but cannot draw others.  Refused: `mixed_cuts`, `lp_reg`, `prorl`, images, router
-    losses. Made for TRL 1.16 (extra `trl`), whose private methods it overrides; imported by this call only.
+    `dapo` drops groups but cannot draw others.  Made for TRL 1.16 (extra `trl`), whose private methods it
+    overrides.
     """
+
+    def __init__(self, *args: Any, method: str | Method = "grpo", **kwargs: Any) -> None:
+        if isinstance(method, str):
+            name, options = interventions.parse(method)
+            method = interventions.build(name, **options)
+        super().__init__(*args, **kwargs)
+        check_trl(self, method)
+        self.method = method
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.scores = super()._calculate_rewards(*args, **kwargs)  # (rows of all ranks, reward functions)
+        return self.scores
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        out = super()._generate_and_score_completions(inputs)
+        row = torch.arange(len(inputs), device=self.scores.device)
+        row += self.accelerator.process_index * len(inputs)
+        scores = self.scores[row]  # (B, reward functions), NaN where a function said nothing
+        out["reward"] = (scores * self.reward_weights.to(scores.device)).nansum(-1)
+        out["group"] = torch.where(scores.isnan().all(-1), -1 - row, row // self.num_generations)
+        return out
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        from trl.trainer.utils import split_tensor_dict
+
+        n, m = self.args.gradient_accumulation_steps, self.args.steps_per_generation
+        if not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is None or self._step % (m * self.num_iterations) == 0:
+            generation = self._generate_and_score_completions(generation_batch)
+            self._buffered_inputs = split_tensor_dict(generation, m)
+        i = self._step % m
+        if i % n == 0:
+            self._plan_update(self._buffered_inputs[i : i + n])
+        return self._buffered_inputs[i]
+
+    def _text(self, rows: dict[str, Tensor]) -> tuple[Tensor, Tensor, int]:
+        both = [torch.cat([rows[f"prompt_{x}"], rows[f"completion_{x}"]], 1) for x in ("ids", "mask")]
+        return *both, rows["completion_ids"].shape[1]
+
+    def _plan_update(self, window: list[dict[str, Tensor]]) -> None:
+        """Tokens and plan of an update from all its rows, on all ranks, rank by rank."""
+        parts = []
+        for rows in window:
+            ids, attention, T = self._text(rows)
+            with torch.no_grad(), self.accelerator.autocast():
+                out = self.model(input_ids=ids, attention_mask=attention, logits_to_keep=T + 1)
+            parts.append(vars(token_stats(out.logits[:, :-1], ids[:, -T:], self.temperature, False)))
+        rows = {k: torch.cat([r[k] for r in window]) for k, v in window[0].items() if v.ndim}
+        mask = (rows["completion_mask"] * rows.get("tool_mask", 1)).bool() & (rows["group"] >= 0)[:, None]
+        ended = torch.isin(rows["completion_ids"], torch.tensor(self.eos_token_ids, device=mask.device))
+        sampled = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        ratio = rows.get("importance_sampling_ratio")  # vLLM's mismatch weight, (B, T) or (B, 1)
+        stats = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+        tokens = Tokens(rows["completion_ids"], mask, reward=rows["reward"], group=rows["group"], **stats)
+        tokens.truncated = ~(ended & mask).any(-1)
+        tokens.old_logp = None if sampled else rows["old_per_token_logps"]  # as in `train`
+        tokens.ref_logp = rows.get("ref_per_token_logps")
+        tokens.mismatch = None if ratio is None else ratio.expand(mask.shape)
+        gather, pad = self.accelerator.gather, self.accelerator.pad_across_processes
+        self.tokens = tokens._map(lambda v: gather(pad(v, dim=1).to(v.dtype)))  # pad makes bool an integer
+        step, total, seed = self.state.global_step, self.state.max_steps, self.args.seed
+        self.method.progress = Progress(step, total, seed, self.max_completion_length, self.temperature)
+        self.plan = plan_update(self.tokens, self.method)
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        if not self.model.training:
+            return super()._compute_loss(model, inputs)
+        fresh = self._get_per_token_logps_and_entropies(model, *self._text(inputs), compute_entropy=True)
+        (B, T), n = fresh[0].shape, self.args.gradient_accumulation_steps
+        first = B * (self.accelerator.process_index * n + self._step % n)
+        s = slice(first, first + B)
+        width = self.plan.adv.shape[1] - T  # another rank may have longer responses
+        logp, entropy = (nn.functional.pad(x, (0, width)) for x in fresh[:2])
+        tokens = replace(self.tokens.rows(s), logp=logp, entropy=entropy)
+        loss, _ = batch_loss(tokens, self.plan.rows(s), self.method)
+        return loss * self.accelerator.num_processes  # ranks' gradients are averaged, ours add up
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self._step % self.args.gradient_accumulation_steps == 0:  # the update's last micro-batch
+            self.method.after_step(self.plan)
+            for name, value in {**self.plan.metrics, "entropy": self.plan.entropy}.items():
+                self._metrics["train"][name].append(value)
+        return loss
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            torch.save(self.method.state_dict(), folder / "method.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.method.load_state_dict(torch.load(Path(checkpoint) / "method.pt", weights_only=True))
+
+
+@cache
+def trl_trainer() -> type:
+    """The class of `InsideTRL`; trl is imported by this call only."""
     from trl import GRPOTrainer
-    from trl.trainer.utils import split_tensor_dict
 
-    class EntropyFlowTrainer(GRPOTrainer):
-        def __init__(self, *args: Any, method: str | Method = "grpo", **kwargs: Any) -> None:
-            if isinstance(method, str):
-                name, options = interventions.parse(method)
-                method = interventions.build(name, **options)
-            super().__init__(*args, **kwargs)
-            check_trl(self, method)
-            self.method = method
-
-        def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-            self.scores = super()._calculate_rewards(*args, **kwargs)  # (rows of all ranks, reward functions)
-            return self.scores
-
-        def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-            out = super()._generate_and_score_completions(inputs)
-            row = torch.arange(len(inputs), device=self.scores.device)
-            row += self.accelerator.process_index * len(inputs)
-            scores = self.scores[row]  # (B, reward functions), NaN where a function said nothing
-            out["reward"] = (scores * self.reward_weights.to(scores.device)).nansum(-1)
-            out["group"] = torch.where(scores.isnan().all(-1), -1 - row, row // self.num_generations)
-            return out
-
-        def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-            n, m = self.args.gradient_accumulation_steps, self.args.steps_per_generation
-            if not self.model.training:
-                return super()._prepare_inputs(generation_batch)
-            if self._buffered_inputs is None or self._step % (m * self.num_iterations) == 0:
-                whole = self._generate_and_score_completions(generation_batch)
-                self._buffered_inputs = split_tensor_dict(whole, m)
-            i = self._step % m
-            if i % n == 0:
-                self._plan_update(self._buffered_inputs[i : i + n])
-            return self._buffered_inputs[i]
-
-        def _text(self, rows: dict[str, Tensor]) -> tuple[Tensor, Tensor, int]:
-            both = [torch.cat([rows[f"prompt_{x}"], rows[f"completion_{x}"]], 1) for x in ("ids", "mask")]
-            return *both, rows["completion_ids"].shape[1]
-
-        def _plan_update(self, window: list[dict[str, Tensor]]) -> None:
-            """Tokens and plan of an update from all its rows, on all ranks, rank by rank."""
-            parts = []
-            for rows in window:
-                ids, attention, T = self._text(rows)
-                with torch.no_grad(), self.accelerator.autocast():
-                    out = self.model(input_ids=ids, attention_mask=attention, logits_to_keep=T + 1)
-                parts.append(vars(token_stats(out.logits[:, :-1], ids[:, -T:], self.temperature, False)))
-            rows = {k: torch.cat([r[k] for r in window]) for k, v in window[0].items() if v.ndim}
-            mask = (rows["completion_mask"] * rows.get("tool_mask", 1)).bool() & (rows["group"] >= 0)[:, None]
-            ended = torch.isin(rows["completion_ids"], torch.tensor(self.eos_token_ids, device=mask.device))
-            sampled = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
-            ratio = rows.get("importance_sampling_ratio")  # vLLM's mismatch weight, (B, T) or (B, 1)
-            stats = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-            tokens = Tokens(rows["completion_ids"], mask, reward=rows["reward"], group=rows["group"], **stats)
-            tokens.truncated = ~(ended & mask).any(-1)
-            tokens.old_logp = None if sampled else rows["old_per_token_logps"]  # as in `_updates`
-            tokens.ref_logp = rows.get("ref_per_token_logps")
-            tokens.mismatch = None if ratio is None else ratio.expand(mask.shape)
-            join, pad = self.accelerator.gather, self.accelerator.pad_across_processes
-            self.tokens = tokens._map(lambda v: join(pad(v, dim=1).to(v.dtype)))  # pad makes bool an integer
-            step, total, seed = self.state.global_step, self.state.max_steps, self.args.seed
-            self.method.progress = Progress(step, total, seed, self.max_completion_length, self.temperature)
-            self.plan = plan_update(self.tokens, self.method)
-
-        def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-            if not self.model.training:
-                return super()._compute_loss(model, inputs)
-            fresh = self._get_per_token_logps_and_entropies(model, *self._text(inputs), compute_entropy=True)
-            (B, T), n = fresh[0].shape, self.args.gradient_accumulation_steps
-            first = B * (self.accelerator.process_index * n + self._step % n)
-            s = slice(first, first + B)
-            width = self.plan.adv.shape[1] - T  # another rank may have longer responses
-            logp, entropy = (nn.functional.pad(x, (0, width)) for x in fresh[:2])
-            tokens = replace(self.tokens.rows(s), logp=logp, entropy=entropy)
-            loss, _ = batch_loss(tokens, self.plan.rows(s), self.method)
-            return loss * self.accelerator.num_processes  # ranks' gradients are averaged, ours add up
-
-        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-            loss = super().training_step(*args, **kwargs)
-            if self._step % self.args.gradient_accumulation_steps == 0:  # the update's last micro-batch
-                self.method.after_step(self.plan)
-                for name, value in {**self.plan.metrics, "entropy": self.plan.entropy}.items():
-                    self._metrics["train"][name].append(value)
-            return loss
-
-        def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-            super()._save_checkpoint(model, trial)
-            if self.args.should_save:
-                folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-                torch.save(self.method.state_dict(), folder / "method.pt")
-
-        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            if checkpoint is not None:
-                self.method.load_state_dict(torch.load(Path(checkpoint) / "method.pt", weights_only=True))
-
-    return EntropyFlowTrainer
+    return type("EntropyFlowTrainer", (InsideTRL, GRPOTrainer), {"__doc__": InsideTRL.__doc__})
 
 
 if __name__ == "__main__":

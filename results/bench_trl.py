@@ -24,10 +24,10 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from eval import aligned  # noqa: E402
 from interventions import build  # noqa: E402
 from rollout import TinyModel, WarmStart, chain_task, tiny_tokenizer, warm_policy  # noqa: E402
 from train import ALONE, Settings, make_run, set_threads  # noqa: E402
@@ -164,7 +164,7 @@ def main():
             f"response tokens a step, {steps} steps each"
         )
         head = ["", "TRL ms", "ours ms", "roofline ms", "TRL / ours (middle half)", "roofline / ours"]
-        lines.append(aligned(head, body))
+        lines.append(pd.DataFrame(body, columns=head).to_string(index=False))
         print("\n".join(lines[-2:]), flush=True)
     text = "\n".join(lines) + "\n"
     print(text)

@@ -72,10 +72,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
-import csv
 import fcntl
 import fnmatch
-import gzip
 import itertools
 import json
 import math
@@ -98,13 +96,25 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from entropy_math import check_entropy_law, fit_entropy_law
-from eval import aligned, distinct_correct, pass_at_k, style
+from eval import (
+    distances,
+    distinct_correct,
+    figure,
+    line,
+    means,
+    on_frontier,
+    over_pairs,
+    pass_at_k,
+    responses,
+    style,
+)
 from interventions import METHODS, OPEFO, Method
-from rollout import Problem, Task, TorchEngine, WarmStart, answer, chain_task, warm_policy
+from rollout import Problem, Sampling, Task, TorchEngine, WarmStart, chain_task, warm_policy
 from train import Run, Settings, parse_spec, seeded
 
 HERE = Path(__file__).resolve().parent
@@ -264,12 +274,6 @@ def new_run(settings: Settings, method: Method, task: Task, model: nn.Module, to
     return Run(settings, method, Path("."), task, model, tokenizer)
 
 
-def draw(model: nn.Module, tokenizer: Any, task: Task, n: int, temperature: float, g: torch.Generator) -> Any:
-    """`answer`: takes problems, gives a Rollout with texts, correct and entropy."""
-    engine = TorchEngine(model, tokenizer)
-    return lambda problems: answer(engine, task, problems, n, temperature, generator=g, entropy=True)
-
-
 @cache
 def problems() -> tuple[Task, tuple[Problem, ...], tuple[Problem, ...]]:
     """The task, TEST and HARD."""
@@ -280,15 +284,13 @@ def measure(
     model: nn.Module, tokenizer: Any, which: tuple[Problem, ...], n: int, temperature: float, seed: int
 ) -> dict[str, Any]:
     """How many of n are right and different right, a character a problem; entropy (nats), length (tokens)."""
-    task = problems()[0]
-    ask = draw(model, tokenizer, task, n, temperature, torch.Generator().manual_seed(seed))
+    task, generator = problems()[0], torch.Generator().manual_seed(seed)
+    how = Sampling(n, task.max_new_tokens, temperature, entropy=True)
     right, distinct, nats, tokens = [], [], 0.0, 0
-    step = 1024 // n
-    for i in range(0, len(which), step):
-        out = ask(which[i : i + step])
+    for _, out, texts in responses(TorchEngine(model, tokenizer), task, which, how, generator):
         for j, row in enumerate(out.correct.view(-1, n).tolist()):
             right.append(sum(row))
-            distinct.append(distinct_correct(task, out.texts[j * n : (j + 1) * n], row))
+            distinct.append(distinct_correct(task, texts[j * n : (j + 1) * n], row))
         nats += float(torch.where(out.mask, out.entropy, 0).sum(dtype=torch.float64))
         tokens += int(out.mask.sum())
     code = ["".join(DIGITS[c] for c in counts) for counts in (right, distinct)]
@@ -455,9 +457,9 @@ def run_all(todo: list[Item], jobs: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. Statistics: arrays whose last axis is the bootstrap over problems, with the true mean at index 0
+# 4. Statistics.  The frontier, D1 and its interval are eval.py's (6.8), (6.9): arrays whose last axis is the
+# bootstrap over problems, with the true mean at index 0
 
-DRAWS = 1000
 MEASURES = ("pass@1", "pass@32", "distinct")
 AT_ONE = TEMPERATURES.index(1.0)
 Pair = tuple[int, int]
@@ -470,25 +472,6 @@ def counts(record: dict[str, Any], which: str) -> np.ndarray:
         np.array([[DIGITS.index(c) for c in p[k]] for p in parts]) for k in ("right", "distinct")
     )
     return np.stack([right / SAMPLES, right > 0, distinct], 1)
-
-
-@cache
-def draws(n: int) -> np.ndarray:
-    """(n problems, 1 + DRAWS) weights: equal ones, then bootstrap samples of the problems."""
-    rng = np.random.default_rng(0)
-    drawn = rng.multinomial(n, np.full(n, 1 / n), DRAWS).T / n
-    return np.concatenate([np.full((n, 1), 1 / n), drawn], 1)
-
-
-def line(xs: np.ndarray, ys: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Piecewise linear interpolation through points (k, draws) at x (draws,), constant beyond both ends."""
-    order = xs.argsort(0)
-    xs, ys = np.take_along_axis(xs, order, 0), np.take_along_axis(ys, order, 0)
-    i = np.clip((xs <= x).sum(0), 1, len(xs) - 1)
-    b = np.arange(len(x))
-    low, high = xs[i - 1, b], xs[i, b]
-    share = np.clip((x - low) / np.where(high > low, high - low, 1), 0, 1)
-    return ys[i - 1, b] * (1 - share) + ys[i, b] * share
 
 
 @dataclass
@@ -521,14 +504,8 @@ class Estimate:
 
 
 def estimate(d: np.ndarray) -> Estimate:
-    """From differences (pairs, 1 + draws): bootstrap over pairs, and over problems by the columns."""
-    n = len(d)
-    if n < 2:
-        return Estimate(d[:, 0])
-    pick = np.random.default_rng(1).integers(n, size=(DRAWS, n))
-    means = d[pick, np.arange(1, DRAWS + 1)[:, None]].mean(1)  # (draws,)
-    wide = math.sqrt(n / (n - 1)) * (np.quantile(means, [0.025, 0.975]) - means.mean())
-    return Estimate(d[:, 0], *(float(d[:, 0].mean() + w) for w in wide))
+    """From differences (pairs, 1 + draws)."""
+    return Estimate(d[:, 0], *over_pairs(d)[1:]) if len(d) else Estimate(np.array([]), note="no pair yet")
 
 
 def holm(estimates: list[Estimate]) -> None:
@@ -569,38 +546,19 @@ class Study:
         """(5 temperatures, 3 measures, 1 + draws)."""
         key = (record["key"], which)
         if key not in self.cache:
-            c = counts(record, which)
-            self.cache[key] = c @ draws(c.shape[-1])
+            self.cache[key] = means(counts(record, which))
         return self.cache[key]
 
-    def grpo_points(self, q: Pair, steps: int) -> dict[str, np.ndarray]:
-        """Warm start and plain GRPO at every learning rate, for one pair; empty if a rate is missing."""
+    def sweep(self, steps: int = STEPS) -> dict[str, dict[Pair, np.ndarray]]:
+        """Warm start and plain GRPO at every learning rate at test temperature 1: pair -> (3, draws)."""
         rates = RATES if steps == STEPS else [s for s in LONG_RUNS if s.startswith("grpo")]
-        found = {s: self.pairs(s, steps)[q] for s in rates if q in self.pairs(s, steps)}
-        points = {"warm": self.warm(q), **found}
-        return {s: self.means(r)[AT_ONE] for s, r in points.items()} if len(found) == len(rates) else {}
-
-    def on_line(self, steps: int) -> list[str]:
-        """The rates (and the warm start) that no other one beats in both pass@1 and pass@32 on average."""
-        pairs = [p for q in self.pairs("grpo", steps) if (p := self.grpo_points(q, steps))]
-        mean = {s: np.mean([p[s][:2, 0] for p in pairs], 0) for s in pairs[0]}
-        return [s for s, m in mean.items() if not any((o > m).all() for o in mean.values())]
-
-    def line_points(self, q: Pair, steps: int) -> list[np.ndarray]:
-        """The points (3 measures, 1 + draws) of the frontier of plain GRPO in one pair."""
-        points = self.grpo_points(q, steps)
-        return [points[s] for s in self.on_line(steps)] if points else []
+        points = {s: {q: self.means(r)[AT_ONE] for q, r in self.pairs(s, steps).items()} for s in rates}
+        return {"warm": {q: self.means(self.warm(q))[AT_ONE] for q in points["grpo"]}, **points}
 
     def distance(self, name: str, measure: int, steps: int = STEPS) -> Estimate:
         """D1 (measure 1) and D2 (measure 2)."""
-        out = []
-        for q, r in self.pairs(name, steps).items():
-            points = self.line_points(q, steps)
-            if points:
-                at = np.stack(points)  # (points, 3, draws)
-                own = self.means(r)[AT_ONE]
-                out.append(own[measure] - line(at[:, 0], at[:, measure], own[0]))
-        return estimate(np.array(out)) if out else Estimate(np.array([]), note="no pair yet")
+        own = {q: self.means(r)[AT_ONE] for q, r in self.pairs(name, steps).items()}
+        return estimate(distances(own, self.sweep(steps), measure))
 
     def at_level(self, record: dict[str, Any], level: np.ndarray) -> np.ndarray | None:
         """pass@32 at a given pass@1 along the policy's curve over temperatures; None if it does not reach."""
@@ -623,7 +581,7 @@ class Study:
     @cached_property
     def common(self) -> list[Pair]:
         """The pairs for which the whole line of plain GRPO is there."""
-        return [q for q in self.pairs("grpo") if self.grpo_points(q, STEPS)]
+        return [q for q in self.pairs("grpo") if all(q in points for points in self.sweep().values())]
 
     def over_temperatures(self, name: str) -> Estimate:
         """D3."""
@@ -637,7 +595,7 @@ class Study:
                 out.append(own - self.at_level(self.pairs(self.best_rate)[q], self.level(q)))
         if lost:
             return Estimate(np.array([]), note=f"does not reach ({lost} of {len(runs)})")
-        return estimate(np.array(out)) if out else Estimate(np.array([]), note="no pair yet")
+        return estimate(np.array(out))
 
     def minus(self, name: str, other: Any, measure: int, steps: int = STEPS) -> Estimate:
         """Differences within pairs, test temperature 1; `other` gives a run for a pair, or None."""
@@ -646,7 +604,7 @@ class Study:
             for q, r in self.pairs(name, steps).items()
             if (o := other(q)) is not None
         ]
-        return estimate(np.array(d)) if d else Estimate(np.array([]), note="no pair yet")
+        return estimate(np.array(d))
 
     def ends(self, name: str, steps: int = STEPS) -> dict[str, list[float]]:
         """Values at the end, test temperature 1, one per pair."""
@@ -688,7 +646,9 @@ def short(name: str) -> str:
 
 
 def tabled(head: list[str], body: list[list[str]]) -> str:
-    return aligned(head, body) if body else "no run yet"
+    cells = pd.DataFrame([head, *body])
+    padded = cells.apply(lambda column: column.str.ljust(column.str.len().max() + 2))
+    return "\n".join(padded.agg("".join, axis=1)) if body else "no run yet"
 
 
 def spread(values: list[float], form: str = ".3f") -> str:
@@ -853,7 +813,7 @@ def report(study: Study) -> str:
         f"Distance from the frontier; {len(study.common)} pairs have the whole line of GRPO.  For D3 plain",
         f"GRPO's best learning rate is that of {study.best_rate}.  {calls} methods and settings: at 5 %",
         f"{0.05 * calls:.1f} false calls a column are expected; * survives Holm's correction; - none shown.",
-        f"On the line: {', '.join(study.on_line(STEPS) if study.common else ())}.",
+        f"On the line: {', '.join(on_frontier(study.sweep()) if study.common else ())}.",
         table_one(study, METHOD_NAMES),
         "",
         "End values",
@@ -889,16 +849,15 @@ def report(study: Study) -> str:
 
 def write_csv(study: Study) -> None:
     """End values of every run at every test temperature: the numbers behind tables and figures."""
-    with gzip.open(HERE / "study.csv.gz", "wt", newline="") as file:
-        out = csv.writer(file)
-        out.writerow(["run", "warm", "seed", "steps", "temperature", "set", *MEASURES, "entropy", "length"])
-        for (name, steps), runs in study.runs.items():
-            for (w, s), r in runs.items():
-                for which in ("test", "hard") if r["final"] else ():
-                    for t, m in zip(TEMPERATURES, study.means(r, which)[:, :, 0]):
-                        more = r["final"][str(t)][which]
-                        numbers = (*m, more["entropy"], more["length"])
-                        out.writerow([name, w, s, steps, t, which, *(f"{x:.5g}" for x in numbers)])
+    rows = []
+    for (name, steps), runs in study.runs.items():
+        for (w, s), r in runs.items():
+            for which in ("test", "hard") if r["final"] else ():
+                for t, m in zip(TEMPERATURES, study.means(r, which)[:, :, 0]):
+                    more = {key: r["final"][str(t)][which][key] for key in ("entropy", "length")}
+                    where = dict(run=name, warm=w, seed=s, steps=steps, temperature=str(t), set=which)
+                    rows.append(where | dict(zip(MEASURES, m)) | more)
+    pd.DataFrame(rows).to_csv(HERE / "study.csv.gz", index=False, float_format="%.5g")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -906,16 +865,6 @@ def write_csv(study: Study) -> None:
 
 
 OFFSET = {"textcoords": "offset points"}
-
-
-def figure(width: float, height: float, rows: int, columns: int, **how: Any) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(width, height), layout="constrained")
-    axes = fig.subplots(rows, columns, squeeze=False, **how)
-    for ax in axes.flat:
-        ax.grid(alpha=0.25)
-    return fig, axes
 
 
 def save(fig: Any, name: str) -> None:
@@ -942,7 +891,7 @@ def draw_frontier(study: Study) -> None:
     left, right = axes[0]
     all_rates = ("warm", *RATES)
     points = np.array([mean_point(study, s)[AT_ONE] for s in all_rates])
-    solid = points[[all_rates.index(s) for s in study.on_line(STEPS)]]
+    solid = points[[all_rates.index(s) for s in on_frontier(study.sweep())]]
     left.plot(solid[:, 0], solid[:, 1], "k-", lw=2, label="plain GRPO: start and learning rates")
     left.plot(points[:, 0], points[:, 1], "ko")
     for s, p in zip(("start", *(s.partition("lr=")[2] or "3e-4" for s in RATES)), points):

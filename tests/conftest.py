@@ -1,7 +1,11 @@
 """Settings shared by all tests: one thread (several are far slower when the machine is busy), no network,
 float64 checks."""
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -51,3 +55,81 @@ def warm_cache(tmp_path_factory):
         patch.setattr(rollout, "supervised", lambda m, _, progress=iter: real(m, how, progress))
         rollout.warm_policy(rollout.WarmStart(seed=0), folder=folder)
     return folder
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line of train.py
+
+REPO = Path(__file__).resolve().parent.parent
+PNG = b"\x89PNG\r\n\x1a\n"
+
+# A run of a few seconds: 64 responses a step, one thread so that numbers repeat exactly.
+TINY = ["--prompts", "8", "--group-size", "8", "--eval-samples", "2", "--threads", "1", "--quiet"]
+
+
+@pytest.fixture()
+def home(warm_cache, monkeypatch, tmp_path):
+    """An empty working directory, and the cached policy."""
+    monkeypatch.setenv("ENTROPY_FLOW_CACHE", str(warm_cache))
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture()
+def cli(home, capsys, monkeypatch):
+    """The command line in this process: (exit code, stdout, stderr).  An exception that leaves `main` would
+    be a traceback, and fails the test.  The picture is empty: drawing would take half of the time, and the
+    tests with a process of their own draw it."""
+    import train
+
+    monkeypatch.setattr(train, "draw", lambda runs, path: path.write_bytes(PNG))
+
+    def call(*argv):
+        capsys.readouterr()
+        try:
+            code = train.main([str(a) for a in argv])
+        except SystemExit as leave:  # tyro
+            code = leave.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def process(*argv, cwd, **kwargs):
+    """The command line in a process of its own."""
+    command = [sys.executable, str(REPO / "train.py"), *map(str, argv)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, **pipes, **kwargs)
+
+
+def without_clock(row):
+    return {k: v for k, v in row.items() if not k.startswith("seconds")}
+
+
+def rows_of(folder, name="metrics.jsonl"):
+    """The rows of a run without the numbers that cannot repeat."""
+
+    def no_constant(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    lines = (Path(folder) / name).read_text().splitlines()
+    rows = [json.loads(line, parse_constant=no_constant) for line in lines]
+    return [without_clock(row) for row in rows]
+
+
+def complains(result, *words):
+    """Exit code 2; one or two lines on stderr that hold the words; no traceback."""
+    code, out, err = result
+    assert code == 2, (code, out, err)
+    assert "Traceback" not in err and out == ""
+    assert 1 <= len(err.strip().splitlines()) <= 2, err
+    for word in words:
+        assert str(word) in err, f"{word!r} is not in {err!r}"
+
+
+def contents(folder):
+    """Every file below a folder with its bytes and time: to see that nothing was touched."""
+    return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in Path(folder).rglob("*") if p.is_file()}

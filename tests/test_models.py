@@ -862,29 +862,14 @@ def test_the_best_checkpoint_is_marked_and_loads(lm):
         (("--max-prompt-tokens", 3), ("--max-prompt-tokens 3", "all 32 training problems")),
         (("--eval-problems", 10**6), ("no training problem is left", "--eval-problems 1000000")),
         (("--max-new-tokens", 10**6), ("--max-new-tokens 1000000", "the longest prompt has")),
-        (("--engine", "sglang"), ("--engine sglang", "torch or vllm")),
-        (("--reward", "style"), ("--reward style", "correct")),
-        (("--tensor-parallel", 2), ("--tensor-parallel 2", "torchrun")),
-        (("--mismatch-high", 0.5), ("--mismatch-high 0.5",)),
-        (("--tokens-per-micro-batch", 100, "--micro-batch", 4), ("--micro-batch",)),
         (("--lora", 2, "--method", "prorl"), ("prorl", "--lora")),
         (("--dtype", "bfloat16", "--ledger", "full"), ("--ledger full", "--dtype float32")),
-        (("--dtype", "float8"), ("--dtype float8", "bfloat16")),
     ],
 )
 def test_bad_settings_of_language_models_are_named(lm, capsys, flags, words):
     code = lm("--method", "grpo", *flags)[0]
     err = capsys.readouterr().err.strip()
     assert code == 2 and all(w in err for w in words) and len(err.splitlines()) <= 2, err
-
-
-@pytest.mark.parametrize("flags", [("--top-p", ".9"), ("--top-k=20",)])
-def test_there_is_no_truncated_sampling_in_training_and_the_reason_is_told(capsys, flags):
-    with pytest.raises(SystemExit) as leave:
-        train.main(["--method", "grpo", *flags])
-    err = capsys.readouterr().err
-    assert leave.value.code == 2 and len(err.strip().splitlines()) == 1
-    assert flags[0] in err and "biased" in err and "eval.py" in err and "did you mean" not in err
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_named(lm, model_folder, data_file, tmp_path, capsys):
@@ -901,50 +886,6 @@ def test_a_tokenizer_larger_than_the_embedding_is_named(lm, model_folder, data_f
     for err in told:
         assert all(w in err for w in ("--model grown", repr(word), "has the id 259", "259 rows")), err
         assert len(err.strip().splitlines()) <= 2, err
-
-
-@pytest.mark.parametrize(
-    "argv, bounds",
-    [
-        (["--method", "opefo:micro_batch=8"], (8, 0)),
-        (["--method", "opefo", "--micro-batch", "8"], (8, 0)),
-        (["--method", "opefo:tokens_per_micro_batch=99", "--micro-batch", "8"], (0, 99)),
-        (["--method", "opefo"], (0, 16384)),
-        (["--method", "opefo:prompts=30", "--updates-per-rollout", "3"], (0, 16384)),  # 3 divides 30, not 32
-    ],
-)
-def test_a_default_gives_way_to_what_is_given_anywhere(monkeypatch, tmp_path, data_file, argv, bounds):
-    plans = []
-    monkeypatch.setattr(train, "compare", lambda given, *_: plans.extend(given) or 0)
-    base = ["--model", "owner/any", "--data", str(data_file), "--out", str(tmp_path / "a")]
-    assert train.main([*argv, *base]) == 0
-    ((_, s, _),) = plans
-    assert (s.micro_batch, s.tokens_per_micro_batch) == bounds and s.lr == 1e-6
-
-
-@pytest.mark.parametrize(
-    "argv, threads", [(["--threads", "3"], 3), ([], 1), (["--model", "a/b", "--data", "a/b"], 2)]
-)
-def test_the_embedded_model_has_one_thread_and_others_what_torch_takes(monkeypatch, tmp_path, argv, threads):
-    seen, before = [], torch.get_num_threads()
-    monkeypatch.setattr(train, "compare", lambda *_: seen.append(torch.get_num_threads()) or 0)
-    try:
-        torch.set_num_threads(2)
-        assert train.main([*argv, "--out", str(tmp_path / "a")]) == 0 and seen == [threads]
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_auto_behind_a_name_is_auto():
-    settings = replace(Settings(), engine="vllm", mismatch="off")
-    assert train.parse_spec("grpo:mismatch=auto", settings)[0].mismatch == "tis"
-
-
-def test_what_several_processes_refuse_names_the_method(tmp_path):
-    settings, method = train.parse_spec("grpo:prompts=9", Settings())
-    with pytest.raises(train.UserError, match="^--method grpo:prompts=9: --prompts 9"):
-        with train.named("grpo:prompts=9"):
-            train.check_plan(settings, method, torch.device("cpu"), train.Ranks(0, 2))
 
 
 def test_without_math_verify_nothing_is_loaded(lm, monkeypatch, capsys):

@@ -55,11 +55,10 @@ def test_every_train_command_of_the_readme_parses():
     found = [c for c in commands("python train.py") if c != "--help"]
     assert len(found) >= 10
     for command in found:
-        args = train.parser().parse_args(shlex.split(command))
-        settings = train.Settings(**train.given_settings(args))
-        for spec in getattr(args, "method", []):
+        given = eval.command_line(train.Command, "train.py", shlex.split(command))
+        for spec in given.method:
             if not spec.endswith(":help"):
-                train.parse_spec(spec, settings)
+                train.parse_spec(spec, train.Settings(**given.values()))
 
 
 def test_every_eval_command_of_the_readme_parses():
