@@ -36,7 +36,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import torch
 from torch import Tensor
@@ -382,6 +392,7 @@ Positive = Annotated[float, (0, math.inf)]  # 0 is allowed
 Above = Annotated[float, (1e-9, math.inf)]
 Share = Annotated[float, (0, 1)]
 AtLeastOne = Annotated[float, (1, math.inf)]
+DualClip = Annotated[float, (1 + 1e-9, math.inf)]  # at c = 1 every token with A < 0 would stand on the edge
 Count = Annotated[int, (1, math.inf)]
 
 
@@ -455,6 +466,7 @@ class Plan:
         return replace(self, **parts, marks=cut)
 
 
+@dataclass_transform()
 @dataclass
 class Method:
     """Group-relative policy gradient with the clipped ratio: the baseline that collapses. Plain GRPO, and the
@@ -475,7 +487,7 @@ class Method:
     before anything is scored. `after_step` moves controllers; nothing else changes the object, so that
     computing a loss twice gives it twice.
 
-    Class variables are set in the class statement, `class PAR(Method, key="par", place="weight", ...)`; the
+    `class PAR(Method, key="par", place="weight", ...)` sets class variables and makes a dataclass; the
     docstring's first sentence is the method's `idea`, a field's docstring its help, its type its range.
     """
 
@@ -483,9 +495,8 @@ class Method:
     """r is clipped from below at 1 - eps_low"""
     eps_high: Positive = 0.2
     """r is clipped from above at 1 + eps_high"""
-    # at c = 1 every token with A < 0 would stand on the edge
-    dual_clip: Annotated[float, (1 + 1e-9, math.inf)] | None = None
-    """for A < 0 the loss is at most -c A, c > 1 (dual clip, PPO for games); none by default"""
+    dual_clip: DualClip | None = None
+    """for A < 0 the loss is at most -c A, c > 1 (dual clip, PPO for games)"""
     aggregation: Aggregation = "token_mean"
     """how token losses become one number: token_mean, seq_mean_token_mean, seq_mean_token_sum, seq_sum_norm,
     token_sum"""
@@ -507,6 +518,7 @@ class Method:
             setattr(cls, name, value)
         idea = " ".join((cls.__doc__ or "").split()).partition(". ")[0].removesuffix(".")
         cls.idea = idea if idea[1:2].isupper() else idea[:1].lower() + idea[1:]
+        dataclass(cls)
 
     def __post_init__(self) -> None:
         self.progress = Progress()

@@ -47,6 +47,7 @@ from grpo import (
     Aggregation,
     AtLeastOne,
     Count,
+    DualClip,
     Method,
     Plan,
     Positive,
@@ -70,7 +71,8 @@ from grpo import (
     weighted_sum,
 )
 
-FLOW = ("logp", "entropy", "p2", "p2logp")  # what the exact entropy change needs
+ENTROPY = ("logp", "entropy")
+FLOW = (*ENTROPY, "p2", "p2logp")  # what the exact entropy change needs
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. What the methods share
@@ -159,7 +161,6 @@ def side_of(entropy: float, target: float) -> int:
 # 2. Sampling and selection: what is drawn, and which responses enter the update
 
 
-@dataclass
 class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
     """Half of each group samples uniformly among the likely tokens, the rest as usual. [second-hand]
 
@@ -202,9 +203,7 @@ class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
         plain = (logits * self.progress.temperature).softmax(-1)  # at temperature 1
         value, index = plain.topk(min(self.k, p.shape[-1]))  # (B, K)
         inside = value > self.delta
-        fallback = torch.ones_like(inside)
-        if self.empty == "argmax":
-            fallback[:, 1:] = False
+        fallback = torch.arange(index.shape[1], device=p.device) < (1 if self.empty == "argmax" else self.k)
         inside = torch.where(inside.any(-1, keepdim=True), inside, fallback).to(p.dtype)
         cuts = torch.zeros_like(p).scatter(-1, index, inside / inside.sum(-1, keepdim=True))  # (3.26)
         return torch.where(self.exploring(rows)[:, None], cuts, p)
@@ -227,7 +226,6 @@ class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
         return mismatch_weight(policy, tk.rollout_logp, "tis") if self.correct else None
 
 
-@dataclass
 class DAPO(Method, key="dapo", place="selection", paper="2503.14476", needs=("logp", "reward", "group")):
     """Drop prompts without a contrast, raise the upper clip, punish over-long responses. [paper] §3; [code]
     verl-recipe `dapo/`.
@@ -243,7 +241,6 @@ class DAPO(Method, key="dapo", place="selection", paper="2503.14476", needs=("lo
     """
 
     eps_high: Positive = 0.28
-    """r is clipped from above at 1 + eps_high"""
     dynamic_sampling: bool = True
     """drop prompts that all or none of the responses solve"""
     overlong: bool = True
@@ -280,8 +277,7 @@ class DAPO(Method, key="dapo", place="selection", paper="2503.14476", needs=("lo
         return tk.reward + overlong_penalty(tk.lengths, self.overlong_max, self.overlong_cache)
 
 
-@dataclass
-class Entrocraft(Method, key="entrocraft", place="selection", paper="2604.26326", needs=("logp", "entropy")):
+class Entrocraft(Method, key="entrocraft", place="selection", paper="2604.26326", needs=ENTROPY):
     """Outside an entropy band, keep only the responses that push entropy back into it. [paper] Alg. 1;
     [code].
 
@@ -308,7 +304,7 @@ class Entrocraft(Method, key="entrocraft", place="selection", paper="2604.26326"
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.own_advantage:
-            self.needs = ("logp", "entropy", "reward")
+            self.needs = (*ENTROPY, "reward")
 
     @property
     def own_advantage(self) -> bool:
@@ -344,7 +340,6 @@ class Entrocraft(Method, key="entrocraft", place="selection", paper="2604.26326"
 # 3. Weight: how much each token's advantage counts.  First the baselines, then the weights
 
 
-@dataclass
 class WReinforce(Method, key="w_reinforce", place="weight", paper="2506.01347", needs=("logp", "reward")):
     """Advantage +lam for right and -1 for wrong responses, no baseline. [paper]; [code]
     TianHongZXY/RLVR-Decomposed.
@@ -362,7 +357,6 @@ class WReinforce(Method, key="w_reinforce", place="weight", paper="2506.01347", 
         return torch.where(tk.solved[:, None], self.lam, -torch.ones_like(tk.logp))
 
 
-@dataclass
 class PSR(Method, key="psr", place="selection", paper="2506.01347", needs=("logp", "reward")):
     """Learn from right responses only: sharpens most per step. [paper]; [code].
 
@@ -379,7 +373,6 @@ class PSR(Method, key="psr", place="selection", paper="2506.01347", needs=("logp
         return torch.full_like(tk.logp, self.sign)
 
 
-@dataclass
 class NSR(PSR, key="nsr", sign=-1):
     """Learn from wrong responses only: keeps entropy, learns slowly. [paper]; [code].
 
@@ -388,7 +381,6 @@ class NSR(PSR, key="nsr", sign=-1):
     """
 
 
-@dataclass
 class DrGRPO(Method, key="dr_grpo", place="weight", paper="2503.20783", normalize="none"):
     """No division by the group's standard deviation, none by the response's length. [paper]; [code]
     understand-r1-zero `train_zero_math.py`.
@@ -401,7 +393,6 @@ class DrGRPO(Method, key="dr_grpo", place="weight", paper="2503.20783", normaliz
     """
 
     aggregation: Aggregation = "seq_sum_norm"
-    """how token losses become one number"""
     norm: Above | None = None
     """constant length, tokens; none: the longest that sampling allows, outside a loop 3000 (the paper's)"""
 
@@ -424,7 +415,6 @@ def group_quantile(reward: Tensor, group: Tensor, K: float, interpolation: str =
     return (low + (high - low) * (x - x.floor()).to(low.dtype))[index]
 
 
-@dataclass
 class QAE(Method, key="qae", place="weight", paper="2509.22611", needs=("logp", "reward", "group")):
     """Quantile baseline: on hard prompts only successes teach, on easy ones only failures. [paper] §3-5.
 
@@ -449,8 +439,7 @@ class QAE(Method, key="qae", place="weight", paper="2509.22611", needs=("logp", 
         return (gap / (var.sqrt() + 1e-6))[:, None].expand(tk.mask.shape)
 
 
-@dataclass
-class PAR(Method, key="par", place="weight", paper="2511.05993", needs=("logp", "entropy")):
+class PAR(Method, key="par", place="weight", paper="2511.05993", needs=ENTROPY):
     """Multiply positive advantages by a lambda in [0, 1] that follows the entropy. [second-hand] eq. 3-5.
 
         w = λ where A > 0, 1 elsewhere                                                                  (3.10)
@@ -496,7 +485,6 @@ class PAR(Method, key="par", place="weight", paper="2511.05993", needs=("logp", 
             self.current = clamp(round(self.current + move, 12), 0.0, 1.0)
 
 
-@dataclass
 class RandPosClip(Method, key="rand_pos_clip", place="weight", paper="2511.05993"):
     """Drop a random few of the tokens with positive advantage: the control for Clip-Cov. [second-hand] §7.3.
 
@@ -519,7 +507,6 @@ class RandPosClip(Method, key="rand_pos_clip", place="weight", paper="2511.05993
         return torch.where(picked, 0.0, 1.0)
 
 
-@dataclass
 class ClipCov(RandPosClip, key="clip_cov", paper="2505.22617"):
     """Drop a random few of the tokens whose covariance of advantage and log-prob is high. [paper] eq. 10-12;
     [code] verl.
@@ -550,10 +537,7 @@ class ClipCov(RandPosClip, key="clip_cov", paper="2505.22617"):
         return self.drop(tk, eligible, self.ratio * left, metrics)
 
 
-@dataclass
-class HighEntropyTokens(
-    Method, key="high_entropy_tokens", place="weight", paper="2506.01939", needs=("logp", "entropy")
-):
+class HighEntropyTokens(Method, key="high_entropy_tokens", place="weight", paper="2506.01939", needs=ENTROPY):
     """Train only on the 20 % of tokens with the highest entropy. [paper] eq. 6; [code].
 
         S = the k = max(1, ⌈rho · N⌉) tokens of largest H, ties drawn at random;  L = Σ_S l / |S|      (3.9)
@@ -572,10 +556,7 @@ class HighEntropyTokens(
         return top(tk.entropy, tk.mask, k, token_keys(tk, self.progress))
 
 
-@dataclass
-class EntropyAdvantage(
-    Method, key="entropy_advantage", place="weight", paper="2506.14758", needs=("logp", "entropy")
-):
+class EntropyAdvantage(Method, key="entropy_advantage", place="weight", paper="2506.14758", needs=ENTROPY):
     """Add a bonus for the token's entropy to its advantage, capped at half of it. [paper] §3-4.
 
         A' = A + min(alpha · H, |A| / kappa),   as a weight  w = A'/A                                   (3.12)
@@ -595,8 +576,7 @@ class EntropyAdvantage(
         return torch.where(adv == 0, 1, 1 + bonus / torch.where(adv == 0, 1, adv))
 
 
-@dataclass
-class STEER(Method, key="steer", place="weight", paper="2510.10150", needs=("logp", "entropy")):
+class STEER(Method, key="steer", place="weight", paper="2510.10150", needs=ENTROPY):
     """The more a token would move entropy, the smaller its weight. [second-hand] eq. 6-9; [code] STEER.
 
         Ω = -I_clip r A p (1 - p)(log p + H)                                                    theorem (3.13)
@@ -649,7 +629,6 @@ class STEER(Method, key="steer", place="weight", paper="2510.10150", needs=("log
         return self.w_max - (omega - low) / (high - low) * (self.w_max - self.lowest)
 
 
-@dataclass
 class OPEFO(Method, key="opefo", place="weight", paper="2605.11491", needs=FLOW):
     """Weight entropy-raising and entropy-lowering tokens so that their flows cancel, or hold a target.
     [second-hand] eq. 6-9.
@@ -697,7 +676,7 @@ class OPEFO(Method, key="opefo", place="weight", paper="2605.11491", needs=FLOW)
                 f"gain={self.gain}: give a target_entropy and a gain above 0"
             )
         if self.form != "exact":
-            self.needs = ("logp", "entropy")
+            self.needs = ENTROPY
 
     def flow(self, tk: Tokens, adv: Tensor) -> Tensor:
         """f of (3.14), (B, T), times each token's share in the aggregation: the flow of the real loss."""
@@ -738,7 +717,6 @@ class OPEFO(Method, key="opefo", place="weight", paper="2605.11491", needs=FLOW)
                 self.error_sum += error
 
 
-@dataclass
 class PAPO(Method, key="papo", place="weight", paper="2605.11775", needs=FLOW):
     """Reconstruction: favour entropy-raising tokens while entropy falls, and the reverse. Polarity
     [second-hand], weights a [reconstruction].
@@ -777,7 +755,6 @@ class PAPO(Method, key="papo", place="weight", paper="2605.11775", needs=FLOW):
             self.e_ref = 0.9 * self.e_ref + 0.1 * plan.entropy
 
 
-@dataclass
 class CWGRPO(Method, key="cw_grpo", place="weight", paper="2605.11538", needs=("logp", "group")):
     """A Gaussian weight around zero covariance of advantage and log-prob, mean weight 1. [second-hand, two
     agreeing notes], no code.
@@ -806,8 +783,7 @@ class CWGRPO(Method, key="cw_grpo", place="weight", paper="2605.11538", needs=("
         return w
 
 
-@dataclass
-class STARE(Method, key="stare", place="weight", paper="2606.19236", needs=("logp", "entropy")):
+class STARE(Method, key="stare", place="weight", paper="2606.19236", needs=ENTROPY):
     """Below an entropy target, amplify the most surprising tokens with positive advantage. [code]
     hp-luo/STARE.
 
@@ -857,8 +833,7 @@ class STARE(Method, key="stare", place="weight", paper="2606.19236", needs=("log
             self.W, self.M = clamp(self.W + self.rate * s, 1.0, 1.5), clamp(self.M - self.rate * s, 0.5, 1.0)
 
 
-@dataclass
-class EntroPIC(Method, key="entropic", place="weight", paper="2511.15248", needs=("logp", "entropy")):
+class EntroPIC(Method, key="entropic", place="weight", paper="2511.15248", needs=ENTROPY):
     """PI controller: weigh successes and failures among confident tokens to hold an entropy. [code]
     yk7333/EntroPIC `core_algos.py`, `dp_actor.py`.
 
@@ -904,8 +879,7 @@ class EntroPIC(Method, key="entropic", place="weight", paper="2511.15248", needs
         self.error_sum += plan.entropy - self.target
 
 
-@dataclass
-class AEM(Method, key="aem", place="weight", paper="2605.00425", needs=("logp", "entropy")):
+class AEM(Method, key="aem", place="weight", paper="2605.00425", needs=ENTROPY):
     """Reconstruction: responses of low mean entropy count more, whatever their sign. Theory [second-hand],
     formula [reconstruction].
 
@@ -940,7 +914,6 @@ class FromFactor(Method):
         return -self.factor(tk, plan.adv, plan.marks) * plan.adv * once
 
 
-@dataclass
 class ClipHigher(Method, key="clip_higher", place="ratio", paper="2503.14476", on_policy=False):
     """A higher upper clip lets rare successful tokens rise further. [paper] §3.1.
 
@@ -952,10 +925,8 @@ class ClipHigher(Method, key="clip_higher", place="ratio", paper="2503.14476", o
     """
 
     eps_high: Positive = 0.28
-    """r is clipped from above at 1 + eps_high"""
 
 
-@dataclass
 class CISPO(Method, key="cispo", place="ratio", paper="2506.13585", on_policy=False, without=("dual_clip",)):
     """Clipped importance weight times log-prob: no token loses its gradient. [paper] eq. 4-5.
 
@@ -978,7 +949,6 @@ class CISPO(Method, key="cispo", place="ratio", paper="2506.13585", on_policy=Fa
         return -self.factor(tk, plan.adv) * plan.adv * tk.logp  # (3.20)
 
 
-@dataclass
 class GSPO(Method, key="gspo", place="ratio", paper="2507.18071", on_policy=False, without=("dual_clip",)):
     """Clip the response's mean ratio instead of each token's. [paper]; [code] verl core `gspo`.
 
@@ -995,7 +965,6 @@ class GSPO(Method, key="gspo", place="ratio", paper="2507.18071", on_policy=Fals
     eps_high: Positive = 4e-4
     """s is clipped from above at 1 + eps_high"""
     aggregation: Aggregation = "seq_mean_token_mean"
-    """how token losses become one number"""
 
     def _log_s(self, tk: Tokens) -> Tensor:
         """(B, 1), detached."""
@@ -1011,7 +980,6 @@ class GSPO(Method, key="gspo", place="ratio", paper="2507.18071", on_policy=Fals
         return clipped_surrogate(s, torch.zeros_like(s), plan.adv, self.eps_low, self.eps_high)
 
 
-@dataclass
 class CEGPPO(FromFactor, key="ce_gppo", place="ratio", paper="2509.20712", on_policy=False):
     """Tokens that PPO clips keep a bounded share of their gradient. [code] Kwai-Klear/CE-GPPO.
 
@@ -1027,8 +995,7 @@ class CEGPPO(FromFactor, key="ce_gppo", place="ratio", paper="2509.20712", on_po
     """gradient kept below 1 - eps_low, for A < 0"""
     b2: Positive = 1.0
     """gradient kept above 1 + eps_high, for A > 0"""
-    dual_clip: Annotated[float, (1 + 1e-9, math.inf)] | None = 10.0
-    """for A < 0 the loss is at most -c A"""
+    dual_clip: DualClip | None = 10.0
 
     def factor(self, tk: Tokens, adv: Tensor, marks: dict[str, Tensor] | None = None) -> Tensor:
         r = log_ratio(tk.logp, tk.old_logp).exp().detach()
@@ -1042,7 +1009,6 @@ def dual_clip_factor(f: Tensor, adv: Tensor, c: float | None) -> Tensor:
     return f if c is None else torch.where((adv < 0) & (f > c), 0, f)
 
 
-@dataclass
 class HTPO(
     FromFactor, key="htpo", place="ratio", paper="2605.08283", needs=("logp", "entropy", "reward", "group")
 ):
@@ -1075,9 +1041,7 @@ class HTPO(
     released_sign: bool = False
     """reproduce the code's sign in the second rule"""
     eps_high: Positive = 0.28
-    """r is clipped from above at 1 + eps_high"""
-    dual_clip: Annotated[float, (1 + 1e-9, math.inf)] | None = 10.0
-    """for A < 0 the loss is at most -c A"""
+    dual_clip: DualClip | None = 10.0
 
     def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
         sorted_h = torch.where(tk.mask, tk.entropy, -math.inf).sort(-1, descending=True).values
@@ -1117,10 +1081,7 @@ class HTPO(
 # 5. Penalty: a term added to the loss
 
 
-@dataclass
-class EntropyBonus(
-    Method, key="entropy_bonus", place="penalty", paper="verl, TRL", needs=("logp", "entropy")
-):
+class EntropyBonus(Method, key="entropy_bonus", place="penalty", paper="verl, TRL", needs=ENTROPY):
     """Add alpha times the entropy to the objective: blunt, and hard to tune. [code] verl `entropy_coeff`, TRL
     `entropy_coef`.
 
@@ -1143,10 +1104,7 @@ class EntropyBonus(
         return -self.alpha * weighted_sum(tk.entropy, plan.coef_all) if self.alpha else None
 
 
-@dataclass
-class AdaptiveEntropy(
-    Method, key="adaptive_entropy", place="penalty", paper="2505.22312", needs=("logp", "entropy")
-):
+class AdaptiveEntropy(Method, key="adaptive_entropy", place="penalty", paper="2505.22312", needs=ENTROPY):
     """Entropy bonus whose coefficient grows while entropy is below a target. [paper] eq. 3.1-3.2
     (Skywork-OR1); [code]; TRL.
 
@@ -1201,7 +1159,6 @@ class AdaptiveEntropy(
         self.c = clamp(self.c + s * self.delta, self.c_min, self.c_max)
 
 
-@dataclass
 class RefKL(Method, key="ref_kl", place="penalty", paper="2402.03300", needs=("logp", "ref_logp")):
     """Add beta times the KL to the starting policy. [paper] §4.2.
 
@@ -1227,7 +1184,6 @@ class RefKL(Method, key="ref_kl", place="penalty", paper="2402.03300", needs=("l
         return self.beta * weighted_sum(kl_penalty(tk.logp, tk.ref_logp, self.estimator), plan.coef_all)
 
 
-@dataclass
 class ProRL(RefKL, key="prorl", paper="2505.24864"):
     """KL to a reference that is moved to the policy, optimizer cleared, when progress stalls. [paper] eq. 4,
     §2.3-3.2; [code] NeMo-RL, OpenRLHF recipes (v2).
@@ -1264,8 +1220,6 @@ class ProRL(RefKL, key="prorl", paper="2505.24864"):
 class OnPicked(FromFactor):
     """A loss with a penalty, times beta, on some tokens: it is part of their l, with the same denominator."""
 
-    beta: float
-
     def pick(self, tk: Tokens, picked: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
         """What `mark` returns for the picked tokens, (B, T) bool."""
         metrics["selected"] = int(picked.sum())
@@ -1277,7 +1231,6 @@ class OnPicked(FromFactor):
         return self.beta * weighted_sum(d, plan.coef)
 
 
-@dataclass
 class KLCov(OnPicked, key="kl_cov", place="penalty", paper="2505.22617", on_policy=False):
     """KL penalty to the old policy on the few tokens of highest covariance, no clip. [paper] eq. 13-14;
     [code] PRIME, verl.
@@ -1326,7 +1279,6 @@ def proxy_log_prob(logits: Tensor, ids: Tensor, threshold: float = 0.02) -> Tens
     return q.gather(-1, ids[..., None])[..., 0] - q.logsumexp(-1)
 
 
-@dataclass
 class LpReg(OnPicked, key="lp_reg", place="penalty", paper="2510.03222", needs=("logp", "proxy_logp")):
     """Pull rare, punished, yet plausible tokens towards a policy without the noise tail. [code]
     CarlanLark/Lp-Reg-dev.
@@ -1347,9 +1299,7 @@ class LpReg(OnPicked, key="lp_reg", place="penalty", paper="2510.03222", needs=(
     threshold: Share = 0.02
     """the proxy drops tokens below this share of the largest probability"""
     eps_low: Positive = 1.0
-    """r is clipped from below at 1 - eps_low"""
     eps_high: Positive = 9.0
-    """r is clipped from above at 1 + eps_high"""
 
     def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
         negative = tk.mask & (adv < 0)
@@ -1435,16 +1385,15 @@ class Composite(Method):
                 raise ValueError(f"{one} and {other} cannot be combined: {reason}")
         self.members = sorted(members, key=lambda m: getattr(m, "last", False))
         self.key, self.place = "+".join(keys), "+".join(dict.fromkeys(m.place for m in members))
-        self.owner = {hook: _owner(self.members, hook) for hook in ("sample", "advantage", "surrogate")}
-        values = _shared_values(self.members, self.owner["surrogate"])
+        owner = {hook: _owner(self.members, hook) for hook in ("sample", "advantage", "surrogate")}
+        values = _shared_values(self.members, owner["surrogate"])
         super().__init__(**values)
+        for hook, m in (*owner.items(), ("factor", owner["surrogate"])):
+            setattr(self, hook, getattr(m, hook))
         for m in self.members:
             m.__dict__.update({k: v for k, v in values.items() if k not in m.without})
-            if m is not self.owner["advantage"]:
-                m.advantage = self.advantage
-            m.coefficients = self.coefficients
-            if m is not self.owner["surrogate"]:
-                m.factor = self.factor  # what opefo and steer weigh is the force of the common surrogate
+            m.advantage, m.coefficients = self.advantage, self.coefficients
+            m.factor = self.factor  # what opefo and steer weigh is the force of the common surrogate
         self.needs = tuple(dict.fromkeys(n for m in members for n in m.needs))
         self.on_policy, self.refill = any(m.on_policy for m in members), any(m.refill for m in members)
 
@@ -1457,11 +1406,6 @@ class Composite(Method):
         for m in self.members:
             m.progress = value
 
-    def sample(
-        self, logits: Tensor, position: int, rows: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor] | None:
-        return self.owner["sample"].sample(logits, position, rows, generator)
-
     def select(self, tk: Tokens) -> Tensor | None:
         asked = [m for m in self.members if m.refill or tk.logp is not None]  # not scored: it is being drawn
         kept = [rows for m in asked if (rows := m.select(tk)) is not None]
@@ -1471,9 +1415,6 @@ class Composite(Method):
         for m in self.members:
             tk = replace(tk, reward=m.shape(tk))
         return tk.reward
-
-    def advantage(self, tk: Tokens) -> Tensor:
-        return self.owner["advantage"].advantage(tk)
 
     def keep(self, tk: Tokens, adv: Tensor) -> Tensor | None:
         kept = [tokens for m in self.members if (tokens := m.keep(tk, adv)) is not None]
@@ -1488,10 +1429,9 @@ class Composite(Method):
         return total
 
     def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
-        marks = {}
+        marks = {}  # of different names: two methods that mark the same could not share a surrogate
         for m in self.members:
-            own = dict(metrics)
-            marks |= {f"{m.key}.{k}": v for k, v in m.mark(tk, adv, own).items()}
+            marks |= m.mark(tk, adv, own := dict(metrics))
             self._merge(metrics, own, m)
         metrics.pop("tokens_touched", None)  # of one member only
         return marks
@@ -1502,21 +1442,8 @@ class Composite(Method):
             if metrics.setdefault(name, value) != value:
                 metrics[f"{m.key}.{name}"] = value
 
-    @staticmethod
-    def _own(named: dict[str, Any], m: Method) -> dict[str, Any]:
-        """A member's marks or metrics, without its name in front."""
-        return {k.removeprefix(m.key + "."): v for k, v in named.items() if k.startswith(m.key + ".")}
-
-    def factor(self, tk: Tokens, adv: Tensor, marks: dict[str, Tensor] | None = None) -> Tensor:
-        m = self.owner["surrogate"]
-        return m.factor(tk, adv, None if marks is None else self._own(marks, m))
-
-    def surrogate(self, tk: Tokens, plan: Plan) -> Tensor:
-        m = self.owner["surrogate"]
-        return m.surrogate(tk, replace(plan, marks=self._own(plan.marks, m)))
-
     def penalty(self, tk: Tokens, plan: Plan) -> Tensor | None:
-        parts = [m.penalty(tk, replace(plan, marks=self._own(plan.marks, m))) for m in self.members]
+        parts = [m.penalty(tk, plan) for m in self.members]
         return sum((p for p in parts if p is not None), start=torch.zeros_like(plan.adv[:0]).sum())
 
     @property
@@ -1533,8 +1460,10 @@ class Composite(Method):
 
     def after_step(self, plan: Plan) -> None:
         for m in self.members:
-            own = {**plan.metrics, **self._own(plan.metrics, m)}
-            m.after_step(replace(plan, marks=self._own(plan.marks, m), metrics=own))
+            own = {
+                k.removeprefix(m.key + "."): v for k, v in plan.metrics.items()
+            }  # its own come after others'
+            m.after_step(replace(plan, metrics=own))
 
     def state_dict(self) -> dict[str, Any]:
         return {m.key: m.state_dict() for m in self.members}
@@ -1567,7 +1496,8 @@ def hyperparameters(cls: type[Method]) -> list[tuple[str, Any, Any, str]]:
     """(name, type, default, help) of a method's hyperparameters; help is the docstring under the field."""
     helps: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
-        helps |= {p.arg_name: p.description for p in docstring_parser.parse_from_object(base).params}
+        found = docstring_parser.parse_from_object(base).params
+        helps |= {p.arg_name: p.description for p in found if p.description}
     kinds = get_type_hints(cls, include_extras=True)
     used = [f for f in fields(cls) if f.name not in cls.without]
     return [(f.name, kinds[f.name], f.default, helps.get(f.name, "")) for f in used]
