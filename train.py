@@ -634,7 +634,7 @@ class Run:
     engine: Engine
     dtype: torch.dtype = torch.float32  # of the weights that a checkpoint holds for others to load
     reference: Policy | None = None
-    ranks: Ranks
+    ranks: Ranks = field(default_factory=lambda: Ranks())
     report: Callable[[dict[str, Any]], None] = lambda row: None
     step: int = 0  # rollouts done
     prompts_used: int = 0
