@@ -11,23 +11,17 @@ update pushes log π(y_t). This chapter derives that number, and `policy_loss` c
     mismatch_weight    the sampling engine is not quite the policy that is trained             (2.17) - (2.19)
     Method, Plan       the five places where a method can touch entropy, and the batch-wide bookkeeping
 
-Three facts are explained here, once, and cited elsewhere by their names.
-
-*Strictly on-policy*: when the policy takes exactly one optimizer step per rollout, the ratio r is exactly 1
-and every clip is inert. The loss *value* is then minus the mean advantage, whatever the gradient: 0 in a mean
-over responses, and in a mean over tokens a number that tells how lengths and rewards go together.
+*Strictly on-policy* means one optimizer step per rollout: the ratio r is exactly 1 and every clip is inert.
+The loss *value* is then minus the mean advantage, whatever the gradient: 0 in a mean over responses. And as
+rewards are centred within a group, tokens with A > 0 and A < 0 nearly cancel in sum; what is left decides
+where the entropy goes (`entropy_math.py`).
 
 *Scope rule*: every mean, quantile and top-k of every method is taken over the whole update batch, never over
 a micro-batch or a rank. `plan_update` sees all tokens, detached, and produces one coefficient per token;
 `batch_loss` then is a plain sum, and a sum does not care how it is sliced.
 
-*Near-cancellation*: rewards are centred within a group, so tokens with A > 0 and A < 0 nearly cancel in sum;
-what is left decides where the entropy goes (`entropy_math.py`).
-
-Left out, compared with a production trainer: a value function and token-level rewards.
-
-Papers: GRPO 2402.03300, PPO 1707.06347, Dr.GRPO 2503.20783, DAPO 2503.14476, dual clip 1912.09729, IcePop and
-TIS as in the public trainers. Run `python grpo.py` to see the chapter.
+Left out, compared with a production trainer: a value function and token-level rewards. Run `python grpo.py`
+to see the chapter.
 """
 
 from __future__ import annotations
@@ -184,11 +178,8 @@ def group_advantages(reward: Tensor, group: Tensor, normalize: str = "std", eps:
         loo     A_i = R_i - mean_{j≠i} R_j = (R_i - m) G / (G - 1)                      RLOO, 2402.14740 (2.3)
         batch   A_i = (R_i - m) / (S + eps),  S the standard deviation of all rewards of the batch       (2.4)
 
-    In each, Σ_i A_i = 0 within a group, and R -> R + c changes nothing.  A group whose rewards are all equal,
-    a group of one among them, gets exactly 0: there is nothing to compare with.  (Some trainers hand a group
-    of one its raw reward, and rounding divided by eps makes noise of equal rewards: both are defects that a
-    test here excludes.)
-
+    In each, Σ_i A_i = 0 within a group, and R -> R + c changes nothing. A group whose rewards are all equal,
+    a group of one among them, gets exactly 0, not rounding divided by eps: there is nothing to compare with.
     Rewards in {0, 1} with success rate q show the shape of (2.1): A⁺ = sqrt((1-q)/q), A⁻ = -sqrt(q/(1-q)), up
     to sqrt((G-1)/G): the rare outcome is pushed hard, in either direction.
     """
@@ -306,21 +297,17 @@ def aggregation_coefficients(
     m = mask.to(dtype)
     length = m.sum(-1, keepdim=True)  # (B, 1)
     rows = (length > 0).sum().clamp(min=1)
-    if how == "token_mean":  # (2.8)
-        return m / m.sum().clamp(min=1)
-    if how == "seq_mean_token_mean":  # (2.9)
-        return m / (rows * length.clamp(min=1))
-    if how == "seq_mean_token_sum":  # (2.10)
-        return m / rows
-    if how == "seq_sum_norm":  # (2.11)
-        if norm is None or norm <= 0:
-            raise ValueError(
-                f"aggregation seq_sum_norm divides by a constant length K: norm={norm}, give norm > 0"
-            )
-        return m / (mask.shape[0] * norm)
-    if how == "token_sum":  # (2.12)
-        return m
-    raise ValueError(f"aggregation={how!r} is unknown: choose one of {', '.join(AGGREGATIONS)}")
+    if how not in AGGREGATIONS:
+        raise ValueError(f"aggregation={how!r} is unknown: choose one of {', '.join(AGGREGATIONS)}")
+    if how == "seq_sum_norm" and (norm is None or norm <= 0):
+        raise ValueError(f"aggregation seq_sum_norm divides by a constant length: norm={norm}, give norm > 0")
+    return {
+        "token_mean": lambda: m / m.sum().clamp(min=1),  # (2.8)
+        "seq_mean_token_mean": lambda: m / (rows * length.clamp(min=1)),  # (2.9)
+        "seq_mean_token_sum": lambda: m / rows,  # (2.10)
+        "seq_sum_norm": lambda: m / (mask.shape[0] * norm),  # (2.11)
+        "token_sum": lambda: m,  # (2.12)
+    }[how]()
 
 
 def weighted_sum(loss: Tensor, coef: Tensor) -> Tensor:
@@ -345,11 +332,10 @@ def kl_penalty(logp: Tensor, ref_logp: Tensor, estimator: str = "k2") -> Tensor:
         k3    e⁻ˣ - 1 + x           E = KL(π||q)     gradient as a loss: ∇KL(q||π), the other direction (2.15)
         abs   |x|                   E is biased      gradient sign(x) ∇log π, 0 at x = 0                (2.16)
 
-    "As a loss" means what trainers do: the sampled tokens are constants and ∇ passes through log π(y) only.
-    Then E[∇k1] = E[∇log π] = 0, E[∇k2] = E[x ∇log π] = ∇KL(π||q), and E[∇k3] = E[(1 - q/π) ∇log π] = -Σ q
-    ∇log π = ∇KL(q||π).  So the value that is unbiased (k3) and the gradient that is right (k2) are different
-    estimators. The effect of a token on later states is ignored by all four.  k3 uses expm1, and continues
-    along its tangent below x = -20, where e⁻ˣ would overflow: the pull stays as strong as it was there.
+    "As a loss" the sampled tokens are constants and ∇ passes through log π(y) only: E[∇k1] = E[∇log π] = 0,
+    E[∇k2] = E[x ∇log π] = ∇KL(π||q), and E[∇k3] = E[(1 - q/π) ∇log π] = -Σ q ∇log π = ∇KL(q||π). So the
+    unbiased value (k3) and the right gradient (k2) are different estimators. All four ignore the effect of a
+    token on later states. Below x = -20, where e⁻ˣ would overflow, k3 continues along its tangent.
     """
     x = logp - ref_logp
     if estimator == "k1":
@@ -480,12 +466,10 @@ class Method:
     | ratio     | `surrogate`                | the shape of the loss in r = π/π_old                 |
     | penalty   | `penalty`                  | a term added to the loss                             |
 
-    `shape` (rewards), `keep` and `mark` (tokens), `factor` (the surrogate's force) and `reset_reference` are
-    what those five need besides. `surrogate` and `penalty` are called once per micro-batch, with the graph
-    and that micro-batch's rows of the plan; the others once per update with the whole batch, detached. Two
-    are called more often: `factor` per micro-batch too, and `select`, where `refill` is set, on each draw,
-    before anything is scored. `after_step` moves controllers; nothing else changes the object, so that
-    computing a loss twice gives it twice.
+    `shape`, `keep`, `mark`, `factor` and `reset_reference` are what those five need besides. `surrogate` and
+    `penalty` are called per micro-batch, with the graph; the others once per update with the whole batch,
+    detached. Two are called more often: `factor` per micro-batch too, and `select`, where `refill` is set, on
+    each draw, before anything is scored. Only `after_step` changes the object: a loss can be computed twice.
 
     `class PAR(Method, key="par", place="weight", ...)` sets class variables and makes a dataclass; the
     docstring's first sentence is the method's `idea`, a field's docstring its help, its type its range.
@@ -508,7 +492,6 @@ class Method:
     needs: ClassVar[tuple[str, ...]] = ("logp",)  # fields of Tokens beyond ids, mask, reward, group
     on_policy: ClassVar[bool] = True  # False: its clip or penalty does nothing strictly on-policy
     refill: ClassVar[bool] = False  # True: the loop samples until `select` has kept enough whole groups
-    normalize: ClassVar[str] = "std"  # group_advantages' normalisation
     without: ClassVar[tuple[str, ...]] = ()  # inherited hyperparameters that this method has no use for
     state: ClassVar[dict[str, Any]] = {}  # numbers that live across steps: name -> start, or a field's name
     given: ClassVar[tuple[str, ...]] = ()  # hyperparameters that somebody set, be it to their default
@@ -550,7 +533,7 @@ class Method:
         """Place 3, first half. (B, T): `tk.adv` where given, else (2.1) for every token of a response."""
         if tk.adv is not None:
             return tk.adv
-        return group_advantages(tk.reward, tk.group, self.normalize)[:, None].expand(tk.mask.shape)
+        return group_advantages(tk.reward, tk.group)[:, None].expand(tk.mask.shape)
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor | None:
         """Place 3, second half. (B, T) weights >= 0 on the surrogate, `tk.mask` as selected; None: all 1."""
@@ -573,7 +556,7 @@ class Method:
     # -- hooks over a micro-batch, with graph ----------------------------------------------------------------
 
     def surrogate(self, tk: Tokens, plan: Plan) -> Tensor:
-        """Place 4. (B, T) loss per token, before weights and aggregation."""
+        """Place 4. (B, T) loss per token, before weights and aggregation; `plan` has the same rows as tk."""
         return clipped_surrogate(tk.logp, tk.old_logp, plan.adv, self.eps_low, self.eps_high, self.dual_clip)
 
     def penalty(self, tk: Tokens, plan: Plan) -> Tensor | None:
@@ -582,6 +565,10 @@ class Method:
         return None
 
     # -- state and needs -------------------------------------------------------------------------------------
+
+    def overrides(self, hook: str) -> bool:
+        """Has the method this hook of its own, or is it plain GRPO's?"""
+        return getattr(type(self), hook) is not getattr(Method, hook)
 
     @property
     def entropy_grad(self) -> bool:
@@ -659,8 +646,8 @@ def plan_update(tokens: Tokens, method: Method) -> Plan:
 
 def batch_loss(tokens: Tokens, plan: Plan, method: Method) -> tuple[Tensor, dict[str, float]]:
     """The loss of some rows of the batch, given those rows of the plan. Summed over a partition of the rows
-    it is the loss of the batch, and so are the metrics: each is a share of a token mean. Raises ValueError
-    where method and `tokens.mismatch` would correct the same mismatch twice."""
+    it is the loss of the batch, and so are the metrics, shares of a token mean. Raises ValueError where
+    method and `tokens.mismatch` would correct the same mismatch twice."""
     if "rollout_logp" in method.needs and tokens.mismatch is not None:
         raise ValueError(
             f"{method.key}: correct=true and Tokens.mismatch (--mismatch) both weigh by π/π_engine: use one"
@@ -685,10 +672,7 @@ def batch_loss(tokens: Tokens, plan: Plan, method: Method) -> tuple[Tensor, dict
 
 def policy_loss(tokens: Tokens, method: Method) -> tuple[Tensor, dict[str, float]]:
     """The whole objective of a method on one update batch: a scalar with gradient through `tokens.logp` (and
-    `tokens.entropy` where the method has an entropy term), and the numbers worth logging.
-
-    Equals `plan_update` on all rows followed by `batch_loss` on any partition of them.
-    """
+    `tokens.entropy` where the method has an entropy term), and the numbers worth logging."""
     plan = plan_update(tokens, method)
     loss, metrics = batch_loss(tokens, plan, method)
     return loss, {**plan.metrics, **metrics}
@@ -698,10 +682,8 @@ def token_flow(tokens: Tokens, force: Tensor) -> Tensor:
     """What the update does to entropy, token by token, if the policy were a table. (B, T), nats per unit
     learning rate on the scaled logits z/τ; for a step on z itself divide by τ², entropy_math (2.9).
 
-    `force` = -∂loss/∂logp, the gradient that arrived at `tokens.logp` in the backward pass with its sign
-    turned: ratio, clip, weights, penalties on logp and the aggregation are all inside. A logit step η ·
-    force · (e_y - p) changes the entropy of its own state by η · force · T, entropy_math (2.2).
-    Zero where masked.
+    `force` = -∂loss/∂logp, with ratio, clip, weights, penalties on logp and the aggregation inside. A logit
+    step η · force · (e_y - p) changes the entropy of its own state by η · force · T, entropy_math (2.2).
     """
     return torch.where(tokens.mask, force * exact_score(tokens.stats), 0).detach()
 
@@ -713,23 +695,21 @@ def token_flow(tokens: Tokens, force: Tensor) -> Tensor:
 def main() -> None:
     """Show on eight numbers what surprises in a training log."""
     torch.manual_seed(0)
-    group = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
-    reward = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 1])
+    group, reward = torch.tensor([0] * 4 + [1] * 4), torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 1])
     print("rewards of two groups   ", reward.tolist())
     for how in ("std", "none", "loo", "batch"):
         adv = group_advantages(reward, group, how)
         print(f"  advantages, {how:<11} ", " ".join(f"{a:+.2f}" for a in adv.tolist()))
     print("  the second group is solved by everybody, so it teaches nothing: exactly 0.\n")
 
-    logits = torch.randn(8, 5, 6, requires_grad=True)  # (B, T, V)
-    ids = torch.randint(6, (8, 5))
-    mask = torch.arange(5) < torch.randint(2, 6, (8, 1))
-    logp = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-    tokens = Tokens(ids, mask, reward=reward, group=group, logp=logp)
-    loss, _ = policy_loss(tokens, Method(aggregation="seq_mean_token_mean"))
+    logp = torch.randn(8, 5, requires_grad=True)
+    tokens = Tokens(
+        torch.zeros(8, 5), torch.ones(8, 5, dtype=torch.bool), None, reward, group=group, logp=logp
+    )
+    loss, _ = policy_loss(tokens, Method())
     loss.backward()
-    print(f"strictly on-policy: loss = {loss.item():+.1e}, yet |gradient| = {logits.grad.norm():.3f}")
-    print(" the value is minus the mean advantage, 0 in a mean over responses; watch reward and entropy.\n")
+    print(f"strictly on-policy: loss = {loss.item():+.1e}, yet |gradient| = {logp.grad.norm():.3f}")
+    print(" the value is minus the mean advantage; watch reward and entropy.\n")
 
     print("gradient of the clipped surrogate over the plain policy gradient (eps .2 / .28, dual clip 3)")
     ratios = torch.tensor([0.5, 0.79, 0.9, 1.0, 1.1, 1.29, 2.0, 3.5])

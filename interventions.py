@@ -4,9 +4,9 @@ Claim. The published interventions look unlike each other, but each multiplies t
 number, drops some responses, or adds one term to the loss. Written on the five hooks of `grpo.Method`, a diff
 between two methods is the lesson.
 
-How to read an entry: what it does and why, its formula (3.n) as the code computes it, where the formula was
-read, what differs between paper and released code, and what holds at the edges. n is the method's number in a
-catalogue of all of them, not the order of reading; the tests carry it. Sources carry a tag:
+How to read an entry: what it does, where its formula was read, the formula (3.n) as the code computes it,
+what differs between paper and code, and what holds at the edges. n numbers a catalogue, not the order of
+reading; the tests carry it. Sources carry a tag:
 
     [paper]            read in the paper               [code]            read in the authors' code
     [second-hand]      read in agreeing notes          [reconstruction]  ours, with the published properties
@@ -58,6 +58,7 @@ from grpo import (
     clip_factor,
     clipped_surrogate,
     convert,  # noqa: F401
+    group_advantages,
     group_index,
     group_mean,
     kl_penalty,
@@ -148,15 +149,6 @@ def flow(tk: Tokens, force: Tensor, form: str) -> Tensor:
     return torch.where(tk.mask, entropy_change(tk.stats, force, form), 0)
 
 
-def clamp(x: float, low: float, high: float) -> float:
-    return min(max(x, low), high)
-
-
-def side_of(entropy: float, target: float) -> int:
-    """+1 below the target, -1 above it, 0 on it: where a controller has to push entropy."""
-    return (entropy < target) - (entropy > target)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 2. Sampling and selection: what is drawn, and which responses enter the update
 
@@ -166,11 +158,10 @@ class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
 
         S = {v in TopK(p) : p_v > delta};  y ~ uniform(S);  the first `warm` tokens as usual            (3.26)
 
-    Sampling only: the loss is GRPO's, on the merged group, whose variance is the mean of the halves' plus a
-    quarter of the squared difference of their means. p is at temperature 1, whatever the rollout's. Empty S:
-    uniform on TopK, or its arg max, as one note has it. The true ratio of such a token is p_y |S|; the paper
-    accepts that bias, `correct` weighs it away up to 2, from rollout_logp = log `behaviour`, and so refuses a
-    second such weight, Tokens.mismatch.
+    Sampling only: the loss is GRPO's on the merged group. p is at temperature 1, whatever the rollout's.
+    Empty S: uniform on TopK, or its arg max, as one note has it. The true ratio of such a token is p_y |S|;
+    the paper accepts that bias, `correct` weighs it away up to 2, from rollout_logp = log `behaviour`, and so
+    refuses a second such weight, Tokens.mismatch.
     """
 
     k: Count = 5
@@ -227,17 +218,15 @@ class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
 
 
 class DAPO(Method, key="dapo", place="selection", paper="2503.14476", needs=("logp", "reward", "group")):
-    """Drop prompts without a contrast, raise the upper clip, punish over-long responses. [paper] §3; [code]
-    verl-recipe `dapo/`.
+    """Drop prompts without a contrast, raise the upper clip, punish over-long responses. [paper] §3; [code].
 
         keep a prompt iff 0 < #correct < G                    dynamic sampling; the loop refills groups  (3.6)
         R <- R + clip((overlong_max - overlong_cache - len)/overlong_cache, -1, 0)           overlong shaping
         r in [1 - eps_low, 1 + eps_high], eps_high = .28                                     clip-higher
 
     Groups are filtered by accuracy, not by reward, so a length penalty does not rescue one. verl's shaping
-    has no floor at -1 (the same up to overlong_max). `overlong_filter` (in the paper's ablation, not in the
-    recipe) drops truncated responses. The length numbers are the paper's: at shorter limits set them. No
-    usable group: the loss is 0.
+    has no floor at -1 (the same up to overlong_max). `overlong_filter` is in the paper's ablation, not in
+    verl's recipe. The lengths are the paper's: at shorter limits set them. No usable group: the loss is 0.
     """
 
     eps_high: Positive = 0.28
@@ -303,12 +292,11 @@ class Entrocraft(Method, key="entrocraft", place="selection", paper="2604.26326"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.own_advantage:
+        if self.variant == "released":
             self.needs = (*ENTROPY, "reward")
 
-    @property
-    def own_advantage(self) -> bool:
-        return self.variant == "released"
+    def overrides(self, hook: str) -> bool:
+        return super().overrides(hook) and (hook != "advantage" or self.variant == "released")
 
     def band(self) -> tuple[float, float]:
         """(lo, hi), nats, at this step."""
@@ -324,12 +312,12 @@ class Entrocraft(Method, key="entrocraft", place="selection", paper="2604.26326"
 
     def select(self, tk: Tokens) -> Tensor | None:
         s = self.side(tk)
-        if self.own_advantage or s == 0:
+        if self.variant == "released" or s == 0:
             return None
         return s * torch.where(tk.mask, self.advantage(tk), 0).sum(-1) >= 0
 
     def advantage(self, tk: Tokens) -> Tensor:
-        s = self.side(tk) if self.own_advantage else 0
+        s = self.side(tk) if self.variant == "released" else 0
         if s == 0:
             return super().advantage(tk)
         sign = 2 * tk.solved.to(tk.logp.dtype) - 1
@@ -346,8 +334,8 @@ class WReinforce(Method, key="w_reinforce", place="weight", paper="2506.01347", 
 
         A = lam if the response is correct, -1 if not; no baseline, no division                         (3.11)
 
-    Failures teach in full, successes a little: PAR with a fixed lambda and without a baseline. lam = 1 is
-    REINFORCE on rewards ±1. Uses `correct`, so the reward's convention ({0, 1} or ±1) does not matter.
+    PAR with a fixed lambda and without a baseline; lam = 1 is REINFORCE on rewards ±1. Uses `correct`, so the
+    reward's convention ({0, 1} or ±1) does not matter.
     """
 
     lam: Positive = 0.1
@@ -360,8 +348,7 @@ class WReinforce(Method, key="w_reinforce", place="weight", paper="2506.01347", 
 class PSR(Method, key="psr", place="selection", paper="2506.01347", needs=("logp", "reward")):
     """Learn from right responses only: sharpens most per step. [paper]; [code].
 
-    A = 1 on correct responses, the others leave the batch, and the mean runs over the kept rows (3.11): the
-    paper's negative control.
+    A = 1 on correct responses; the others leave the batch and its mean (3.11). The paper's negative control.
     """
 
     sign = 1
@@ -376,25 +363,29 @@ class PSR(Method, key="psr", place="selection", paper="2506.01347", needs=("logp
 class NSR(PSR, key="nsr", sign=-1):
     """Learn from wrong responses only: keeps entropy, learns slowly. [paper]; [code].
 
-    A = -1 on incorrect responses, the others leave (3.11). Parallel to w_reinforce with lam = 0, but larger:
-    the mean runs over the kept rows.
+    A = -1 on incorrect responses; the others leave (3.11). Parallel to w_reinforce with lam = 0, but larger.
     """
 
 
-class DrGRPO(Method, key="dr_grpo", place="weight", paper="2503.20783", normalize="none"):
+class DrGRPO(Method, key="dr_grpo", place="weight", paper="2503.20783"):
     """No division by the group's standard deviation, none by the response's length. [paper]; [code]
     understand-r1-zero `train_zero_math.py`.
 
         A = R - mean of the group,    L = Σ l / (B · norm)                                              (3.21)
 
-    Dividing by the group's deviation favours very easy and very hard prompts, dividing by a response's length
-    favours long wrong answers. norm is a constant, so a token's gradient depends neither on its response's
-    length nor on the padding. verl without `loss_scale_factor` divides by the padded length, which does.
+    Dividing by the group's deviation favours very easy and very hard prompts, by a response's length long
+    wrong answers. With a constant norm a token's gradient depends on neither its response's length nor the
+    padding; verl without `loss_scale_factor` divides by the padded length.
     """
 
     aggregation: Aggregation = "seq_sum_norm"
     norm: Above | None = None
     """constant length, tokens; none: the longest that sampling allows, outside a loop 3000 (the paper's)"""
+
+    def advantage(self, tk: Tokens) -> Tensor:
+        if tk.adv is not None:
+            return tk.adv
+        return group_advantages(tk.reward, tk.group, "none")[:, None].expand(tk.mask.shape)
 
     @property
     def loss_norm(self) -> float | None:
@@ -420,9 +411,9 @@ class QAE(Method, key="qae", place="weight", paper="2509.22611", needs=("logp", 
 
         A = (R - Q_K)/(std + 1e-6),   Q_K = inf{x : F(x) >= K} within the group                         (3.23)
 
-    Binary rewards: success rate <= 1 - K gives baseline 0, only successes teach; otherwise baseline 1, only
-    failures. Paper: K = .4 with clip-higher, .6 when entropy collapses. Its README interpolates the quantile
-    (`linear`), which gives a fractional baseline near the switch. A does not sum to 0. Equal rewards: A = 0.
+    Binary rewards: success rate <= 1 - K gives baseline 0, otherwise 1. Paper: K = .4 with clip-higher, .6
+    when entropy collapses. Its README interpolates the quantile (`linear`), which gives a fractional baseline
+    near the switch. A does not sum to 0. Equal rewards: A = 0.
     """
 
     K: Share = 0.4
@@ -469,7 +460,7 @@ class PAR(Method, key="par", place="weight", paper="2511.05993", needs=ENTROPY):
         """λ of the coming update."""
         x = self.progress.step / max(self.progress.total, 1)
         if self.schedule == "stage":
-            return clamp(2 * x - 1, 0.0, 1.0)
+            return min(max(2 * x - 1, 0.0), 1.0)
         if self.schedule == "epoch":
             last, total = self.epochs - 1, max(self.progress.total, 1)  # in integers: .58 · 50 is below 29
             return min(self.progress.step * self.epochs // total, last) / last if last else 1.0
@@ -482,7 +473,7 @@ class PAR(Method, key="par", place="weight", paper="2511.05993", needs=ENTROPY):
     def after_step(self, plan: Plan) -> None:
         if self.schedule == "entropy":
             move = -self.delta if plan.entropy < self.target else self.delta
-            self.current = clamp(round(self.current + move, 12), 0.0, 1.0)
+            self.current = min(max(round(self.current + move, 12), 0.0), 1.0)
 
 
 class RandPosClip(Method, key="rand_pos_clip", place="weight", paper="2511.05993"):
@@ -496,29 +487,29 @@ class RandPosClip(Method, key="rand_pos_clip", place="weight", paper="2511.05993
     ratio: Share = 2e-4
     """share of the batch's tokens that is dropped (the paper does not say)"""
 
-    def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
-        return self.drop(tk, tk.mask & (adv > 0), self.ratio, metrics)
+    def eligible(self, tk: Tokens, adv: Tensor) -> Tensor:
+        """(B, T) bool: the tokens that are drawn from."""
+        return tk.mask & (adv > 0)
 
-    def drop(self, tk: Tokens, eligible: Tensor, ratio: float, metrics: dict[str, float]) -> Tensor:
-        """(B, T): 0 on a share `ratio` of all tokens, drawn among the eligible ones, 1 elsewhere."""
-        n = fraction_count(self, ratio, int(tk.mask.sum()))
+    def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
+        left = 1 - self.progress.step / max(self.progress.total, 1) if getattr(self, "anneal", False) else 1.0
+        n, eligible = fraction_count(self, self.ratio * left, int(tk.mask.sum())), self.eligible(tk, adv)
         picked = top(token_keys(tk, self.progress), eligible, n)
         metrics.update(eligible=int(eligible.sum()), selected=int(picked.sum()))
         return torch.where(picked, 0.0, 1.0)
 
 
 class ClipCov(RandPosClip, key="clip_cov", paper="2505.22617"):
-    """Drop a random few of the tokens whose covariance of advantage and log-prob is high. [paper] eq. 10-12;
-    [code] verl.
+    """Drop a random few of the tokens whose covariance of advantage and log-prob is high. [paper]; [code].
 
         c = (A - mean A)(log p - mean log p)                                                             (3.7)
         E = {lb < c < ub, not already removed by the PPO clip};  n = max(⌊ratio · N⌋, 1)
         w = 0 on min(n, |E|) tokens of E drawn uniformly, 1 elsewhere
 
-    High c means confident positives and rare negatives: both lower H, so dropping some of them slows the
-    collapse. The draw is random, not a top-k, and lb and ub are absolute numbers. Released code takes means
-    and draws per micro-batch and rank with a floor of one token *each*; its scripts set eps_low = eps_high =
-    1. Paper: ratio 2e-4, which needs a batch of 5,000 tokens to mean anything. All A equal: nothing happens.
+    High c means confident positives and rare negatives: both lower H, so dropping some slows the collapse.
+    lb and ub are absolute numbers. Released code (verl) takes means and draws per micro-batch and rank, with
+    a floor of one token *each*; its scripts set eps_low = eps_high = 1. Paper: eq. 10-12, ratio 2e-4, which
+    needs a batch of 5,000 tokens to mean anything. All A equal: nothing happens.
     """
 
     ratio: Share = 2e-4
@@ -530,11 +521,9 @@ class ClipCov(RandPosClip, key="clip_cov", paper="2505.22617"):
     anneal: bool = False
     """let ratio fall to 0 over the run (2604.09676: annealed, the final policy is unbiased)"""
 
-    def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
+    def eligible(self, tk: Tokens, adv: Tensor) -> Tensor:
         cov = covariance(tk, adv)
-        eligible = tk.mask & (cov > self.lb) & (cov < self.ub) & (self.factor(tk, adv) != 0)
-        left = 1 - self.progress.step / max(self.progress.total, 1) if self.anneal else 1.0
-        return self.drop(tk, eligible, self.ratio * left, metrics)
+        return tk.mask & (cov > self.lb) & (cov < self.ub) & (self.factor(tk, adv) != 0)
 
 
 class HighEntropyTokens(Method, key="high_entropy_tokens", place="weight", paper="2506.01939", needs=ENTROPY):
@@ -542,9 +531,9 @@ class HighEntropyTokens(Method, key="high_entropy_tokens", place="weight", paper
 
         S = the k = max(1, ⌈rho · N⌉) tokens of largest H, ties drawn at random;  L = Σ_S l / |S|      (3.9)
 
-    The denominator is the kept count; penalties still see every token. Ties are common: all responses to a
-    prompt begin in one state. Released code selects per micro-batch, ties to the lower index. TRL and
-    ms-swift keep H >= an interpolated quantile and divide by N: a smaller loss. Only the ranks of H matter.
+    Penalties still see every token. Ties are common: all responses to a prompt begin in one state. Released
+    code selects per micro-batch, ties to the lower index. TRL and ms-swift keep H >= an interpolated quantile
+    and divide by N: a smaller loss.
     """
 
     rho: Annotated[float, (1e-9, 1)] = 0.2
@@ -561,9 +550,8 @@ class EntropyAdvantage(Method, key="entropy_advantage", place="weight", paper="2
 
         A' = A + min(alpha · H, |A| / kappa),   as a weight  w = A'/A                                   (3.12)
 
-    Always added: amplifies A > 0, weakens A < 0 by at most |A|/kappa; kappa >= 1 keeps the sign. It rewards
-    reasoning at forks and does not aim at more entropy (the reported end entropy is below the baseline's).
-    Paper: alpha .4 for GRPO.
+    Always added: amplifies A > 0, weakens A < 0; kappa >= 1 keeps the sign. It rewards reasoning at forks and
+    does not aim at more entropy (the reported end entropy is below the baseline's). Paper: alpha .4 for GRPO.
     """
 
     alpha: Positive = 0.4
@@ -604,12 +592,6 @@ class STEER(Method, key="steer", place="weight", paper="2510.10150", needs=ENTRO
         if self.form == "exact":
             self.needs = FLOW
 
-    @property
-    def lowest(self) -> float:
-        """The smallest weight."""
-        released = self.form == "released" or self.map == "linear"
-        return self.lambda_min if self.lambda_min is not None else 0.8 if released else 0.7
-
     def omega(self, tk: Tokens, adv: Tensor) -> Tensor:
         """|Ω|, (B, T)."""
         if self.form == "released":  # A/π_old · p (1-p) u = r A (1-p) u
@@ -618,15 +600,16 @@ class STEER(Method, key="steer", place="weight", paper="2510.10150", needs=ENTRO
         return flow(tk, acting(self, tk, adv), name).abs()
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
-        omega = self.omega(tk, adv)  # (B, T)
+        omega, released = self.omega(tk, adv), self.form == "released"  # (B, T)
+        lowest = self.lambda_min or (0.8 if released or self.map == "linear" else 0.7)
         high = float(omega.max()) if omega.numel() else 0.0
         if self.map == "exp":
-            scale = max(high, 0.02) if self.form == "released" else high
-            return torch.exp(math.log(self.lowest) * omega / scale) if scale > 0 else torch.ones_like(omega)
+            scale = max(high, 0.02) if released else high
+            return torch.exp(math.log(lowest) * omega / scale) if scale > 0 else torch.ones_like(omega)
         low = float(torch.where(tk.mask, omega, math.inf).min())
         if not low < high:
-            return torch.full_like(omega, (self.w_max + self.lowest) / 2)
-        return self.w_max - (omega - low) / (high - low) * (self.w_max - self.lowest)
+            return torch.full_like(omega, (self.w_max + lowest) / 2)
+        return self.w_max - (omega - low) / (high - low) * (self.w_max - lowest)
 
 
 class OPEFO(Method, key="opefo", place="weight", paper="2605.11491", needs=FLOW):
@@ -644,10 +627,9 @@ class OPEFO(Method, key="opefo", place="weight", paper="2605.11491", needs=FLOW)
     dominate it, and on the embedded task it drives entropy up until the reward is gone (λ about .5); hence
     `exact` is the default. Balance alone has no memory of where entropy should be and drifts; a target gives
     it one, entropy_math (6.2). No code is released; the per-token reading of Eq. 6 is inferred.
-    Controls: `sides` plus or minus weights only one side, `lam` fixes λ (0 is GRPO), `shuffled_sign` deals
-    the same weights to random tokens. P + Q = 0 gives λ = 0; one empty side gives λ = ±1, which switches the
-    other side off (metric lam shows it). While λ is clamped, Σ takes up no error that pushes further. λ is
-    invariant to A -> sA, s > 0, and changes sign with A. Off-policy, f has the acting advantage I_clip r A.
+    `sides`, `lam` and `shuffled_sign` are controls. P + Q = 0 gives λ = 0; one empty side gives λ = ±1, which
+    switches the other side off. While λ is clamped, Σ takes up no error that pushes further. λ is invariant
+    to A -> sA, s > 0, and changes sign with A.
     """
 
     form: Literal["exact", "paper", "theorem"] = "exact"
@@ -744,7 +726,7 @@ class PAPO(Method, key="papo", place="weight", paper="2605.11775", needs=FLOW):
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
         e = metrics["batch_entropy"]
-        phi = 0.0 if self.e_ref is None else clamp((self.e_ref - e) / max(self.e_ref, 1e-9), -1.0, 1.0)
+        phi = 0.0 if self.e_ref is None else min(max((self.e_ref - e) / max(self.e_ref, 1e-9), -1.0), 1.0)
         metrics["phi"] = phi
         return 1 + self.lam * phi * flow(tk, adv, "exact").sign()  # (3.15)
 
@@ -761,9 +743,9 @@ class CWGRPO(Method, key="cw_grpo", place="weight", paper="2605.11538", needs=("
 
         c = (log p - mean log p)(A - mean A);   w = exp(-c²/(2 σ²)),  σ = std of c;   w <- w N / Σ w    (3.16)
 
-    Centred at covariance 0, symmetric: tokens far from it on either side count less. The paper's one group is
-    its batch, so the scope of the means is ambiguous; σ is the population deviation (not stated). σ² below
-    1e-6 of the mean of c² counts as 0 (two tokens have equal c, up to rounding); σ = 0 or N = 1: w = 1.
+    The paper's one group is its batch, so the scope of the means is ambiguous; σ is the population deviation
+    (not stated). σ² below 1e-6 of the mean of c² counts as 0 (two tokens have equal c, up to rounding); then,
+    and where N = 1, w = 1.
     """
 
     scope: Literal["batch", "group"] = "batch"
@@ -829,8 +811,8 @@ class STARE(Method, key="stare", place="weight", paper="2606.19236", needs=ENTRO
 
     def after_step(self, plan: Plan) -> None:
         if self.adaptive:
-            s = side_of(plan.entropy, self.target)
-            self.W, self.M = clamp(self.W + self.rate * s, 1.0, 1.5), clamp(self.M - self.rate * s, 0.5, 1.0)
+            move = self.rate * ((plan.entropy < self.target) - (plan.entropy > self.target))
+            self.W, self.M = min(max(self.W + move, 1.0), 1.5), min(max(self.M - move, 0.5), 1.0)
 
 
 class EntroPIC(Method, key="entropic", place="weight", paper="2511.15248", needs=ENTROPY):
@@ -842,10 +824,9 @@ class EntroPIC(Method, key="entropic", place="weight", paper="2511.15248", needs
 
     Among confident tokens that weighs A > 0 by 1 + alpha and A < 0 by 1 - alpha: too little entropy, alpha <
     0, damps confident successes and amplifies confident failures. The extra term is unclipped. Released code
-    has alpha and S per micro-batch and divides by the confident tokens' own number (`own`); with `all` (by N)
-    the weights are exactly 1 ± alpha, which lies in [0, 2]; with `own` alpha counts N / N_confident times,
-    and where few tokens are confident it turns their sign. No confident token: no term. The config default
-    target -1 means off; .1 in the script.
+    has alpha and S per micro-batch and divides by the confident tokens' own number (`own`): alpha counts
+    N / N_confident times, and where few tokens are confident it turns their sign. With `all` (by N) the
+    weights are exactly 1 ± alpha, in [0, 2]. Target: .1 in the script; -1, the config's default, means off.
     """
 
     kp: Positive = 1.0
@@ -863,7 +844,7 @@ class EntroPIC(Method, key="entropic", place="weight", paper="2511.15248", needs
 
     def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
         error = metrics["batch_entropy"] - self.target
-        alpha = clamp(self.kp * error + self.ki * self.error_sum, -1.0, 1.0)
+        alpha = min(max(self.kp * error + self.ki * self.error_sum, -1.0), 1.0)
         confident = tk.mask & (tk.logp.exp() > self.threshold)
         coef = self.coefficients(confident if self.denominator == "own" else tk.mask, adv.dtype)
         touched = confident & (adv != 0) & (alpha != 0)
@@ -885,9 +866,8 @@ class AEM(Method, key="aem", place="weight", paper="2605.00425", needs=ENTROPY):
 
         h_i = mean H of response i, min-max scaled over the batch;  g_i = exp(-k h_i)/mean exp(-k h)  (3.25)
 
-    In the style of EMPG (2509.09265); the paper's scaling is not known. Confident failures are pushed harder,
-    which raises H; confident successes too, which lowers it: exploring early, when failures dominate,
-    exploiting late. All h equal: g = 1.
+    In the style of EMPG (2509.09265); the paper's scaling is not known. Pushing confident failures harder
+    raises H, confident successes lowers it: exploring while failures dominate. All h equal: g = 1.
     """
 
     k: Positive = 1.0
@@ -919,9 +899,8 @@ class ClipHigher(Method, key="clip_higher", place="ratio", paper="2503.14476", o
 
         r in [1 - eps_low, 1 + eps_high]                                                                 (3.6)
 
-    The upper clip stops rare tokens from rising: 1 + eps bounds p_new/p_old, so a token at .01 may add .002
-    and one at .9 may add .1. Lower clips raise entropy, upper ones lower it, at random rewards too
-    (2509.26114).
+    1 + eps bounds p_new/p_old, so a token at .01 may add .002 and one at .9 may add .1. Lower clips raise
+    entropy, upper ones lower it, at random rewards too (2509.26114).
     """
 
     eps_high: Positive = 0.28
@@ -932,9 +911,9 @@ class CISPO(Method, key="cispo", place="ratio", paper="2506.13585", on_policy=Fa
 
         l = -sg(clip(r, 1 - eps_low, 1 + eps_high)) A log π                                             (3.20)
 
-    The weight is min(r, cap). The paper has no lower bound in practice (eps_low = 1 here) and does not
-    disclose eps_high; TRL's example caps r at 5, which is our default 1 + 4 (TRL's epsilon_high *is* the cap,
-    verl's is cap - 1). Inside the range the gradient is PPO's, the value not.
+    The paper has no lower bound in practice (eps_low = 1 here) and does not disclose eps_high; TRL's example
+    caps r at 5, our default (TRL's epsilon_high *is* the cap, verl's is cap - 1). Inside the range the
+    gradient is PPO's, the value not.
     """
 
     eps_low: Positive = 1.0
@@ -1024,10 +1003,10 @@ class HTPO(
         easy, correct, high    PPO; drop the max(⌊high_drop · n⌋, 1) tokens with the largest H
         all others             PPO;    then dual clip everywhere
 
-    1/r, as in the code, grows up to e^20, where `log_ratio` clamps: neither clip bounds it, for A > 0. In the
-    code the second row's r < 1 - eps_low branch has a plus sign, which lowers a successful token further and
-    looks like a slip: `released_sign` restores it. Its `low` drop is strict, so it removes one token fewer
-    than the `high` one. On-policy only the drops act. Here a PPO-clipped token has loss 0, not a constant.
+    1/r, as in the code, grows up to e^20, where `log_ratio` clamps. In the code the second row's r < 1 -
+    eps_low branch has a plus sign, which lowers a successful token further and looks like a slip:
+    `released_sign` restores it. The `low` drop is strict, so it removes one token fewer than the `high` one.
+    On-policy only the drops act. Here a PPO-clipped token has loss 0, not a constant.
     """
 
     hard: Share = 0.6
@@ -1087,10 +1066,9 @@ class EntropyBonus(Method, key="entropy_bonus", place="penalty", paper="verl, TR
 
         L = L_pg - alpha · mean H,     ∂(-alpha H)/∂z_v = alpha p_v (log p_v + H)                        (3.2)
 
-    z are the scaled logits; divide by the temperature for those before it. Pushes every state towards
-    uniform, however certain it should be. On a 7B model (2505.22617) alpha 1e-4 and 1e-3 did little, 5e-3
-    stabilised without gain, 1e-2 exploded. Early verl and its forks have .001, later ones 0. It needs the
-    entropy with its graph (one more backward pass through the vocabulary); alpha = 0 builds no such graph.
+    z are the scaled logits. Pushes every state towards uniform, however certain it should be. On a 7B model
+    (2505.22617) alpha 1e-4 and 1e-3 did little, 5e-3 stabilised without gain, 1e-2 exploded. Early verl has
+    .001, later ones 0. It costs one more backward pass through the vocabulary, which alpha = 0 saves.
     """
 
     alpha: Positive = 0.001
@@ -1132,7 +1110,7 @@ class AdaptiveEntropy(Method, key="adaptive_entropy", place="penalty", paper="25
         super().__post_init__()
         if self.c_min > self.c_max:
             raise ValueError(f"adaptive_entropy: c_min={self.c_min} is above c_max={self.c_max}: swap them")
-        self.c = clamp(0.0, self.c_min, self.c_max)
+        self.c = min(max(0.0, self.c_min), self.c_max)
 
     def alpha(self, entropy: float) -> float:
         """The coefficient that acts at this step, given the batch's entropy."""
@@ -1152,11 +1130,11 @@ class AdaptiveEntropy(Method, key="adaptive_entropy", place="penalty", paper="25
         return -alpha * weighted_sum(tk.entropy, plan.coef_all) if alpha else None
 
     def after_step(self, plan: Plan) -> None:
-        s = side_of(plan.entropy, self.target)
+        s = (plan.entropy < self.target) - (plan.entropy > self.target)
         if self.variant == "released":
             self.enabled = s > 0
             s = s or -1
-        self.c = clamp(self.c + s * self.delta, self.c_min, self.c_max)
+        self.c = min(max(self.c + s * self.delta, self.c_min), self.c_max)
 
 
 class RefKL(Method, key="ref_kl", place="penalty", paper="2402.03300", needs=("logp", "ref_logp")):
@@ -1165,12 +1143,11 @@ class RefKL(Method, key="ref_kl", place="penalty", paper="2402.03300", needs=("l
         L = L_pg + beta · mean kl(log π, log π_ref)                                                      (3.4)
 
     Our default k2 has the gradient of KL(π||π_ref); the paper's k3 has that of the reverse KL, grpo (2.13) to
-    (2.16). k1 does not know the reference: its gradient is E[∇log π(y)], which is 0 for y ~ π. In the later
-    updates of a rollout y ~ π_old, and it is -∇KL(π_old||π): the step drives the policy on, away from the one
-    that sampled, whichever way the reference lies; in a first rollout, π_old = π_ref, away from the
-    reference. abs: while π is π_ref, x is rounding, and so is its sign. Metric kl_ref is the mean k3.
-    beta: .04 GRPO, .001 DeepSeek-R1 and verl, .05 open-instruct, 0 DAPO and TRL. 2505.22617 saw entropy stay
-    and accuracy fall.
+    (2.16). k1 does not know the reference: its gradient is E[∇log π(y)], which is 0 for y ~ π; in the later
+    updates of a rollout y ~ π_old and it is -∇KL(π_old||π), which drives the policy away from the one that
+    sampled. abs: while π is π_ref, x is rounding, and so is its sign. Metric kl_ref is the mean k3. beta: .04
+    GRPO, .001 DeepSeek-R1 and verl, .05 open-instruct, 0 DAPO and TRL. 2505.22617 saw entropy stay and
+    accuracy fall.
     """
 
     beta: Positive = 0.04
@@ -1190,10 +1167,9 @@ class ProRL(RefKL, key="prorl", paper="2505.24864"):
 
         L = L_pg + beta KL(π||π_ref);   at a reset  π_ref <- π,  optimizer state <- 0                    (3.5)
 
-    When: every `every` steps, or after `patience` evaluations in a row without a better score. The paper
-    resets when the validation score stagnates and gives neither number, beta nor estimator (verl's: .001, k3;
-    v2: 1e-4, k2). It also has clip-higher at .4 and dynamic sampling: `prorl+dapo:eps_high=.4`. TRL's and
-    open-instruct's resets keep the optimizer.
+    The paper resets when the validation score stagnates and gives neither number, beta nor estimator (verl's:
+    .001, k3; v2: 1e-4, k2). It also has clip-higher at .4 and dynamic sampling: `prorl+dapo:eps_high=.4`.
+    TRL's and open-instruct's resets keep the optimizer.
     """
 
     beta: Positive = 0.001
@@ -1238,11 +1214,10 @@ class KLCov(OnPicked, key="kl_cov", place="penalty", paper="2505.22617", on_poli
         l = -r A (no clip);  l += beta · d(π, π_old) on the max(1, ⌊ratio · N⌋) tokens of top c (3.7)    (3.8)
 
     d: abs |log r| (released, default), k2, k3 = r - 1 - log r (estimates KL(π_old||π), as in the paper).
-    **Strictly on-policy log r is 0 and so is every d's gradient: nothing happens.** If old_logp came from a
-    second forward pass, abs would turn its rounding noise into gradients ±beta/N of random sign; so before a
-    rollout's first step leave old_logp None, as the loop does. The penalty is part of a token's l: it has the
-    surrogate's denominator. All A or all log p equal: nobody is picked. Paper: ratio 2e-3 (7B), 2e-4 (32B),
-    beta 1. PRIME's 0.2 is in percent; verl's config has ratio 2e-4 and beta 0.1.
+    **Strictly on-policy log r is 0 and so is every d's gradient: nothing happens.** With an old_logp from a
+    second forward pass, abs would turn rounding noise into gradients ±beta/N of random sign; so before a
+    rollout's first step leave old_logp None, as the loop does. All A or all log p equal: nobody is picked.
+    Paper: ratio 2e-3 (7B), 2e-4 (32B), beta 1. PRIME's 0.2 is in percent; verl has ratio 2e-4, beta 0.1.
     """
 
     ratio: Share = 2e-3
@@ -1288,8 +1263,7 @@ class LpReg(OnPicked, key="lp_reg", place="penalty", paper="2510.03222", needs=(
         l = -r A + beta · k3(log p - log q),  unclipped;   all others: clipped with eps (1, 9)
 
     Filtered tokens (log q = -inf) are noise and left alone. On-policy every selected survivor has q > p and a
-    push of 1/S - 1 on its log-probability, S the kept mass: upwards. Needs log q of the old policy, one more
-    reduction over the vocabulary. The penalty is part of a token's l: it has the surrogate's denominator.
+    push of 1/S - 1 on its log-probability, S the kept mass: upwards. Costs one more pass for log q.
     """
 
     fraction: Share = 0.01
@@ -1335,16 +1309,9 @@ EXCLUSIVE = {  # what does not override the same hook and still makes no sense t
 SHARED = ("eps_low", "eps_high", "dual_clip", "aggregation")
 
 
-def _overrides(method: Method, hook: str) -> bool:
-    if hook == "advantage":
-        own = getattr(method, "own_advantage", type(method).advantage is not Method.advantage)
-        return own or method.normalize != Method.normalize
-    return getattr(type(method), hook) is not getattr(Method, hook)
-
-
 def _owner(members: list[Method], hook: str) -> Method:
     """The member whose hook counts; the first, which then has plain GRPO's, if none overrides it."""
-    owners = [m for m in members if _overrides(m, hook)]
+    owners = [m for m in members if m.overrides(hook)]
     if len(owners) > 1:
         names = " and ".join(m.key for m in owners)
         raise ValueError(f"{names} cannot be combined: each replaces the {hook}, and only one can")
@@ -1406,6 +1373,9 @@ class Composite(Method):
         for m in self.members:
             m.progress = value
 
+    def overrides(self, hook: str) -> bool:
+        return any(m.overrides(hook) for m in self.members)
+
     def select(self, tk: Tokens) -> Tensor | None:
         asked = [m for m in self.members if m.refill or tk.logp is not None]  # not scored: it is being drawn
         kept = [rows for m in asked if (rows := m.select(tk)) is not None]
@@ -1452,7 +1422,7 @@ class Composite(Method):
 
     @property
     def loss_norm(self) -> float | None:
-        own = (m.loss_norm for m in self.members if _overrides(m, "loss_norm"))
+        own = (m.loss_norm for m in self.members if m.overrides("loss_norm"))
         return next(own, self.progress.max_length)
 
     def reset_reference(self, step: int, score: float | None) -> bool:
@@ -1460,9 +1430,7 @@ class Composite(Method):
 
     def after_step(self, plan: Plan) -> None:
         for m in self.members:
-            own = {
-                k.removeprefix(m.key + "."): v for k, v in plan.metrics.items()
-            }  # its own come after others'
+            own = {k.removeprefix(m.key + "."): v for k, v in plan.metrics.items()}  # its own come last
             m.after_step(replace(plan, metrics=own))
 
     def state_dict(self) -> dict[str, Any]:
@@ -1576,11 +1544,10 @@ def register_with_verl(*specs: str, prefix: str = "") -> list[str]:
 
     verl hands a policy loss advantages and old and new log-probabilities, and nothing else. A method that
     needs more (entropy, Σp², rewards, a reference, the step) raises ValueError: opefo and steer among them.
-    Denominators are verl's, of the whole mini-batch, so a method that treats every token alone has the
-    gradient of `grpo.policy_loss`. **But verl calls once per micro-batch and rank: clip_cov, kl_cov and
-    rand_pos_clip then select among those tokens only**, as verl's own do; the scope rule holds where one
-    micro-batch on one rank is the mini-batch. And verl's old log-probabilities are of another forward pass:
-    with one update per rollout kl_cov's penalty is rounding noise.
+    Denominators are verl's, of the whole mini-batch. **But verl calls once per micro-batch and rank:
+    clip_cov, kl_cov and rand_pos_clip then select among those tokens only**, as verl's own do; the scope rule
+    holds where one micro-batch on one rank is the mini-batch. And verl's old log-probabilities are of another
+    forward pass: with one update per rollout kl_cov's penalty is rounding noise.
 
     Against verl's own: `vanilla` is `grpo:dual_clip=3`; clip_cov draws from the step's own generator instead
     of the global one; kl_cov's penalty is not multiplied by rollout_is_weights; gspo and cispo agree.
@@ -1602,12 +1569,12 @@ def check_verl(method: Method) -> None:
     """Raise ValueError, with the reason, where verl's policy-loss interface cannot feed a method."""
     for m in getattr(method, "members", [method]):
         more = [need for need in m.needs if need != "logp"] + ["entropy"] * m.entropy_grad
-        hooks = [h for h in ("sample", "select", "shape", "keep") if _overrides(m, h)]
+        hooks = [h for h in ("sample", "select", "shape", "keep") if m.overrides(h)]
         for bad, text in (
             (hooks, f"a verl policy loss has no place for its {' and '.join(hooks)}"),
-            (_overrides(m, "advantage"), "verl makes the advantages (algorithm.adv_estimator)"),
+            (m.overrides("advantage"), "verl makes the advantages (algorithm.adv_estimator)"),
             (more, f"it needs {', '.join(dict.fromkeys(more))}, which a verl policy loss does not get"),
-            (_overrides(m, "after_step"), "a verl policy loss has no place for its after_step"),
+            (m.overrides("after_step"), "a verl policy loss has no place for its after_step"),
             (getattr(m, "anneal", False), "a verl policy loss does not know the step, so anneal=false"),
             (m.aggregation != type(m).aggregation, "actor.loss_agg_mode decides on the aggregation"),
         ):

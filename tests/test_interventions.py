@@ -1667,6 +1667,8 @@ def test_composition_selects_by_all_adds_penalties_and_shares_the_clip():
     )
     assert build("clip_higher+cw_grpo").on_policy
     assert build("dapo+entropy_bonus").entropy_grad
+    assert combined.overrides("penalty") and not combined.overrides("sample")  # vLLM may sample for it
+    assert build("mixed_cuts+opefo").overrides("sample")
 
 
 @pytest.mark.parametrize("name", ["dr_grpo+clip_cov", "clip_cov+dr_grpo"])
