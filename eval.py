@@ -1461,7 +1461,7 @@ def open_engine(o: Options, s: dict[str, Any], everything: Sequence[Problem]) ->
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return VllmEngine(
-        model, tokenizer, device=device, dtype=getattr(torch, s["dtype"]), sleep_level=0,
+        model, tokenizer, device=device, dtype=getattr(torch, s["dtype"]), sleeps=False,
         max_model_len=longest + s["max_new_tokens"], gpu_memory=o.benchmarks.gpu_memory,
         trust_remote_code=trust,
     )  # fmt: skip
@@ -1701,7 +1701,7 @@ def command_line(
             rule, lines = re.compile("[│╭╮╰╯─ -]*"), said.getvalue().splitlines()[1:]
             text = " ".join(";" if rule.fullmatch(line) else line.strip("│ ") for line in lines)
             text = re.split("For full helptext|Argument helptext", re.sub("[; ]*; *", "; ", text))[0]
-            if unknown := re.match(r"Unrecognized options: ([^\s,;]+)", text):
+            if unknown := re.search(r"Unrecognized options: ([^\s,;]+)", text):
                 flag = unknown[1].split("=")[0]
                 near = difflib.get_close_matches(flag, flags_of(kind), 1, 0)
                 text = f"{flag}: " + ((absent or {}).get(flag) or f"unknown; did you mean {near[0]}?")

@@ -1002,17 +1002,17 @@ def _guarded(seed: int, device: torch.device) -> Iterator[None]:
     It draws from torch's (its first model runner) or NumPy's (its second), and seeds Python's too.  Autocast,
     which a trainer may have switched on, and on a CPU `torch.compile` (10 s for two small functions) are off.
     """
-    states = random.getstate(), np.random.get_state()
-    cuda = device.type == "cuda"
+    states, cuda = (random.getstate(), np.random.get_state()), device.type == "cuda"
     eager = nullcontext() if cuda else torch.compiler.set_stance("force_eager")
-    with torch.random.fork_rng([torch.cuda.current_device()] if cuda else []), eager:
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            torch.cuda.manual_seed(seed)
+    with (
+        torch.random.fork_rng([torch.cuda.current_device()] if cuda else []),
+        torch.autocast(device.type, enabled=False),
+        eager,
+    ):
+        torch.manual_seed(seed)
         np.random.seed(seed)
         try:
-            with torch.autocast(device.type, enabled=False):
-                yield
+            yield
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
@@ -1020,26 +1020,22 @@ def _guarded(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _cpu_build() -> Iterator[None]:
-    """While vLLM builds a model on a CPU: Linear layers keep their weights as they are.
-
-    Its CPU backend repacks every Linear weight and drops the original.  `load_weights` then raises, and
-    `reload_weights` returns without an error and changes nothing (0.32).  What it does to the whole process
-    is undone: `torch.set_num_threads` made a function that does nothing, LD_PRELOAD and torchrun's
-    LOCAL_WORLD_SIZE overwritten.
-    """
+    """While vLLM builds a model on a CPU: Linear layers keep their weights as they are.  Its CPU backend
+    repacks every Linear weight and drops the original; `load_weights` then raises, and `reload_weights`
+    changes nothing, without an error (0.32).  What it does to the whole process is undone:
+    `torch.set_num_threads` made a function that does nothing, LD_PRELOAD and LOCAL_WORLD_SIZE overwritten."""
     import vllm.model_executor.layers.utils as layers
 
     def plain(layer: nn.Module, remove_weight: bool = False) -> None:
         layer.cpu_linear = nn.functional.linear
 
-    before = dict(os.environ)
     with (
         mock.patch.object(layers, "dispatch_cpu_unquantized_gemm", plain),
         mock.patch.object(torch, "set_num_threads", torch.set_num_threads),
         mock.patch.dict(os.environ),
     ):
         yield
-        own = {k: v for k, v in os.environ.items() if k.startswith("VLLM_") and before.get(k) != v}
+        own = {k: v for k, v in os.environ.items() if k.startswith("VLLM_")}
     os.environ.update(own)
 
 
@@ -1057,37 +1053,27 @@ def _import_vllm(device: torch.device) -> Any:
         from vllm.platforms import current_platform
     except ImportError as error:
         raise ImportError(f"--engine vllm: vLLM cannot be imported ({error}); {remedy}") from error
-    built_for = current_platform.device_type
-    if built_for != device.type:
-        raise ImportError(
-            f"--engine vllm: the vLLM installed here runs on {built_for or 'no device of this machine'}, the "
-            f"policy on {device.type}; {remedy}"
-        )
+    if (built := current_platform.device_type) != device.type:
+        text = f"the vLLM installed here runs on {built or 'no device of this machine'}, the policy on"
+        raise ImportError(f"--engine vllm: {text} {device.type}; {remedy}")
     return vllm
 
 
 class VllmEngine(Engine):
-    """`Engine` on vLLM 0.26 to 0.32, through its public interface only.
+    """`Engine` on vLLM 0.26 to 0.32, through its public interface only, for a model's folder or hub id.
 
-    model             folder or hub id in the `transformers` layout
-    dtype             in which weights are held and computed; `push` converts
-    max_model_len     tokens of prompt and response together
-    gpu_memory        share of the device's memory for weights and KV cache (a CPU has a cache of 0.5 GiB, or
-                      VLLM_CPU_KVCACHE_SPACE GiB)
-    tensor_parallel   ranks that share one engine
-    enforce_eager     no CUDA graphs: starts faster, samples slower; always so on a CPU
-    sleep_level       2 drops the weights, which the next `push` restores; 1 keeps them in host memory; 0
-                      never sleeps.  A CPU does not sleep.
+    Weights are held and computed with in `dtype`, to which `push` converts; `gpu_memory` is the share of the
+    device for weights and KV cache (a CPU has a cache of 0.5 GiB).  With `sleeps` a GPU's engine gives its
+    memory back during updates, weights included.
 
     Several ranks (torchrun, torch.distributed initialised first): every rank has an engine of its own, or
-    tensor_parallel neighbours share one.  Those call `sample` and `push` together: each hands over its own
+    `tensor_parallel` neighbours share one.  Those call `sample` and `push` together: each hands over its own
     prompts, all sample all of them, and each keeps its own.  A rank's part of the engine is in the rank's own
-    process, so that `push` needs neither files nor CUDA IPC, whatever tensor_parallel is.  One engine at
-    a time in a process: vLLM keeps its groups in globals.
+    process, so that `push` needs neither files nor CUDA IPC.  One engine at a time in a process: vLLM keeps
+    its groups in globals.
 
     Deterministic: the same weights, arguments and state of `generator` give the same tokens, since the engine
-    seeds itself from one draw of it and forgets cached prefixes before every call.  A CPU and, in practice, a
-    GPU repeat the log-probabilities bit for bit; neither promises it across machines or versions.
+    seeds itself from one draw of it and forgets cached prefixes before every call.
     """
 
     copies = True
@@ -1104,27 +1090,22 @@ class VllmEngine(Engine):
         tensor_parallel: int = 1,
         seed: int = 0,
         trust_remote_code: bool = False,
-        enforce_eager: bool = False,
-        sleep_level: int = 2,
+        sleeps: bool = True,
     ) -> None:
         self.tokenizer, self.device, self.max_model_len = tokenizer, torch.device(device), max_model_len
-        cpu = self.device.type == "cpu"
-        vllm = _import_vllm(self.device)
+        cpu, vllm = self.device.type == "cpu", _import_vllm(self.device)
         self.ends_world = not dist.is_initialized()  # then vLLM starts a world of one rank; `close` ends it
         ranks = 1 if self.ends_world else dist.get_world_size()
         if ranks % tensor_parallel:
-            raise ValueError(
-                f"--tensor-parallel {tensor_parallel} does not divide the {ranks} rank(s): start a multiple, "
-                f"torchrun --nproc-per-node {tensor_parallel} train.py ..."
-            )
-        self._read_config(model, trust_remote_code)
+            raise ValueError(f"--tensor-parallel {tensor_parallel} does not divide the {ranks} rank(s)")
         self.group = dist.new_subgroups(tensor_parallel, backend="gloo")[0] if tensor_parallel > 1 else None
-        self.sleep_level, self.asleep = 0 if cpu else sleep_level, set()
+        self.sleeps, self.asleep = sleeps and not cpu, set()
         self.probe: tuple[Tensor, Tensor, Tensor] | None = None  # of `check_push`
-        own = {"distributed_executor_backend": "external_launcher"} if ranks > 1 else {}
-        own |= {"kv_cache_memory_bytes": 2**29} if cpu else {}
-        with _guarded(seed, self.device), _cpu_build() if cpu else nullcontext():
-            try:
+        more = {"distributed_executor_backend": "external_launcher"} if ranks > 1 else {}
+        more |= {"kv_cache_memory_bytes": 2**29} if cpu else {}
+        try:
+            self._read_config(model, trust_remote_code)
+            with _guarded(seed, self.device), _cpu_build() if cpu else nullcontext():
                 self.llm = vllm.LLM(
                     str(model),
                     dtype=str(dtype).removeprefix("torch."),
@@ -1133,26 +1114,23 @@ class VllmEngine(Engine):
                     tensor_parallel_size=tensor_parallel,
                     seed=seed,
                     trust_remote_code=trust_remote_code,
-                    enforce_eager=enforce_eager or cpu,
-                    enable_sleep_mode=self.sleep_level > 0,
+                    enforce_eager=cpu,
+                    enable_sleep_mode=self.sleeps,
                     logprobs_mode="processed_logprobs",  # after temperature and top_p: what was sampled from
                     skip_tokenizer_init=True,  # tokens in, tokens out
                     generation_config="vllm",  # no sampling settings from the model's folder behind our back
                     use_tqdm_on_load=False,
-                    **own,
+                    **more,
                 )
-            except Exception as error:  # model unknown to vLLM, too long, no memory: many libraries' classes
-                reason = " ".join(str(error).split())[:300] or type(error).__name__
-                hint = "; give a smaller --max-new-tokens" * ("max_model_len" in reason)
-                raise ValueError(f"--engine vllm: vLLM cannot start {model} ({reason}){hint}") from error
+        except Exception as error:  # model unknown to vLLM, too long, no memory: many libraries' classes
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            hint = "; give a smaller --max-new-tokens" * ("max_model_len" in reason)
+            raise ValueError(f"--engine vllm: vLLM cannot start {model} ({reason}){hint}") from error
 
     def _read_config(self, model: str | os.PathLike[str], trust_remote_code: bool) -> None:
         from transformers import AutoConfig, GenerationConfig
 
-        try:
-            config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-        except OSError as error:
-            raise ValueError(f"--model {model}: no folder or hub id with a config.json ({error})") from error
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
         try:
             generation = GenerationConfig.from_pretrained(model)
         except OSError:  # a folder without generation_config.json
@@ -1163,9 +1141,8 @@ class VllmEngine(Engine):
     def sample(
         self, prompt_ids: list[list[int]], how: Sampling, generator: torch.Generator | None = None
     ) -> Tokens:
-        """As the base class says; `how.entropy` gives -log π of the token drawn.
-
-        Raises ValueError on a hook, on an empty prompt, and on one too long; FloatingPointError on NaN."""
+        """As the base class says.  Raises ValueError on a hook, on an empty prompt, and on one too long;
+        FloatingPointError on NaN."""
         from vllm import SamplingParams
 
         if how.hook is not None:
@@ -1216,36 +1193,31 @@ class VllmEngine(Engine):
         return batch.to(self.device)
 
     def push(self, named: Iterable[tuple[str, Tensor]]) -> None:
-        """New weights, all of them, under their `transformers` names.  At most three tensors are held at
-        once, so that a generator which gathers or converts them needs no second copy of the model.
-
-        Raises RuntimeError where the engine has a parameter that none of them filled."""
+        """At most three tensors are held at once, so that a generator which gathers or converts them needs no
+        second copy of the model.  Raises RuntimeError where the engine has a parameter that none filled."""
         self._wake("weights")
-        loaded: set[str] = set()
+        unset: set[str] = set()
 
         def load(model: nn.Module) -> None:
             # A tied head is the embedding, and has no parameter of its own in vLLM.
             rest = (x for x in named if not (self.tied and x[0] == "lm_head.weight"))
-            loaded.update(model.load_weights(rest))
-            loaded.symmetric_difference_update(dict(model.named_parameters()))
+            unset.update(model.load_weights(rest) ^ set(dict(model.named_parameters())))
 
         with torch.no_grad():
             self.llm.apply_model(load)
-        if loaded:
-            raise RuntimeError(f"push left weights of the engine unset: {', '.join(sorted(loaded)[:3])} ...")
+        if unset:
+            raise RuntimeError(f"push left weights of the engine unset: {', '.join(sorted(unset)[:3])} ...")
         self.llm.reset_prefix_cache()  # keys and values of the old weights
 
     def sleep(self) -> None:
-        """Give the memory back, the weights too at level 2: then `push`, and only then `wake`."""
-        if self.sleep_level and not self.asleep:
-            self.llm.sleep(level=self.sleep_level)
+        if self.sleeps and not self.asleep:
+            self.llm.sleep(level=2)  # which drops the weights
             self.asleep = {"weights", "kv_cache"}
 
     def wake(self) -> None:
-        """Ready to sample.  Raises RuntimeError after a level-2 sleep without a push: no weights."""
-        if "weights" in self.asleep and self.sleep_level == 2:
+        """Raises RuntimeError after a sleep without a push: there are no weights."""
+        if "weights" in self.asleep:
             raise RuntimeError("the engine dropped its weights when it went to sleep: push before wake")
-        self._wake("weights")
         self._wake("kv_cache")
 
     def _wake(self, tag: str) -> None:
@@ -1260,25 +1232,18 @@ class VllmEngine(Engine):
         from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
 
         end = dist.destroy_process_group
-        if not self.ends_world:  # an engine that goes ends all groups: not the trainer's
-            dist.destroy_process_group = lambda group=None: end(group) if group else None
-        try:
+        ours = end if self.ends_world else lambda group=None: end(group) if group else None
+        with mock.patch.object(dist, "destroy_process_group", ours):  # an engine that goes ends all groups
             self.llm = None
             gc.collect()
             destroy_model_parallel()
-        finally:
-            dist.destroy_process_group = end
         if self.ends_world:
             destroy_distributed_environment()
 
 
 @torch.no_grad()
 def check_push(
-    engine: Engine,
-    policy: Policy,
-    prompt_ids: list[int],
-    dtype: torch.dtype,
-    tolerance: float | None = None,
+    engine: Engine, policy: Policy, prompt_ids: list[int], dtype: torch.dtype, tolerance: float | None = None
 ) -> float:
     """After a push: do engine and trainer hold the same policy?  Returns max |Δ log π| of the probe.
 
@@ -1295,9 +1260,8 @@ def check_push(
     if not isinstance(engine, VllmEngine):
         return 0.0
     limit = PROBE_TOLERANCE[dtype] if tolerance is None else tolerance
-    generator = torch.Generator(engine.device).manual_seed(0)
-    room = engine.max_model_len - len(prompt_ids)
-    out = engine.sample([prompt_ids], Sampling(8, min(16, room)), generator)
+    how = Sampling(8, min(16, engine.max_model_len - len(prompt_ids)))
+    out = engine.sample([prompt_ids], how, torch.Generator(engine.device).manual_seed(0))
     trainer = policy(out)["logp"]  # (B, T)
     gap = (out.rollout_logp - trainer).abs()[out.mask]
     worst, mean = float(gap.max()), float(gap.mean())
@@ -2039,51 +2003,42 @@ def warm_policy(
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> tuple[nn.Module, Any]:
     """The embedded policy after its warm start, float32 on the CPU, and its tokenizer.  Made once, then read
-    from a cache.
+    from a cache, whose key is a hash of the settings, the shape, the files with the code, and the versions.
 
-    The cache key is a hash of the settings, the shape, the files with the code and the library versions.  It
-    trains with one thread, whatever the caller's number, which changes rounding.  A cached file that cannot
-    be read is made anew; a cache that cannot be written costs the next run half a minute and is reported, not
-    fatal.
+    It trains with one thread, whatever the caller's number, which changes rounding.  A cached file that
+    cannot be read is made anew; a cache that cannot be written is reported, not fatal.
     """
     import transformers
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_model, save_model
 
     tokenizer = tiny_tokenizer()
-    model = shape.build(tokenizer, how.seed).eval()
     code = [Path(inspect.getfile(x)).read_text() for x in (head_token_stats, warm_policy)]
-    recipe = [asdict(how), asdict(shape), *code]
-    recipe += [torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability()]
-    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
+    versions = [torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability()]
+    key = hashlib.sha256(repr([how, shape, code, versions]).encode()).hexdigest()[:16]
     path = (folder or cache_folder()) / f"warm-{key}.safetensors"
-    try:
-        missing = model.load_state_dict(load_file(path), strict=False).missing_keys
-        if missing == ["lm_head.weight"]:  # the tied head is stored once
+    model = shape.build(tokenizer, how.seed).eval()
+    if path.exists():
+        try:
+            load_model(model, path)
             return model, tokenizer
-        raise ValueError(f"tensors are missing, {missing[0]} for one")
-    except FileNotFoundError:
-        pass  # the usual first run
-    except Exception as error:  # a truncated file: safetensors has its own error class
-        reason = str(error).splitlines()[0]
-        print(f"warm start: {path} cannot be read ({reason}); making it anew", file=sys.stderr)
-        model = shape.build(tokenizer, how.seed).eval()  # a part of the file may have been loaded already
+        except Exception as error:  # a truncated file: safetensors has its own error class
+            reason = str(error).splitlines()[0]
+            print(f"warm start: {path} cannot be read ({reason}); making it anew", file=sys.stderr)
+            model = shape.build(tokenizer, how.seed).eval()  # a part of the file may have been loaded already
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        torch.set_num_threads(1)
         supervised(model, how, progress)
     finally:
         torch.set_num_threads(threads)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
-        save_file({k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}, part)
+        save_model(model, str(part))
         part.replace(path)
-    except (OSError, SafetensorError) as error:
-        print(
-            f"warm start: not cached in {path.parent} ({error}); set ENTROPY_FLOW_CACHE to a writable folder",
-            file=sys.stderr,
-        )
+    except Exception as error:  # OSError, or safetensors' own class
+        hint = "set ENTROPY_FLOW_CACHE to a writable folder"
+        print(f"warm start: not cached in {path.parent} ({error}); {hint}", file=sys.stderr)
     return model, tokenizer
 
 

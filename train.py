@@ -3,6 +3,7 @@
     python train.py --method opefo              the first command: a warm start, 300 steps, a picture
     python train.py --method grpo opefo steer   several methods from one warm start, drawn together
     python train.py --method grpo grpo:lr=1e-4 opefo:form=paper clip_cov:ratio=.02 --seed 1
+    python train.py --method steer:help         the options of one method
     python train.py --resume runs/opefo-s0      go on after Ctrl-C or a crash, with the same numbers
 
 Claim. One GRPO step is: draw n responses to each of P prompts, verify them, push the tokens of the better
@@ -21,18 +22,15 @@ F_t = -∂loss/∂log π(y_t) is the force on token t (weights, clip and aggrega
 score on a table, entropy_math (2.2).  (5.1) and (5.2) are in nats; (5.3) in nats per unit of learning rate
 on a tabular policy: the units of (5.1) and (5.3) differ, their signs and their balance can be compared.
 
-Everything random comes from a generator seeded by a hash of (seed, step, purpose), so a resumed run repeats
-the numbers of one never stopped, and methods that start from the same seed see the same prompts in the same
-order.
+Everything random comes from a generator seeded by a hash of (seed, step, purpose): a resumed run repeats the
+numbers of one never stopped, and methods that start from one seed see the same prompts in the same order.
 
-    1  the loop                               5  several processes: FSDP2
-    2  a step's parts, in the order of use    6  settings: a flag for each
-    3  the entropy ledger                     7  what a run needs: task, policy, engine
-    4  a run and its files                    8  the command line, 9  inside TRL's trainer
+    1  the loop                         4  a run and its files    7  what a run needs: task, policy, engine
+    2  a step's parts, in order of use  5  several processes      8  the command line
+    3  the entropy ledger               6  settings: flags        9  the same methods inside TRL's trainer
 
-Left out, compared with a production trainer: a critic, learning-rate schedules and weight decay, sampling
-ahead of the update, several responses packed in one row, and tensor, pipeline or context parallelism of the
-policy in training.
+Left out, compared with a production trainer: a critic, learning-rate schedules, weight decay, sampling ahead
+of the update, several responses packed in one row, and tensor, pipeline or context parallelism in training.
 """
 
 from __future__ import annotations
@@ -124,16 +122,26 @@ class UserError(Exception):
     """A mistake that the user can mend: printed in one or two lines, exit code 2, no traceback."""
 
 
+@contextlib.contextmanager
+def user_error(
+    before: str, after: str = "", kinds: tuple = (ValueError, ImportError, RuntimeError)
+) -> Iterator[None]:
+    """An error as a UserError: where it was, what it says, what to do about it."""
+    try:
+        yield
+    except kinds as error:
+        text = str(error).strip() or type(error).__name__
+        raise UserError(f"{before} {text.splitlines()[0][:160] if after else text}{after}".strip()) from None
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 1. The loop
 
 
 def train(run: Run) -> Iterator[dict[str, Any]]:
     """Evaluate the first policy, then step until the last one; yields each row of metrics.jsonl, already on
-    disk.  Whoever iterates may stop after any row and call `run.save()`.
-
-    Raises FloatingPointError where the policy gives NaN, and after ten updates in a row that were not finite.
-    """
+    disk.  Whoever iterates may stop after any row and call `run.save()`.  Raises FloatingPointError where the
+    policy gives NaN, and after ten updates in a row that were not finite."""
     s, method, policy, ranks = run.settings, run.method, run.policy, run.ranks
     push_weights(run)
     if run.step == 0 and not run.rows:
@@ -141,16 +149,13 @@ def train(run: Run) -> Iterator[dict[str, Any]]:
     while run.step < s.steps:
         begin = time.perf_counter()
         method.progress = Progress(run.step, s.steps, s.seed, run.task.max_new_tokens, s.temperature)
-
         # 1. Prompts -> responses -> rewards.  A method with `refill` (dynamic sampling) draws again.
         tokens, row = draw_responses(run)
-        sampled = time.perf_counter()
+        row["seconds_rollout"] = time.perf_counter() - begin
         run.engine.sleep()
-
         # 2. Open the ledger: H̄(θ) and ∇H̄(θ) on the states of these responses, (5.1) and (5.2).
         booked = s.ledger != "off" and run.step % s.ledger_every == 0 and row["tokens"] > 0
         ledger = Ledger.open(policy, tokens, s, ranks) if booked else None
-
         # 3. What the method needs beyond the policy: π_old of the ratio, grpo (2.5); a reference; a proxy.
         if s.updates_per_rollout > 1:
             tokens.old_logp = score_batch(policy, tokens, s, ranks)["logp"]
@@ -158,7 +163,6 @@ def train(run: Run) -> Iterator[dict[str, Any]]:
             tokens.ref_logp = reference_logp(run, tokens)
         if "proxy_logp" in method.needs:
             tokens.proxy_logp = proxy_logp(run, tokens)
-
         # 4. Updates: statistics of the whole batch -> plan; loss and gradient by micro-batches; a step.
         history, skipped = [], 0
         for i, batch in enumerate(update_batches(tokens, s, ranks)):
@@ -177,13 +181,10 @@ def train(run: Run) -> Iterator[dict[str, Any]]:
             else:
                 skipped += 1
         row |= {"skipped": skipped, **over_updates(history)}
-
         # 5. Close the ledger, hand the weights over, evaluate and save if it is time.
         row |= ledger.close(policy) if ledger else {}
-        updated = time.perf_counter()
-        push_weights(run)
-        now = time.perf_counter()
-        row |= {"seconds": now - begin, "seconds_rollout": sampled - begin, "seconds_push": now - updated}
+        row["seconds_push"] = push_weights(run)
+        row["seconds"] = time.perf_counter() - begin
         run.step += 1
         due = run.step % s.eval_every == 0 or run.step == s.steps
         row |= evaluation(run) if due else {}
@@ -337,6 +338,7 @@ def update_batches(tokens: Tokens, settings: Settings, ranks: Ranks) -> list[Tok
     return [tokens.rows(torch.isin(tokens.group, g)) for g in groups if len(g) or ranks.world > 1]
 
 
+@dataclass
 class Update:
     """One update: its plan, its micro-batches, and what they leave behind: metrics, force and flow (B, T).
 
@@ -345,24 +347,19 @@ class Update:
     that the gradient does not depend on how the batch was sliced.
     """
 
-    def __init__(
-        self, policy: Policy, batch: Tokens, method: Method, settings: Settings, ranks: Ranks
-    ) -> None:
-        self.policy, self.batch, self.method, self.settings, self.ranks = (
-            policy,
-            batch,
-            method,
-            settings,
-            ranks,
-        )
-        self.slices, self.first = micro_batches(batch, settings), 0
-        self.metrics: dict[str, float] = {"loss": 0.0}
-        self.forces: list[Tensor] = []
-        self.flows: list[Tensor] = []
-        self.plan: Plan | None = None
-        if len(self.slices) > 1 or ranks.world > 1:
-            stats = replace(batch, **score_batch(policy, batch, settings, ranks), full_ids=None, start=None)
-            stats, self.first = ranks.gather(stats)
+    policy: Policy
+    batch: Tokens
+    method: Method
+    settings: Settings
+    ranks: Ranks
+
+    def __post_init__(self) -> None:
+        self.slices, self.first = micro_batches(self.batch, self.settings), 0
+        self.metrics, self.forces, self.flows, self.plan = {"loss": 0.0}, [], [], None
+        if len(self.slices) > 1 or self.ranks.world > 1:
+            stats = score_batch(self.policy, self.batch, self.settings, self.ranks)
+            stats = replace(self.batch, **stats, full_ids=None, start=None)
+            stats, self.first = self.ranks.gather(stats)
             self._make_plan(stats)
 
     def _make_plan(self, stats: Tokens) -> None:
@@ -386,9 +383,9 @@ class Update:
                 self._make_plan(part)
             part.mismatch = mismatch_of(part, s)
             part.logp.retain_grad()
-            mine = rows + self.first if isinstance(rows, Tensor) else None
-            mine = slice(self.first + rows.start, self.first + rows.stop) if mine is None else mine
-            yield part, self.plan.rows(mine)
+            first = self.first  # of this rank's rows in the plan
+            both = slice(first + rows.start, first + rows.stop) if isinstance(rows, slice) else first + rows
+            yield part, self.plan.rows(both)
         self.policy.eval()
 
     def collect(self, part: Tokens, loss: Tensor, metrics: dict[str, float]) -> None:
@@ -462,17 +459,17 @@ def over_updates(history: list[dict[str, float]]) -> dict[str, float]:
     return out | {"entropy": history[0]["entropy"]} if history else out
 
 
-def push_weights(run: Run) -> None:
-    """Hand the new weights to an engine that has a copy of its own, and prove that they arrived."""
-    if not run.engine.copies:
-        return
-    run.engine.push(full_weights(run.policy.model))
-    run.engine.wake()
-    prompt = run.tokenizer(run.task.train[0].prompt, add_special_tokens=False)["input_ids"]
-    try:
-        check_push(run.engine, run.policy, prompt, run.dtype)
-    except RuntimeError as error:
-        raise UserError(f"--engine {run.settings.engine}: {error}") from None
+def push_weights(run: Run) -> float:
+    """Hand the new weights to an engine that has a copy of its own, and prove that they arrived.  Returns the
+    seconds that it took."""
+    begin = time.perf_counter()
+    if run.engine.copies:
+        run.engine.push(full_weights(run.policy.model))
+        run.engine.wake()
+        prompt = run.tokenizer(run.task.train[0].prompt, add_special_tokens=False)["input_ids"]
+        with user_error(f"--engine {run.settings.engine}:"):
+            check_push(run.engine, run.policy, prompt, run.dtype)
+    return time.perf_counter() - begin
 
 
 def maybe_reset_reference(run: Run, score: float | None) -> None:
@@ -697,17 +694,16 @@ class Run:
     def _nothing_learned(self) -> str:
         """What ten steps without contrast come from, by their numbers, and what to do about it."""
         reward, cut = (sum(r[key] for r in self.rows[-10:]) / 10 for key in ("reward", "truncated"))
+        why = (
+            "answers are not in the form that is graded: look at samples.jsonl, change --prompt-template; or "
+            "the problems are too hard: other --data"
+        )
+        if cut > 0.5:
+            why = f"responses are cut off: a --max-new-tokens above {self.task.max_new_tokens}"
+        if reward > 0.5:
+            why = "the problems are too easy: other --data"
         if not self.settings.model:
             why = "the policy has collapsed or broken: another --method or a smaller --lr"
-        elif reward > 0.5:
-            why = "the problems are too easy: other --data"
-        elif cut > 0.5:
-            why = f"responses are cut off: a --max-new-tokens above {self.task.max_new_tokens}"
-        else:
-            why = (
-                "answers are not in the form that is graded: look at samples.jsonl, change "
-                "--prompt-template; or the problems are too hard: other --data"
-            )
         return (
             "ten steps in a row taught nothing, for all responses to a prompt had the same reward (mean "
             f"{reward:.2f}, {cut:.0%} of responses truncated). Likely {why}"
@@ -715,33 +711,31 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint beside the last one, then rename: at no moment is there none."""
-        part, is_main, together = self.folder / ".checkpoint.part", self.ranks.is_main, self.ranks.together
-        weights: dict[str, Tensor] = {}
-        failed: list[Exception] = []
-        trouble = partial(
-            explained,
-            f"{self.folder}: no checkpoint could be written",
-            f"make room, then go on from the last one: --resume {self.folder}",
-        )
+        part, is_main = self.folder / ".checkpoint.part", self.ranks.is_main
+        hint = f"\nmake room, then go on from the last checkpoint: --resume {self.folder}"
         try:
-            with together(), trouble():
+            with (
+                self.ranks.together(),
+                user_error(f"{self.folder}: no checkpoint could be written:", hint, (Exception,)),
+            ):
                 if is_main:
                     shutil.rmtree(part, ignore_errors=True)
                     part.mkdir()
-            with together():
-                for name, weight in full_weights(self.policy.model):  # all ranks gather, the first one keeps
-                    try:
-                        if is_main:
-                            weights[name] = weight.to("cpu", self.dtype).contiguous()
-                    except Exception as error:  # no memory: the others must not wait for this one
-                        failed.append(error)
-                if failed:
-                    raise failed[0]
-            with together(), trouble():
+            # All ranks gather the weights, the first one keeps them.
+            weights = {
+                n: w.to("cpu", self.dtype) if is_main else None for n, w in full_weights(self.policy.model)
+            }
+            with (
+                self.ranks.together(),
+                user_error(f"{self.folder}: no checkpoint could be written:", hint, (Exception,)),
+            ):
                 self._training(dcp.save, part)
-            with together(), trouble():
+            with (
+                self.ranks.together(),
+                user_error(f"{self.folder}: no checkpoint could be written:", hint, (Exception,)),
+            ):
                 if is_main:
-                    self._write(part, weights)
+                    self._write(part, {n: w.contiguous() for n, w in weights.items()})
         except BaseException:
             if is_main:
                 shutil.rmtree(part, ignore_errors=True)
@@ -812,52 +806,37 @@ class Run:
     def load(self) -> None:
         """Continue from the last checkpoint, on any number of ranks; without any, from the beginning.  Raises
         UserError on an unreadable one, and on another model or other data than the run began with."""
-        with self.ranks.together():
-            began: dict[str, str] = {}
-            with contextlib.suppress(OSError, ValueError, KeyError):  # not begun, or by an older program
-                began = json.loads((self.folder / "config.json").read_text())["origin"]
-            for name, now in self.origin().items():
-                if began.get(name, now) != now:
-                    raise UserError(
-                        f"--resume {self.folder}: --{name} {getattr(self.settings, name)} has changed "
-                        "since the run began;\nput back what it was, or start a new run"
-                    )
-        path = self.folder / "checkpoint"
-        if not path.exists():
-            path = self.folder / "checkpoint-previous"  # the process died between two renames
+        config = json.loads((self.folder / "config.json").read_text()) if self._has("config.json") else {}
+        for name, now in self.origin().items():
+            if config.get("origin", {}).get(name, now) != now:
+                raise UserError(
+                    f"--resume {self.folder}: --{name} {getattr(self.settings, name)} has changed since the "
+                    "run began;\nput back what it was, or start a new run"
+                )
+        # Without a checkpoint/ the process died between two renames.
+        path = self.folder / ("checkpoint" if self._has("checkpoint") else "checkpoint-previous")
+        hint = f"\nremove {path} to go on from checkpoint-previous if there is one, else from the start"
         if path.exists():
-            trouble = partial(
-                explained,
-                f"--resume {self.folder}: {path.name} is damaged",
-                f"remove {path} to go on from checkpoint-previous if there is one, else from the start",
-            )
-            with self.ranks.together(), trouble():
+            with (
+                self.ranks.together(),
+                user_error(f"--resume {self.folder}: {path.name} is damaged:", hint, (Exception,)),
+            ):
                 state = torch.load(path / "state.pt", weights_only=True)
                 self._training(dcp.load, path)
                 self.method.load_state_dict(state["method"])
                 for name in STATE:
                     setattr(self, name, state[name])
-        for name in ("metrics.jsonl", "samples.jsonl", "flows.jsonl"):
-            if not (self.folder / name).exists():
-                continue
+        for name in filter(self._has, ("metrics.jsonl", "samples.jsonl", "flows.jsonl")):
             rows = [r for r in read_jsonl(self.folder / name) if path.exists() and r["step"] <= self.step]
             if self.ranks.is_main:
                 write_atomically(self.folder / name, "".join(json.dumps(r) + "\n" for r in rows))
-            if name == "metrics.jsonl":
-                self.rows = rows
+            self.rows = rows if name == "metrics.jsonl" else self.rows
+
+    def _has(self, name: str) -> bool:
+        return (self.folder / name).exists()
 
 
 STATE = ("step", "prompts_used", "skipped_in_row", "best")  # of a run, in state.pt
-
-
-@contextlib.contextmanager
-def explained(what: str, remedy: str) -> Iterator[None]:
-    """An error of a library that reads or writes files (a dozen classes of three), with what and remedy."""
-    try:
-        yield
-    except Exception as error:
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise UserError(f"{what} ({reason});\n{remedy}") from None
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -1243,15 +1222,6 @@ def label_of(spec: str) -> str:
 # 7. What a run needs
 
 
-@contextlib.contextmanager
-def naming(flag: str) -> Iterator[None]:
-    """A loader's ValueError, which begins with the value, as a UserError that begins with the flag."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(f"{flag} {error}".strip()) from None
-
-
 def load_task_and_policy(
     settings: Settings, device: torch.device, ranks: Ranks, quiet: bool
 ) -> tuple[Task, nn.Module, Any]:
@@ -1268,13 +1238,13 @@ def load_task_and_policy(
     bare = s.lora and ranks.world == 1  # frozen weights need no float32 master
     dtype = str(compute_dtype(s, device)).removeprefix("torch.") if bare else "float32"
     place = "cpu" if sharded(s, device, ranks) else device
-    with naming("--model"):
+    with user_error("--model"):
         model, tokenizer = load_model(s.model, dtype, s.trust_remote_code, s.attention, place)
-    with naming(""):
+    with user_error(""):
         how = (s.prompt_template, s.chat == "auto", s.max_prompt_tokens, s.max_new_tokens)
         task, notes = task_of_data(tokenizer, s.data, s.eval_data, s.eval_problems, *how)
     rows, prompts = model.get_input_embeddings().weight.shape[0], (*task.train, *task.test)
-    with naming(f"--model {s.model}:"):
+    with user_error(f"--model {s.model}:"):
         longest = longest_prompt(prompts, tokenizer, rows)
     room = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf) - longest
     if s.max_new_tokens > room:
@@ -1347,7 +1317,7 @@ def vllm_engine(
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         ranks.all(None)
-        with naming(""):
+        with user_error(""):
             engine = VllmEngine(
                 s.model or folder,
                 tokenizer,
@@ -1440,17 +1410,13 @@ class Command:  # its docstring, with the list of methods, follows
         return {k: v for group in groups for k, v in vars(group).items()} | {"method": " ".join(self.method)}
 
 
-Command.__doc__ = """Train a language model with verifiable rewards and watch its entropy.
+Command.__doc__ = f"""Train a language model with verifiable rewards and watch its entropy.
 
 Without --model it trains a small transformer on an embedded arithmetic task: nothing is downloaded, and it
 takes two minutes on one core.
 
 examples:
-  python train.py --method opefo
-  python train.py --method grpo opefo steer --out runs/three
-  python train.py --method grpo grpo:lr=1e-4 opefo:form=paper clip_cov:ratio=.02
-  python train.py --method steer:help          the options of one method
-  python train.py --resume runs/three          go on after Ctrl-C or a crash
+{__doc__.split(chr(10) * 2)[1]}
 
 methods (options ride behind the name, NAME:key=value,key=value; so may training and measuring options):
 """ + "\n".join(f"  {name:<20} {cls.idea}" for name, cls in interventions.METHODS.items())
@@ -1601,23 +1567,17 @@ BAR = {
 # fmt: on
 
 
-def numbers_of(row: dict[str, Any], refill: bool) -> dict[str, str]:
-    """What the progress line shows of a row."""
-    keys = [key for key in BAR if row.get(key) is not None and (refill or key != "draws")]
-    return {key: BAR[key].format(row[key]) for key in keys}
-
-
 def follow(run: Run, quiet: bool) -> int:
     """Train to the end, or to the end of the step in which the user stops it.  Returns the exit code."""
     spec, steps = run.settings.method, run.settings.steps
     shape = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
     bar = tqdm(total=steps, initial=run.step, desc=spec, disable=quiet, bar_format=shape)
-    shown: dict[str, str] = {}
+    keys, shown = [key for key in BAR if key != "draws" or run.method.refill], {}
     try:
         with bar, stop_on_signal() as stop:
             for row in train(run):
-                shown |= numbers_of(row, run.method.refill)
-                bar.set_postfix_str(" ".join(shown[key] for key in BAR if key in shown), refresh=False)
+                shown |= {key: BAR[key].format(row[key]) for key in keys if row.get(key) is not None}
+                bar.set_postfix_str(" ".join(shown[key] for key in keys if key in shown), refresh=False)
                 bar.update(row["step"] - bar.n)
                 stopped = run.ranks.max(stop())  # a signal may reach one rank before the others
                 if stopped and run.step < steps:
@@ -1634,19 +1594,13 @@ def follow(run: Run, quiet: bool) -> int:
     return 0
 
 
-def compare(
-    jobs: list[tuple[Settings, Method]],
-    folder: Path,
-    device: torch.device,
-    ranks: Ranks,
-    resume: bool,
-    quiet: bool,
-) -> int:
+def compare(command: Command, jobs: list[Any], folder: Path, device: torch.device, ranks: Ranks) -> int:
     """Run the methods one after another from the same warm start; table and picture at the end, or as far as
     it came."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of saving and loading a checkpoint
+    quiet = command.quiet or not ranks.is_main
     done, code, engine = {}, 0, None
     with contextlib.ExitStack() as at_the_end:
         for (settings, method), place in zip(jobs, places(folder, [s.method for s, _ in jobs])):
@@ -1657,7 +1611,7 @@ def compare(
                 engine = vllm_engine(settings, task, model, tokenizer, device, ranks)
                 at_the_end.callback(engine.close)
             run = make_run(settings, method, place, task, model, tokenizer, engine, device, ranks)
-            if resume:
+            if command.resume is not None:
                 run.load()
             run.create()
             code = follow(run, quiet)
@@ -1718,7 +1672,7 @@ def execute(command: Command, given: set[str]) -> int:
             if len(specs) > 1 and ranks.is_main:
                 config = {"specs": specs, "settings": asdict(base)}
                 write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
-            return compare(jobs, folder, device, ranks, resume, command.quiet or not ranks.is_main)
+            return compare(command, jobs, folder, device, ranks)
         except KeyboardInterrupt:
             if not (folder / "config.json").is_file():
                 raise

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from conftest import REPO, TINY, complains, contents, process, rows_of
 import interventions
 import train
 from interventions import METHODS, build
-from train import ALONE, Settings, UserError
+from train import Ranks, Settings, UserError
 
 CPU = torch.device("cpu")
 
@@ -42,7 +43,7 @@ WRONG = {  # a command line -> words of the complaint
     "--method nosuch:help": ["nosuch", "did you mean"],
     "--method": ["--method", "at least one"],
     "--method mixed_cuts --engine vllm": ["mixed_cuts", "--engine torch"],
-    "--stepz 4": ["--stepz", "--steps"],
+    "--stepz 4": ["--stepz: unknown; did you mean --steps?"],
     "--step 4": ["--step", "--steps"],
     "opefo": ["opefo"],
     "--steps": ["--steps"],
@@ -80,7 +81,7 @@ WRONG = {  # a command line -> words of the complaint
     "--engine sglang": ["--engine", "sglang", "'torch', 'vllm'"],
     "--tensor-parallel 2": ["--tensor-parallel 2", "torchrun --nproc-per-node 2"],
     "--top-p .9": ["--top-p", "biased", "eval.py"],
-    "--top-k=20": ["--top-k=20", "biased", "eval.py"],
+    "--top-k=20": ["--top-k", "biased", "eval.py"],
     "--resume nowhere": ["--resume nowhere", "--out"],
     "--resume": ["--resume runs/"],
     "--resume a --out b": ["--out b", "leave --out out"],
@@ -135,7 +136,7 @@ def test_what_fails_in_a_run_is_one_line_and_bugs_keep_their_traceback(cli, monk
 def jobs_of(monkeypatch, *argv):
     """What a command line asks for, without doing it."""
     jobs = []
-    monkeypatch.setattr(train, "compare", lambda given, *_: jobs.extend(given) or 0)
+    monkeypatch.setattr(train, "compare", lambda _, given, *__: jobs.extend(given) or 0)
     assert train.main(list(map(str, argv))) == 0
     return jobs
 
@@ -181,7 +182,7 @@ def test_auto_behind_a_name_is_auto():
 
 def test_what_several_processes_refuse_names_the_method():
     with pytest.raises(UserError, match="^--method grpo:prompts=9: --prompts 9: .* x 2 processes"):
-        train.make_job("grpo:prompts=9", Settings(), CPU, train.Ranks(0, 2))
+        train.make_job("grpo:prompts=9", Settings(), CPU, Ranks(0, 2))
 
 
 def test_every_setting_has_a_range_or_words_or_is_a_name():
@@ -190,9 +191,9 @@ def test_every_setting_has_a_range_or_words_or_is_a_name():
     free |= {"gradient_checkpointing", "trust_remote_code"}
     for f in fields(Settings):
         bad = replace(Settings(), **{f.name: "?" if isinstance(f.default, str) else -1})
-        told = next(train.complaints(bad, build("grpo"), CPU, ALONE), "")
+        told = next(train.complaints(bad, build("grpo"), CPU, Ranks()), "")
         assert f.name in free or told.startswith(train.flag(f.name)), f.name
-    assert not next(train.complaints(Settings(mismatch="off"), build("grpo"), CPU, ALONE), "")
+    assert not next(train.complaints(Settings(mismatch="off"), build("grpo"), CPU, Ranks()), "")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -233,7 +234,7 @@ def test_a_folder_in_which_a_run_is_at_work_is_refused(cli, home, name):
     if name == "--resume":
         config_in(home / "a", "grpo", "psr")
     before = contents(home)
-    with train.locked([home / "a" / "psr"], ALONE):
+    with train.locked([home / "a" / "psr"], Ranks()):
         methods = ["--method", "grpo", "psr"] if name == "--out" else []
         complains(cli(*methods, name, "a"), "a/psr: another run", "--out")
         assert not (home / "a" / "grpo").exists()
@@ -283,7 +284,18 @@ def test_a_damaged_config_is_named(cli, home, text):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Signals and pipes
+# Progress, signals and pipes
+
+
+@pytest.mark.parametrize("name", ["dapo", "grpo"])
+def test_the_progress_line_shows_the_last_of_each_number(monkeypatch, capsys, name):
+    rows = [{"step": 0, "pass@1": 0.25}, {"step": 1, "entropy": None, "no_contrast": 1.0, "draws": 10}]
+    run = SimpleNamespace(settings=Settings(steps=1, method=name), method=build(name), step=0, ranks=Ranks())
+    monkeypatch.setattr(train, "train", lambda run: iter(rows))
+    assert train.follow(run, quiet=False) == 0
+    line = capsys.readouterr().err.split("\r")[-1]
+    assert f"{name} 1/1" in line and "alike 100%" in line and "pass@1 0.25" in line and "None" not in line
+    assert ("draws 10" in line) == (name == "dapo")
 
 
 def interrupted(*_, **__):
