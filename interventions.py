@@ -31,14 +31,11 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import cache, partial
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
-import docstring_parser
-import pandas
 import torch
-import tyro
 from torch import Tensor
 
 from entropy_math import entropy_change, set_point_lambda
@@ -1459,16 +1456,21 @@ METHODS: dict[str, type[Method]] = {c.key: c for c in (
 # fmt: on
 
 
+def used_fields(cls: type[Method]) -> list[Any]:
+    return [f for f in fields(cls) if f.name not in cls.without]
+
+
 @cache
 def hyperparameters(cls: type[Method]) -> list[tuple[str, Any, Any, str]]:
     """(name, type, default, help) of a method's hyperparameters; help is the docstring under the field."""
+    import docstring_parser
+
     helps: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
         found = docstring_parser.parse_from_object(base).params
         helps |= {p.arg_name: p.description for p in found if p.description}
     kinds = get_type_hints(cls, include_extras=True)
-    used = [f for f in fields(cls) if f.name not in cls.without]
-    return [(f.name, kinds[f.name], f.default, helps.get(f.name, "")) for f in used]
+    return [(f.name, kinds[f.name], f.default, helps.get(f.name, "")) for f in used_fields(cls)]
 
 
 def _nearest(word: str, words: Iterable[str]) -> str:
@@ -1505,7 +1507,7 @@ def build(name: str, **hyperparameter: Any) -> Method:
     (naming the nearest), a value of the wrong type or range, and a composition without sense.
     """
     members = name.split("+")
-    known = {m: [n for n, *_ in hyperparameters(lookup(m))] for m in members}
+    known = {m: [f.name for f in used_fields(lookup(m))] for m in members}
     given: dict[str, dict[str, Any]] = {member: {} for member in members}
     for full, value in hyperparameter.items():
         prefix, _, n = full.rpartition(".")
@@ -1541,18 +1543,15 @@ def register_with_verl(*specs: str, prefix: str = "") -> list[str]:
     specs: as on the command line, "clip_cov:ratio=.002", compositions too; none: the eight keys of `VERL`. A
     loss is named prefix + key; where verl has the name (gspo, cispo, clip_cov, kl_cov) ours replaces its.
     Every worker has to register: put the call into a module and name it in VERL_USE_EXTERNAL_MODULES.
-
-    verl hands a policy loss advantages and old and new log-probabilities, and nothing else. A method that
-    needs more (entropy, Σp², rewards, a reference, the step) raises ValueError: opefo and steer among them.
-    Denominators are verl's, of the whole mini-batch. **But verl calls once per micro-batch and rank:
-    clip_cov, kl_cov and rand_pos_clip then select among those tokens only**, as verl's own do; the scope rule
-    holds where one micro-batch on one rank is the mini-batch. And verl's old log-probabilities are of another
-    forward pass: with one update per rollout kl_cov's penalty is rounding noise.
-
-    Against verl's own: `vanilla` is `grpo:dual_clip=3`; clip_cov draws from the step's own generator instead
-    of the global one; kl_cov's penalty is not multiplied by rollout_is_weights; gspo and cispo agree.
     Hyperparameters come from the spec, only the aggregation from `loss_agg_mode`; another clip range in
     verl's config is refused. Made for verl 0.9 (extra `verl`), imported by this call only.
+
+    verl hands a policy loss advantages and old and new log-probabilities; a method that needs more raises
+    ValueError, opefo and steer among them. Denominators are of the whole mini-batch. **But verl calls once
+    per micro-batch and rank: clip_cov, kl_cov and rand_pos_clip then select among those tokens only**, as
+    verl's own do. And its old log-probabilities are of another forward pass: strictly on-policy kl_cov's
+    penalty is rounding noise. Against verl's own: `vanilla` is `grpo:dual_clip=3`; clip_cov has its own
+    generator; kl_cov's penalty is not multiplied by rollout_is_weights; gspo and cispo agree.
     """
     from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
 
@@ -1613,11 +1612,10 @@ def verl_loss(
 # 9. Demonstration
 
 
-@dataclass
-class Effect:
+class Effect(NamedTuple):
     """What one method does to one batch, per token (B, T)."""
 
-    method: Method
+    key: str
     force: Tensor  # -∂loss/∂logp
     change: Tensor  # predicted entropy change, nats per unit learning rate
     touched: Tensor  # bool: treated unlike plain GRPO
@@ -1637,7 +1635,7 @@ def effect(method: Method, tokens: Tokens, entropy_slope: Tensor) -> Effect:
     force, pull = (-g for g in slopes(method))
     change = token_flow(tokens, force) + torch.where(tokens.mask, pull * entropy_slope, 0)
     plain = -slopes(Method())[0]
-    return Effect(method, force, change, ((force - plain).abs() > 1e-6 * plain.abs()) | (pull != 0))
+    return Effect(method.key, force, change, ((force - plain).abs() > 1e-6 * plain.abs()) | (pull != 0))
 
 
 def demonstration_methods(tokens: Tokens) -> dict[str, Method]:
@@ -1672,6 +1670,8 @@ def show_batch(
     tokens: logp, entropy, p2, p2logp, reward, group; ref_logp, proxy_logp, old_logp for the methods that need
     them. entropy_slope: as in `effect`. methods: by their specs; None: all.
     """
+    import pandas
+
     mask, on_policy = tokens.mask, tokens.old_logp is None
     entropy = float(masked_mean(tokens.entropy, mask))
     adv = torch.where(mask, Method().advantage(tokens), 0)
@@ -1679,19 +1679,17 @@ def show_batch(
     rows, effects = [], []
     for spec, m in (methods or demonstration_methods(tokens)).items():
         effects.append(e := effect(m, tokens, entropy_slope))
-        rows.append({"method": m.key, "place": m.place})
-        rows[-1]["touched"] = f"{float(masked_mean(e.touched.double(), mask)):.1%}"
-        for name, side in (("A > 0", adv > 0), ("A < 0", adv < 0)):
-            rows[-1][name] = f"{float(e.force[side].abs().sum() / base.force[side].abs().sum()):.2f}"
-        rows[-1]["dH"] = f"{float(e.change.sum() / base.change.abs().sum()):+.3f}"
-        inert = on_policy and not m.on_policy
-        rows[-1]["options"] = (
-            "acts with several updates per rollout only" if inert else spec.partition(":")[2]
-        )
-    print(f"{int(mask.sum())} tokens of {len(adv)} responses, {'on' if on_policy else 'off'}-policy", end="")
-    print(f", entropy {entropy:.3f} nats\ntouched: tokens treated unlike GRPO;  A > 0, A < 0: sum of |force|")
-    print("there, GRPO = 1;  dH: predicted change of entropy, as a share of all flow (up and down) of GRPO\n")
-    print(pandas.DataFrame(rows).to_string(index=False, justify="left"))
+        share, inert = float(masked_mean(e.touched.double(), mask)), on_policy and not m.on_policy
+        up, down = (float(e.force[s].abs().sum() / base.force[s].abs().sum()) for s in (adv > 0, adv < 0))
+        change = float(e.change.sum() / base.change.abs().sum())
+        note = "acts with several updates per rollout only" if inert else spec.partition(":")[2]
+        numbers = (f"{share:.1%}", f"{up:.2f}", f"{down:.2f}", f"{change:+.3f}")
+        rows.append((m.key, m.place, *numbers, note))
+    print(f"{int(mask.sum())} tokens of {len(adv)} responses, {'on' if on_policy else 'off'}-policy, entropy "
+          f"{entropy:.3f} nats\ntouched: tokens treated unlike GRPO;  A > 0, A < 0: sum of |force| there, GRPO = 1"
+          "\ndH: predicted change of entropy, as a share of all flow (up and down) of GRPO\n")  # fmt: skip
+    names = ["method", "place", "touched", "A > 0", "A < 0", "dH", "options"]
+    print(pandas.DataFrame(rows, columns=names).to_string(index=False, justify="left"))
     if path:
         draw(tokens, adv, base, effects, path)
         print(f"\nfigure: {path}")
@@ -1709,6 +1707,7 @@ def draw(tokens: Tokens, adv: Tensor, base: Effect, effects: list[Effect], path:
     jitter = torch.rand(adv.shape, generator=torch.Generator().manual_seed(0)).to(adv) - 0.5
     x, y = tokens.logp.detach()[m], (adv + 0.3 * jitter)[m]
     scale = float(base.change.abs().sum())
+    reach = 1.05 * max(float(e.change.abs().sum()) for e in effects) / scale
     size = {"figsize": (15, 0.95 * rows + 1), "width_ratios": (3, 2, 3, 2), "layout": "constrained"}
     fig, axes = plt.subplots(rows, 4, sharex="col", squeeze=False, **size)
     for (plane, bars), e in zip([*axes[:, :2], *axes[:, 2:]], effects, strict=False):  # down, then right
@@ -1716,12 +1715,12 @@ def draw(tokens: Tokens, adv: Tensor, base: Effect, effects: list[Effect], path:
         order = e.touched[m].long().argsort(stable=True)  # touched tokens on top, and larger
         look = {"cmap": "YlGnBu", "vmin": -0.3, "vmax": 2, "linewidths": 0, "rasterized": True}
         dots = plane.scatter(x[order], y[order], 2 + 5 * e.touched[m][order].float(), weight[order], **look)
-        plane.set_ylabel(e.method.key + "\nA", rotation=0, ha="right", va="center", fontsize=9)
+        plane.set_ylabel(e.key + "\nA", rotation=0, ha="right", va="center", fontsize=9)
         up, down = (float(part.sum()) / scale for part in (e.change.clamp(min=0), e.change.clamp(max=0)))
         bars.barh([1, 0], [up, down], color=["0.7", "0.3"], height=0.7)
         bars.plot([up + down] * 2, [-0.5, 1.5], color="black", lw=2)
         bars.axvline(0, color="black", lw=0.5)
-        bars.set_yticks([1, 0], ["up", "down"], fontsize=7)
+        bars.set(xlim=(-reach, reach), yticks=[1, 0], yticklabels=["up", "down"])
     for axis in axes.flat[-2:] if len(effects) % 2 else ():
         axis.axis("off")
     for plane, bars in (axes[-1, :2], axes[-1, 2:]):
@@ -1790,4 +1789,6 @@ def main(out: str = "runs/interventions.png") -> None:
 
 
 if __name__ == "__main__":
+    import tyro
+
     tyro.cli(main)
