@@ -1685,9 +1685,10 @@ def show_batch(
         note = "acts with several updates per rollout only" if inert else spec.partition(":")[2]
         numbers = (f"{share:.1%}", f"{up:.2f}", f"{down:.2f}", f"{change:+.3f}")
         rows.append((m.key, m.place, *numbers, note))
-    print(f"{int(mask.sum())} tokens of {len(adv)} responses, {'on' if on_policy else 'off'}-policy, entropy "
-          f"{entropy:.3f} nats\ntouched: tokens treated unlike GRPO;  A > 0, A < 0: sum of |force| there, GRPO = 1"
-          "\ndH: predicted change of entropy, as a share of all flow (up and down) of GRPO\n")  # fmt: skip
+    kind = "on-policy" if on_policy else "off-policy"
+    print(f"{int(mask.sum())} tokens of {len(adv)} responses, {kind}, entropy {entropy:.3f} nats")
+    print("touched: tokens treated unlike GRPO;  A > 0, A < 0: sum of |force| there, GRPO = 1")
+    print("dH: predicted change of entropy, as a share of all flow (up and down) that GRPO causes\n")
     names = ["method", "place", "touched", "A > 0", "A < 0", "dH", "options"]
     print(pandas.DataFrame(rows, columns=names).to_string(index=False, justify="left"))
     if path:

@@ -7,8 +7,11 @@ autograd of another expression, or enumeration.
 
 import json
 import math
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import interventions as iv
-from entropy_math import TokenStats, entropy_change, token_stats
+from entropy_math import entropy_change, token_stats
 from grpo import Method, Plan, Progress, Tokens, batch_loss, masked_mean, plan_update, policy_loss
 from interventions import METHODS, build
 
@@ -191,16 +194,6 @@ def test_u3_padding_content_and_width_do_not_matter(key, off):
     assert (got[~tk.mask] == 0).all()
 
 
-@every_method
-def test_u3_garbage_at_masked_positions_gets_no_gradient_not_even_nan(key):
-    _, tokens = make(4, off=True)
-    tk = tokens().detach()
-    leaf = torch.where(tk.mask, tk.logp, math.nan).requires_grad_()
-    loss, _ = policy_loss(replace(tk, logp=leaf), active(key))
-    grad = torch.autograd.grad(loss, leaf)[0]
-    assert math.isfinite(loss.item()) and (grad[~tk.mask] == 0).all() and grad.isfinite().all()
-
-
 NEUTRAL = {  # hyperparameters that make the method plain GRPO, and whether that holds off-policy too
     "grpo": ({}, True),
     "entropy_bonus": ({"alpha": 0}, True),
@@ -303,10 +296,11 @@ def test_u6_degenerate_batches_are_finite(key, kind):
 
 
 @every_method
-def test_u7_seed_and_step_determine_the_gradient(key):
+def test_u7_seed_and_step_determine_the_gradient_and_computing_it_changes_nothing(key):
     logits, tokens = make(8, B=64)
-    first, again = (gradient(logits, tokens(), active(key)) for _ in range(2))
-    assert torch.equal(first, again)
+    method = active(key)
+    first, again = (gradient(logits, tokens(), method) for _ in range(2))
+    assert torch.equal(first, again) and torch.equal(first, gradient(logits, tokens(), active(key)))
     later = active(key)
     later.progress.step = 4
     if key in RANDOM:
@@ -345,13 +339,6 @@ def test_u8_controller_state_survives_save_and_restore(key):
     assert build(key, **options).state_dict() != method.state_dict(), (
         "the state moved, or this test shows nothing"
     )
-
-
-@every_method
-def test_computing_a_loss_twice_gives_it_twice(key):
-    _, tokens = make(9)
-    method = active(key)
-    assert policy_loss(tokens(), method)[0].item() == policy_loss(tokens(), method)[0].item()
 
 
 @every_method
@@ -1821,6 +1808,11 @@ def test_demonstration_measures_the_real_entropy_change(tmp_path, capsys):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
-def test_token_stats_view_is_the_chapter_1_type():
-    _, tokens = make(29)
-    assert isinstance(tokens().stats, TokenStats)
+def test_building_a_method_needs_torch_alone():
+    """In verl's own environment this repository is installed without its dependencies."""
+    extra = "{'tyro', 'docstring_parser', 'pandas', 'matplotlib', 'transformers'}"
+    code = (
+        "import sys; b = set(sys.modules); import torch; t = set(sys.modules) - b; import interventions as i;"
+    )
+    code += f"i.build('opefo+dapo', lam='0'); assert not {extra} & (set(sys.modules) - t)"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(iv.__file__).parent, check=True)
