@@ -1,10 +1,11 @@
 """Chapter 1. How one gradient step changes the entropy of a softmax policy.
 
 Claim: entropy collapse is arithmetic. A policy-gradient step on one sampled token changes the entropy by a
-known amount (2.2), to first order negative exactly when the token is likely enough and rewarded, or unlikely
-and punished; and learning mostly rewards what the policy already does. Every formula with which a paper
-predicts this change stands here beside the exact one, with what it drops and how far off it is. `python
-entropy_math.py` measures that in half a minute.
+known amount (2.2). To first order it lowers entropy exactly when the token is likely enough and rewarded, or
+unlikely and punished, and learning mostly rewards what the policy already does. Every formula with which a
+paper predicts this change stands here beside the exact one, with what it drops and how far off it is.
+
+    python entropy_math.py       measures that in half a minute; results/honesty.py measures it in training
 
     1  a softmax's entropy, its gradient, curvature  5  the ledger: a network's own entropy change
     2  one step on one sampled token                 6  the set point: why balance drifts, what feedback adds
@@ -25,9 +26,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,8 +48,7 @@ def entropy(logits: Tensor) -> Tensor:
 def entropy_gradient(logits: Tensor) -> Tensor:
     """∂H/∂z_a = -p_a u_a: (..., V) -> (..., V), nats per unit of logit.
 
-    From ∂p_v/∂z_a = p_v (1[v=a] - p_a); Σ_v p_v ∂log p_v/∂z_a = 0, since probabilities keep their sum. What
-    is left:
+    ∂p_v/∂z_a = p_v (1[v=a] - p_a), and Σ_v p_v ∂log p_v/∂z_a = 0, since probabilities keep their sum. Hence
         ∂H/∂z_a = -Σ_v (∂p_v/∂z_a) log p_v = -p_a (log p_a + H) = -p_a u_a                               (1.2)
     """
     logq = _finite(torch.log_softmax(logits, dim=-1))  # (..., V)
@@ -71,10 +72,10 @@ def second_order_change(logits: Tensor, dz: Tensor) -> Tensor:
         dᵀ (∇²H) d = -E[(1 + u) d²] + 2 E[u d] E[d] + E[d]²             (expectations under p)           (1.4)
     For d = η A (e_y - p), averaged over y ~ p and over the policies of a family, it is negative in all five
     families of section 8 with V <= 1000 (-.06 (ηA)² for Gaussian logits, -.02 for very peaked ones): steps
-    whose first order cancels cost entropy on average. Not at every policy: it is negative for all flat and 85
-    % of Gaussian ones with V = 1000, but for half of the peaked and 38 % of the very peaked (measured). It
-    matters for large steps: at a logit step of size 1 the first order alone correlates .82 to .97 with the
-    truth, with a relative RMS error of .33 to .73 (measured).
+    whose first order cancels cost entropy on average. Policies differ: it is negative for all flat ones, 85 %
+    of the Gaussian ones with V = 1000, 60 % of the peaked and 38 % of the very peaked. It matters for large
+    steps: at a logit step of size 1 the first order alone correlates .82 to .97 with the truth, with a
+    relative RMS error of .33 to .73 (all measured).
     """
     logq = _finite(torch.log_softmax(logits, dim=-1))
     p, u = logq.exp(), logq + entropy(logits).unsqueeze(-1)  # (..., V) each
@@ -87,9 +88,8 @@ def expected_change(logits: Tensor, adv: Tensor, natural: bool = False) -> Tenso
 
         policy gradient   dz = η p (A - E_p[A]):   dH/η = -Cov(log p, p (A - E_p[A])) = Σ_y p_y A_y T_y  (1.5)
         natural gradient  dz = η A:                dH/η = -Cov(log p, A), the same for A + const         (1.6)
-    These are (1.3) for the gradient of E_p[A], and Theorems 1 and 2 of 2505.22617. Theorem 1 presupposes
-    E_p[A] = 0; the baseline is subtracted here, so any A will do. Both say: entropy falls when the likely
-    actions are the good ones.
+    These are Theorems 1 and 2 of 2505.22617. The first presupposes E_p[A] = 0; the baseline is subtracted
+    here, so any A will do. Both say: entropy falls when the likely actions are the good ones.
     """
     p = torch.softmax(logits, dim=-1)
     centred = adv - (p * adv).sum(-1, keepdim=True)  # (..., V)
@@ -97,8 +97,7 @@ def expected_change(logits: Tensor, adv: Tensor, natural: bool = False) -> Tenso
 
 
 def _finite(logq: Tensor) -> Tensor:
-    """-inf becomes -1e4, where exp is 0 in any precision, so that p log p is 0 and not NaN. No gradient
-    depends on the clamp's slope at -1e4: every use of a result with a graph multiplies it by that p = 0."""
+    """-inf becomes -1e4, where exp is 0 in any precision: p log p is 0 and not NaN, and so are gradients."""
     return logq.clamp(min=-1e4)
 
 
@@ -124,38 +123,17 @@ def exact_score(stats: TokenStats) -> Tensor:
         does C: Σ_i A_i T_i = -Σ_i A_i p_i u_i                                                           (2.7)
         off-policy the clipped surrogate's slope I_clip r A replaces A, r = π/π_old: `grpo.clip_factor`  (2.8)
         p = softmax(z/τ), step on z: dH = η A T/τ², 1/τ from the gradient and 1/τ from its effect        (2.9)
-    A token of probability 0 (logp -inf) has T = C. In float32 T's absolute error is about 1e-7 at V = 1000
-    and in the chunked head; summing 151,936 terms at once, as the plain form does, costs up to 4e-5. Tokens
-    that matter have |T| of .01 to 1.
+    A token of probability 0 has T = C. In float32 T's absolute error is about 1e-7 at V = 1000 and in the
+    chunked head, up to 4e-5 where the plain form sums 151,936 terms at once. |T| of .01 to 1 matters.
     """
-    s = _with_finite_logp(stats)
-    return s.p2logp + s.entropy * s.p2 - s.logp.exp() * (s.logp + s.entropy)  # (2.2)
-
-
-def _with_finite_logp(stats: TokenStats) -> TokenStats:
-    """Detached, and p log p of a token of probability 0 is 0 and not NaN."""
     s = stats.detach()
-    s.logp = _finite(s.logp)
-    return s
+    logp = _finite(s.logp)
+    return s.p2logp + s.entropy * s.p2 - logp.exp() * (logp + s.entropy)  # (2.2)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 3. The estimators of the papers
 # ------------------------------------------------------------------------------------------------------------
-
-
-def renyi_bounds(stats: TokenStats) -> tuple[Tensor, Tensor]:
-    """Lower and upper bound of C from entropy and p2 alone, should p2logp not be there: (...), (...), nats.
-
-    With H2 = -log p2 (the Rényi entropy of order 2) and q_v = p_v²/p2,
-        C = p2 (H - H2/2 - H(q)/2),         C_lb = p2 (H - H2) <= C <= C_ub = p2 (H - H2/2)              (3.1)
-    below because α -> log Σ p^α is convex: its slope at α = 2, p2logp/p2, is at least that of the chord from
-    α = 1, log p2 = -H2; above because H(q) >= 0.
-    """
-    s = stats.detach()
-    h2 = -s.p2.log()
-    return s.p2 * (s.entropy - h2), s.p2 * (s.entropy - h2 / 2)
-
 
 FORMS: dict[str, Callable[[TokenStats], Tensor]] = {  # form -> b of (3.2)
     "exact": lambda s: -exact_score(s),
@@ -164,7 +142,6 @@ FORMS: dict[str, Callable[[TokenStats], Tensor]] = {  # form -> b of (3.2)
     "steer_released": lambda s: -torch.expm1(s.logp) * (s.logp + s.entropy),
     "opefo": lambda s: torch.expm1(s.logp) ** 2 * (s.logp + s.entropy),
     "cov": lambda s: s.logp + s.entropy,
-    "renyi": lambda s: s.logp.exp() * (s.logp + s.entropy) - renyi_bounds(s)[0],
 }
 
 
@@ -179,10 +156,8 @@ def entropy_change(stats: TokenStats, adv: Tensor | float, form: str = "exact") 
       steer_released  (1-p) u      the same, and one factor p     right within 2    unbounded       -C
       opefo           (1-p)² u     the same, all off-diagonals    vanishes          unbounded       D - 2C
       cov             u            all but the sign               far too large     unbounded       0
-      renyi           p u - C_lb   C - C_lb of (3.1)              too large         right order     C - C_lb
     D = Σ p³ u >= 0. Over the exact b, "far too large" is 1/(κ(1-p)) with κ from 1 to 2, "vanishes" is p|u|/C
-    (rare) or (1-p)/(κp) (opefo, confident), "unbounded" |u|/C; renyi is 2.4 times too large at p = .9 and 11
-    times at p = .99 (two tokens).
+    (rare) or (1-p)/(κp) (opefo, confident), "unbounded" |u|/C.
 
     Sign rule: from s_star to cov, b has the sign of u. They err only where 0 < p u < C, a little above p =
     e^-H, and in one direction: for A > 0 the truth there is expansion, they say contraction.            (3.3)
@@ -192,12 +167,14 @@ def entropy_change(stats: TokenStats, adv: Tensor | float, form: str = "exact") 
 
     Sources: s_star 2602.03392; steer_theorem 2510.10150 App. G, steer_released its code (on-policy); opefo
     2605.11491 Eq. 6 at the sampled token; cov 2505.22617, per token. Off-policy, with I_clip r A of (2.8) for
-    A, steer_theorem is STEER's product of four factors: clip, advantage, probability, entropy. A token-mean
-    loss divides by the number of tokens. Raises ValueError on an unknown form.
+    A, steer_theorem is STEER's product of four factors: clip, advantage, probability, entropy. Raises
+    ValueError on an unknown form.
     """
     if form not in FORMS:
         raise ValueError(f"form={form!r} is unknown; choose one of {', '.join(FORMS)}")
-    return -adv * FORMS[form](_with_finite_logp(stats))  # (3.2)
+    s = stats.detach()
+    s.logp = _finite(s.logp)
+    return -adv * FORMS[form](s)  # (3.2)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -207,7 +184,7 @@ def entropy_change(stats: TokenStats, adv: Tensor | float, form: str = "exact") 
 
 @dataclass
 class TokenStats:
-    """What a token's distribution tells; each field has the shape of the token ids. Natural logarithms."""
+    """Four statistics of a token's distribution, each of the shape of the token ids. Natural logarithms."""
 
     logp: Tensor
     """log π(y), with gradient"""
@@ -220,16 +197,11 @@ class TokenStats:
 
     def map(self, f: Callable[[Tensor], Tensor]) -> TokenStats:
         """Apply f to all four fields; what is None stays so."""
-        values = [getattr(self, field.name) for field in fields(self)]
-        return TokenStats(*(None if v is None else f(v) for v in values))
+        return TokenStats(*(None if v is None else f(v) for v in vars(self).values()))
 
     def detach(self) -> TokenStats:
         """The same numbers without a graph."""
         return self.map(Tensor.detach)
-
-    def __getitem__(self, index) -> TokenStats:
-        """Index all four fields alike, e.g. `stats[mask]`."""
-        return self.map(lambda t: t[index])
 
 
 def token_stats(
@@ -237,15 +209,13 @@ def token_stats(
 ) -> TokenStats:
     """The statistics of softmax(logits/temperature) at `ids`: (..., V), (...) -> fields of shape (...).
 
-    float64 stays float64, anything smaller is computed in float32, for bf16 rounds entropy changes away.
-    Stable at logits of 1e4 and with -inf (masked) logits; a row of -inf alone has no distribution and gives
-    NaN. Ordinary differentiable operations: `torch.func.jvp` and second derivatives work. The entropy has a
-    graph by default, for here the whole vocabulary is in memory anyway; `head_token_stats` has it on request
-    only, for there it costs another pass over every block. Raises ValueError on a wrong shape, an id outside
-    the vocabulary, or a temperature that is not positive.
+    float64 stays float64; anything smaller is computed in float32, because bf16 would round entropy changes
+    away. Logits may be as large as 1e4, or -inf (masked); a row of -inf alone gives NaN. `torch.func.jvp` and
+    second derivatives work. The entropy has a graph by default, since all logits are in memory anyway. Raises
+    ValueError on a wrong shape, an id outside the vocabulary, or a temperature that is not positive.
     """
     ids = _checked(ids, logits.shape[:-1], logits.shape[-1], temperature)
-    x = logits.to(_accumulation_dtype(logits.dtype))
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logq = torch.log_softmax(x if temperature == 1 else x / temperature, dim=-1)  # (..., V)
     logp = logq.gather(-1, ids.unsqueeze(-1)).squeeze(-1)  # (...)
     with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_grad):
@@ -269,29 +239,24 @@ def head_token_stats(
 
     hidden (..., D), weight (V, D), ids (...), bias (V,) -> fields of shape (...), and the plain form's
     gradients to hidden, weight and bias. `chunk` counts logits of 4 bytes; a block has at least 128 columns.
-    With V = 151,936 a batch of logits is the largest tensor of a training step; so walk over the vocabulary
-    in blocks of columns x and keep per token
+    At V = 151,936 a batch's logits are the largest tensor of a training step. So walk over the vocabulary in
+    blocks of columns x, and keep for each token
         m = max x,  s₀ = Σ e^(x-m),  s₁ = Σ e^(x-m) (x-m),  q₀ = Σ e^2(x-m),  q₁ = Σ e^2(x-m) (x-m)      (4.1)
     When a block raises the maximum by d, all earlier x-m fall by d:
         s₁ <- e^-d (s₁ - d s₀),   s₀ <- e^-d s₀,   q₁ <- e^-2d (q₁ - d q₀),   q₀ <- e^-2d q₀             (4.2)
-    At the end, with L = log s₀; within each sum the terms have one sign, so nothing cancels:
+    At the end, with L = log s₀ (within each sum the terms have one sign, so nothing cancels):
         logp = x_y - m - L,   H = L - s₁/s₀,   p2 = q₀/s₀²,   p2logp = (q₁ - L q₀)/s₀²                   (4.3)
     The backward pass computes each block again: with upstream gradients g of logp and h of H, by (1.2),
         ∂/∂x_v = g (1[v=y] - p_v) - h p_v (log p_v + H)                                                  (4.4)
-    That is a fourth product with the head beside the usual three, more than paid for by not moving gigabytes
-    of logits: at 4,096 tokens and D = 896 about .7 of the plain form's time in float32, .4 in bf16, with less
-    than 1/20 of its extra memory (results/bench_token_stats.txt). If all fits in one chunk the plain form is
-    cheaper, and used; so it is for chunk=None: choose that under `torch.func.jvp` and for second derivatives,
-    which raise RuntimeError in the chunked form. float16 has no chunked form and takes the plain one at any
-    size: with V = 100,000 the blocks of (4.4) leave its range, which ends at 65,504. The entropy has a graph
-    only if entropy_grad=True. Under autocast the products run in its dtype. Raises ValueError as
-    `token_stats`, on unequal widths, and on a chunk that is not positive.
+    That is a fourth product with the head beside the usual three, but no gigabytes of logits have to be
+    moved: at 4,096 tokens and D = 896 about .7 of the plain form's time in float32, .4 in bf16, with less
+    than 1/20 of its extra memory (results/bench_token_stats.txt). The plain form is used if all fits in one
+    chunk, for float16 (the blocks of (4.4) leave its range, which ends at 65,504), and for chunk=None. Choose
+    that under `torch.func.jvp` and for second derivatives, which raise RuntimeError in the chunked form.
+    entropy_grad=True costs another pass over every block. Under autocast the products run in its dtype.
+    Raises ValueError as `token_stats` does.
     """
     ids = _checked(ids, hidden.shape[:-1], weight.shape[0], temperature)
-    if hidden.shape[-1] != weight.shape[-1]:
-        raise ValueError(f"weight is {tuple(weight.shape)}; hidden needs (V, {hidden.shape[-1]})")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk} must be positive; None means the plain, unchunked form")
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else torch.promote_types(hidden.dtype, weight.dtype)
@@ -309,19 +274,18 @@ class _HeadStats(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, ids, temperature, chunk, entropy_grad):
-        acc = _accumulation_dtype(hidden.dtype)
+        acc = torch.promote_types(hidden.dtype, torch.float32)
         ctx.temperature, ctx.chunk, ctx.entropy_grad = temperature, chunk, entropy_grad
         top = hidden.new_full(ids.shape, torch.finfo(acc).min, dtype=acc)  # m; finite, so that 0 * d stays 0
         s0, s1, q0, q1, x_y = (torch.zeros_like(top) for _ in range(5))
-        for low, high in _blocks(ids.numel(), weight.shape[0], chunk):
+        for low, high, here, column in _blocks(ids, weight.shape[0], chunk):
             x = _block_logits(hidden, weight, bias, temperature, low, high)  # (N, v)
-            here, column = _hits(ids, low, high)
             x_y = torch.where(here, x.gather(1, column).squeeze(1), x_y)
             new = torch.maximum(top, x.amax(1))
             fall, top = new - top, new  # d of (4.2)
             shrink = torch.exp(-fall)
             e = x.sub_(top.unsqueeze(1)).exp()
-            xe = _finite_(x, bias).mul_(e)  # e^(x-m) (x-m)
+            xe = (x if bias is None else x.clamp_(min=-1e4)).mul_(e)  # e^(x-m) (x-m); `_finite`, in place
             s1 = shrink * (s1 - fall * s0) + xe.sum(1)  # (4.2) and (4.1)
             q1 = shrink**2 * (q1 - fall * q0) + xe.mul_(e).sum(1)
             s0 = shrink * s0 + e.sum(1)
@@ -336,9 +300,7 @@ class _HeadStats(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, h, _p2, _p2logp):
         if torch.is_grad_enabled():  # create_graph=True, which would silently lose the terms through p
-            raise RuntimeError(
-                "the chunked head has no second derivative; call head_token_stats with chunk=None"
-            )
+            raise RuntimeError("the chunked head has no second derivative; pass chunk=None")
         hidden, weight, bias, ids, top, s0, mean_x = ctx.saved_tensors
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         d_hidden = hidden.new_zeros(hidden.shape, dtype=s0.dtype) if want_hidden else None
@@ -347,11 +309,10 @@ class _HeadStats(torch.autograd.Function):
         # With h = 0 a row of (4.4) is `row` times e^(x-m) - s₀ 1[v=y]; the factor can act outside the blocks.
         row = torch.ones_like(s0) if ctx.entropy_grad else -g / (s0 * ctx.temperature)
         right = hidden if ctx.entropy_grad else (hidden * row.unsqueeze(1)).to(hidden.dtype)
-        for low, high in _blocks(ids.numel(), weight.shape[0], ctx.chunk):
+        for low, high, here, column in _blocks(ids, weight.shape[0], ctx.chunk):
             x = _block_logits(hidden, weight, bias, ctx.temperature, low, high).sub_(top.unsqueeze(1))
-            here, column = _hits(ids, low, high)
             if ctx.entropy_grad:  # log p_v + H = (x-m) - s₁/s₀
-                surprise = _finite_(x.clone(), bias).sub_(mean_x.unsqueeze(1))
+                surprise = x.clamp(min=-1e4).sub_(mean_x.unsqueeze(1))
                 factor = surprise.mul_(h.unsqueeze(1)).add_(g.unsqueeze(1))
                 x = x.exp_().mul_(factor).mul_(-1 / (s0 * ctx.temperature).unsqueeze(1))
                 hit = g / ctx.temperature
@@ -371,29 +332,19 @@ class _HeadStats(torch.autograd.Function):
 
 def _block_logits(hidden, weight, bias, temperature: float, low: int, high: int) -> Tensor:
     """(N, high - low) logits of one vocabulary block over the temperature, in the accumulation dtype."""
-    x = (hidden @ weight[low:high].T).to(_accumulation_dtype(hidden.dtype))
+    x = (hidden @ weight[low:high].T).to(torch.promote_types(hidden.dtype, torch.float32))
     if bias is not None:
         x.add_(bias[low:high])
     return x if temperature == 1 else x.div_(temperature)
 
 
-def _blocks(tokens: int, vocab: int, chunk: int) -> list[tuple[int, int]]:
-    width = max(128, chunk // max(1, tokens))  # narrower products with the head would be slow
-    return [(low, min(low + width, vocab)) for low in range(0, vocab, width)]
-
-
-def _hits(ids: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Which tokens lie in the block, (N,), and their column in it, (N, 1); a miss gets some valid column."""
-    return (ids >= low) & (ids < high), (ids - low).clamp(0, high - low - 1).unsqueeze(1)
-
-
-def _finite_(x: Tensor, bias: Tensor | None) -> Tensor:
-    """`_finite` in place. Only a bias can bring -inf, so without one the pass over memory is saved."""
-    return x if bias is None else x.clamp_(min=-1e4)
-
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _blocks(ids: Tensor, vocab: int, chunk: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Per block: its columns low to high; which tokens lie in it, (N,); each token's column in it, (N, 1),
+    some valid one for a token that lies elsewhere."""
+    width = max(128, chunk // max(1, len(ids)))  # narrower products with the head would be slow
+    for low in range(0, vocab, width):
+        high = min(low + width, vocab)
+        yield low, high, (ids >= low) & (ids < high), (ids - low).clamp(0, high - low - 1).unsqueeze(1)
 
 
 def _checked(ids: Tensor, shape: torch.Size, vocab: int, temperature: float) -> Tensor:
@@ -413,27 +364,20 @@ def _checked(ids: Tensor, shape: torch.Size, vocab: int, temperature: float) -> 
 # 5. The ledger: a network's own entropy change
 # ------------------------------------------------------------------------------------------------------------
 
-Tensors = Mapping[str, Tensor | None] | Iterable[Tensor | None]
 
-
-def entropy_directional_change(grads: Tensors, deltas: Tensors) -> float:
-    """The ledger's prediction <∇H, Δθ> in nats, accumulated in float64.
+def entropy_directional_change(grads: Mapping | Iterable, deltas: Mapping | Iterable) -> float:
+    """The ledger's prediction <∇H, Δθ> of tensors, in nats, accumulated in float64.
 
     In a network all tokens share parameters θ and the optimizer bends the step, so (2.2) is only a score:
     measured on a small transformer, it correlates about .4 with the change of H at the token's own state and
     .6 with the token's effect on the batch's mean H. The exact first-order statement, for the mean entropy
     H(θ) of fixed states and the step Δθ really taken, with momentum and decay, is
         dH_predicted = <∇H(θ), Δθ>                                                                       (5.1)
-    `grads`, `deltas`: mappings by name, or sequences in one order; None (no dependence) counts as 0. Raises
-    ValueError if names, lengths or shapes differ.
+    Pass both by name or both in the same order; None (no dependence) counts as 0. Raises ValueError if
+    lengths or shapes differ, KeyError if a delta is missing.
     """
-    if isinstance(grads, Mapping) and isinstance(deltas, Mapping):
-        if grads.keys() != deltas.keys():
-            raise ValueError(f"only one of grads, deltas has {sorted(grads.keys() ^ deltas.keys())[:5]}")
+    if isinstance(grads, Mapping):
         grads, deltas = grads.values(), [deltas[name] for name in grads]
-    grads, deltas = list(grads), list(deltas)
-    if len(grads) != len(deltas):
-        raise ValueError(f"{len(grads)} grads, {len(deltas)} deltas; pass one of each per parameter")
     total = 0.0
     for g, d in zip(grads, deltas, strict=True):
         if g is not None and d is not None:
@@ -447,26 +391,24 @@ def adam_preconditioner(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor
     """P of (5.2), per unit learning rate: parameter -> tensor of its shape, for all parameters it optimizes.
 
     Adam, AdamW: 1/(√v̂ + ε) from the state, so ask *after* the step in question; 0 where v is 0 (no gradient
-    has come yet, and 1/ε would blow up rounding) and for parameters without state. SGD: 1. Gradient clipping
-    multiplies every flow by its factor, parameter groups by their learning rates; that is the caller's.
+    has come yet, and 1/ε would blow up rounding) and for parameters without state. SGD: 1. The factor of
+    gradient clipping and the learning rates of parameter groups are left to the caller.
     Raises TypeError for another optimizer, ValueError if Adam has not stepped yet.
     """
-    params = [(p, group) for group in optimizer.param_groups for p in group["params"]]
-    if isinstance(optimizer, torch.optim.SGD):
-        return {p: torch.ones_like(p, requires_grad=False) for p, _ in params}
-    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+    if not isinstance(optimizer, torch.optim.SGD | torch.optim.Adam | torch.optim.AdamW):
         raise TypeError(f"{type(optimizer).__name__} has no known preconditioner; use SGD, Adam or AdamW")
-    if not any("exp_avg_sq" in optimizer.state.get(p, {}) for p, _ in params):
+    adam, found = not isinstance(optimizer, torch.optim.SGD), {}
+    if adam and not any("exp_avg_sq" in state for state in optimizer.state.values()):
         raise ValueError("the optimizer has no second moments yet; take the step first, then ask")
-    return {p: _adam_diagonal(p, optimizer.state.get(p, {}), group) for p, group in params}
-
-
-def _adam_diagonal(param: Tensor, state: Mapping, group: Mapping) -> Tensor:
-    if "exp_avg_sq" not in state:
-        return torch.zeros_like(param, requires_grad=False)
-    v = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-    v_hat = v / (1 - group["betas"][1] ** float(state["step"]))
-    return torch.where(v > 0, 1 / (v_hat.sqrt() + group["eps"]), torch.zeros_like(v))
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state.get(p, {})
+            found[p] = torch.zeros_like(p) if adam else torch.ones_like(p)
+            if "exp_avg_sq" in state:
+                v = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
+                v_hat = v / (1 - group["betas"][1] ** float(state["step"]))
+                found[p] = torch.where(v > 0, 1 / (v_hat.sqrt() + group["eps"]), torch.zeros_like(v))
+    return found
 
 
 def network_flow(
@@ -475,7 +417,7 @@ def network_flow(
     adv: Tensor | float,
     entropy_grad: Mapping[str, Tensor | None],
     preconditioner: Mapping[Tensor, Tensor] | None = None,
-    mode: str = "auto",
+    mode: Literal["auto", "jvp", "difference"] = "auto",
     rel_step: float = 1e-4,
 ) -> Tensor:
     """f_t, what each token does to a network's entropy: the shape of `logp_fn(params)`, nats per unit η.
@@ -489,17 +431,14 @@ def network_flow(
         <∇logp_t, d> ≈ [logp_t(θ + hd) - logp_t(θ - hd)] / 2h,         h = 1e-4 |θ|/|d|                  (5.4)
     with a relative error of 5e-4 in float32 (at 1e-3 |θ|/|d| already 5e-2; measured); in bf16 it is noise.
     With momentum (5.1) stays exact and the sum of (5.3) does not: at β₁ = .9 a tenth of a batch's flow acts
-    in its own step (measured r = .43 per step). A diagnostic, not a control: it is exact only on the batch's
-    own states.
+    in its own step (measured r = .43 per step). It is a diagnostic, exact only on the batch's own states.
 
     `logp_fn` maps parameters to per-token log-probs, e.g. by `torch.func.functional_call`, unchunked and
     without dropout; `params` = `dict(model.named_parameters())`; `entropy_grad` = ∇H by name (None: no
-    dependence); `preconditioner` as from `adam_preconditioner` (None: P = 1). mode: "jvp", "difference" (5.4;
-    outside autocast, half-precision parameters are widened) or "auto", which falls back from the one to the
-    other with a warning. Padding is the caller's to mask. Raises ValueError on an unknown mode or name.
+    dependence); `preconditioner` as from `adam_preconditioner` (None: P = 1). mode "difference" is (5.4),
+    outside autocast, half-precision parameters widened; "auto" falls back to it with a warning. The caller
+    masks padding. Raises ValueError on a name that `params` lacks.
     """
-    if mode not in ("auto", "jvp", "difference"):
-        raise ValueError(f"mode={mode!r} is unknown; choose auto, jvp or difference")
     if unknown := entropy_grad.keys() - params.keys():
         raise ValueError(f"entropy_grad names parameters that params lacks: {sorted(unknown)[:5]}")
     point, direction = {}, {}
@@ -523,9 +462,7 @@ def _central_difference(f: Callable, point: dict, direction: dict, rel_step: flo
     """Derivative of f, a function of named tensors, along `direction` by (5.4)."""
     point = {k: v if v.dtype == torch.float64 else v.float() for k, v in point.items()}
     size, length = (math.hypot(*(float(t.double().norm()) for t in d.values())) for d in (point, direction))
-    if length == 0:
-        return torch.zeros_like(f(point))
-    h = rel_step * (size or 1.0) / length
+    h = rel_step * (size or 1.0) / (length or 1.0)
     ahead, behind = (f({k: v + s * h * direction[k].to(v.dtype) for k, v in point.items()}) for s in (1, -1))
     return (ahead - behind) / (2 * h)
 
@@ -542,16 +479,14 @@ def set_point_lambda(
 
     Weighting the tokens that raise H by 1 + λ and those that lower it by 1 - λ makes the net flow
         F(λ) = (1 + λ) P - (1 - λ) Q = (P - Q) + λ (P + Q)                                               (6.1)
-    which λ = (Q - P)/(Q + P) switches off (2605.11491, eq. 8-9). Off, that is, to first order, by this score,
-    for this batch, in this step, and each of these leaks:
+    which λ = (Q - P)/(Q + P) switches off (2605.11491, eq. 8-9): to first order, by this score, for this
+    batch, in this step. Each of these leaks:
       - momentum applies mostly older gradients, balanced against older ∇H;
-      - the balance is of one batch's tokens, H of all states: the ∇H of two fresh batches have a cosine of
-        .58 (measured);
+      - H is of all states, the balance of one batch's: the ∇H of two batches have a cosine of .58 (measured);
       - the second order (1.4) is negative on average, a loss of order η² at every step;
       - in a network the score (2.2) is not the flow (5.3).
-    Together they are a bias e per step, and nothing in (6.1) knows where H should be: H_{n+1} = H_n + e
-    drifts without end (results/claims.txt: at less than half the pace of plain GRPO). A restoring force needs
-    a measurement. So ask F not for 0 but for
+    Together they are a bias e per step: H_{n+1} = H_n + e drifts without end (results/claims.txt: at less
+    than half the pace of plain GRPO). A restoring force needs a measurement. So let the net flow be not 0 but
         g = k (H* - H)/H* (P + Q):         λ = (Q - P + g)/(Q + P), clamped to [-1, 1]                   (6.2)
     If one unit of flow really moves H by c > 0 per step then, as long as λ is not clamped,
         H_{n+1} - H* = (1 - ρ)(H_n - H*) + e,         ρ = c k (P + Q)/H*                                 (6.3)
@@ -561,14 +496,13 @@ def set_point_lambda(
     a constant offset in place of a drift, smaller for a larger gain, and from both sides: too much entropy is
     pulled down. The authority ends at λ = ±1, a net flow of 2P or -2Q: an empty side cannot be amplified.
 
-    `entropy` = H and `target` = H* in nats, `gain` = k (about 2 works). gain = 0, and H = H*, give the
-    balance; P + Q = 0 gives 0. Raises ValueError on a negative or non-finite P, Q or gain, and on a gain
-    without an entropy and a positive target.
+    `entropy` = H and `target` = H* in nats, `gain` = k (about 2 works; 0 is the balance). P + Q = 0 gives 0.
+    Raises ValueError on a negative or non-finite P, Q or gain, and on a gain without an entropy and a
+    positive target.
     """
     P, Q = float(P), float(Q)
-    for name, value in (("P", P), ("Q", Q), ("gain", gain)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name}={value} must be finite and not negative; P and Q sum absolute flows")
+    if not all(0 <= value < math.inf for value in (P, Q, gain)):
+        raise ValueError(f"P={P}, Q={Q}, gain={gain}: each must be finite and not negative")
     push = 0.0
     if gain > 0:
         if entropy is None or target is None or not 0 < target < math.inf or not math.isfinite(entropy):
@@ -591,10 +525,8 @@ class EntropyLaw(NamedTuple):
     b: float
     r2: float
 
-    def predict(self, entropy: float | Numbers) -> float | Tensor:
-        """R at the given entropy in nats: float -> float, anything else -> float64 tensor."""
-        if isinstance(entropy, int | float):
-            return self.b - self.a * math.exp(entropy)
+    def predict(self, entropy: float | Numbers) -> Tensor:
+        """R at the given entropy in nats, in float64."""
         return self.b - self.a * torch.as_tensor(entropy, dtype=torch.float64).exp()
 
     @property
@@ -609,9 +541,8 @@ def fit_entropy_law(entropy: Numbers, score: Numbers) -> EntropyLaw:
         slope = Cov(x, R)/Var(x),         a = -slope,         b = mean R + a mean x                      (7.1)
     `entropy` (n,) mean token entropy in nats and `score` (n,) validation accuracy at the same steps, in any
     order. It describes runs *without* intervention: fit the baseline, plot interventions against it. a >= 0
-    is expected, not enforced. Raises ValueError on fewer than 3 points, unequal lengths, NaN or inf, and if
-    entropy or score hardly moves (standard deviation of e^H below 1e-4 of its mean, of R below 1e-9): then
-    any line fits.
+    is expected, not enforced. Raises ValueError on fewer than 3 points, unequal lengths, NaN or inf, and
+    where any line fits: a standard deviation of e^H below 1e-4 of its mean, or of R below 1e-9.
     """
     h, r = (torch.as_tensor(v, dtype=torch.float64).flatten() for v in (entropy, score))
     if h.numel() != r.numel() or h.numel() < 3:
@@ -623,10 +554,9 @@ def fit_entropy_law(entropy: Numbers, score: Numbers) -> EntropyLaw:
         raise ValueError(f"entropy stays at {float(h.mean()):.4g} nats; a slope needs it to move")
     if r.std() <= 1e-9:
         raise ValueError(f"score is constant at {float(r.mean()):.4g}; there is nothing to explain")
-    dx, dr = x - x.mean(), r - r.mean()
-    slope = float((dx * dr).sum() / dx.square().sum())
-    unexplained = float((dr - slope * dx).square().sum() / dr.square().sum())
-    return EntropyLaw(-slope, float(r.mean() - slope * x.mean()), 1 - unexplained)
+    (var_x, cov), (_, var_r) = torch.cov(torch.stack([x, r])).tolist()
+    slope = cov / var_x  # (7.1)
+    return EntropyLaw(-slope, float(r.mean() - slope * x.mean()), cov**2 / (var_x * var_r))
 
 
 class LawCheck(NamedTuple):
@@ -663,41 +593,28 @@ class Agreement(NamedTuple):
 
     pearson: float
     spearman: float
-    slope: float
-    """least squares of measured on predicted: 1 is right, below 1 the prediction is too large"""
-    sign: float
-    """share of cases with the right sign, of those that moved"""
-    weighted_sign: float
-    """the same, each case weighted by its measured size"""
-    size: float
-    """root mean square of the prediction over that of the measurement"""
+    slope: float  # least squares of measured on predicted: 1 is right, below 1 the prediction is too large
+    sign: float  # share of cases with the right sign, of those that moved
+    size: float  # root mean square of the prediction over that of the measurement
 
 
 def agreement(predicted: Numbers, measured: Numbers) -> Agreement:
     """Compare (n,) with (n,) in float64; no variation gives NaN. Raises ValueError if n < 2 or unequal."""
+    from scipy.stats import rankdata
+
     x, y = (torch.as_tensor(v, dtype=torch.float64).flatten() for v in (predicted, measured))
     if x.numel() != y.numel() or x.numel() < 2:
         raise ValueError(f"{x.numel()} predictions, {y.numel()} measurements; need equally many, at least 2")
+    ranks = torch.as_tensor(rankdata(torch.stack([x, y]).numpy(), axis=1))  # ties share theirs
     dx, dy = x - x.mean(), y - y.mean()
-    rx, ry = _centred_ranks(x), _centred_ranks(y)
-    right = (x.sign() == y.sign()).double()
-    moved, weight = (y != 0).double(), y.abs()
-    rms = [v.square().mean().sqrt() for v in (x, y)]
     values = (
-        (dx * dy).sum() / (dx.norm() * dy.norm()),
-        (rx * ry).sum() / (rx.norm() * ry.norm()),
-        (dx * dy).sum() / dx.square().sum(),
-        (right * moved).sum() / moved.sum(),
-        (right * weight).sum() / weight.sum(),
-        rms[0] / rms[1],
+        torch.corrcoef(torch.stack([x, y]))[0, 1],
+        torch.corrcoef(ranks)[0, 1],
+        dx @ dy / (dx @ dx),
+        (x.sign() == y.sign())[y != 0].double().mean(),
+        x.norm() / y.norm(),
     )
     return Agreement(*map(float, values))
-
-
-def _centred_ranks(x: Tensor) -> Tensor:
-    """Ranks of (n,) minus their mean; ties share theirs."""
-    _, index, count = x.unique(return_inverse=True, return_counts=True)
-    return (count.cumsum(0) - (count - 1) / 2)[index] - (len(x) + 1) / 2
 
 
 # name: vocabulary, standard deviation of Gaussian logits, height of up to 8 peaks on top, number of policies
@@ -715,9 +632,8 @@ FAMILIES = {
 def random_policies(family: str, generator: torch.Generator, block: int = 2**23) -> Iterable[Tensor]:
     """Logits (n, V) of the family's policies in float64, in blocks small enough for memory."""
     vocab, scale, height, count = FAMILIES[family]
-    step = max(1, min(count, block // vocab))
-    for start in range(0, count, step):
-        n = min(step, count - start)
+    for part in torch.arange(count).split(max(1, block // vocab)):
+        n = len(part)
         z = scale * torch.randn(n, vocab, generator=generator, dtype=torch.float64)
         where = torch.randint(vocab, (n, 8), generator=generator)
         yield z.scatter_add(1, where, height * torch.rand(n, 8, generator=generator, dtype=torch.float64))
@@ -727,7 +643,7 @@ def estimator_cases(family: str, seed: int = 0, eta: float = 1e-3) -> dict[str, 
     """One sampled token per policy, A = ±1: each form's prediction, "true" (the change per unit η, by central
     differences along 2.1) and "H", all (n,). "bias/<form>" is E_p[f]/E_p|T| at A = 1, for 64 policies."""
     generator = torch.Generator().manual_seed(seed)
-    columns: dict[str, list[Tensor]] = {}
+    rows: list[dict[str, Tensor]] = []
     for z in random_policies(family, generator):
         p = z.softmax(-1)
         y = torch.multinomial(p, 1, generator=generator)  # (n, 1)
@@ -736,149 +652,66 @@ def estimator_cases(family: str, seed: int = 0, eta: float = 1e-3) -> dict[str, 
         dz = eta * adv.unsqueeze(1) * (-p).scatter_add(1, y, torch.ones_like(y, dtype=p.dtype))  # (2.1)
         row = {"true": (entropy(z + dz) - entropy(z - dz)) / (2 * eta), "H": stats.entropy}
         row |= {form: entropy_change(stats, adv, form) for form in FORMS}
-        if not columns:
-            every, q = stats[:64].map(lambda t: t.unsqueeze(1)), p[:64]
+        if not rows:
+            every, q = stats.map(lambda t: t[:64].unsqueeze(1)), p[:64]
             every.logp = q.log()  # (64, V): all tokens of these policies
             size = (q * exact_score(every).abs()).sum()
             row |= {f"bias/{form}": (q * entropy_change(every, 1.0, form)).sum() / size for form in FORMS}
-        for name, value in row.items():
-            columns.setdefault(name, []).append(value.reshape(-1))
-    return {name: torch.cat(values) for name, values in columns.items()}
+        rows.append(row)
+    return {name: torch.cat([row[name].reshape(-1) for row in rows if name in row]) for name in rows[0]}
 
 
 def print_estimators(cases: dict[str, dict[str, Tensor]]) -> None:
     """The table of (3.2): one block per family, one row per form."""
-    print("Predicted against true dH of one step on one sampled token, A = +-1. size: RMS of the prediction")
-    print("over the truth's. bias: mean prediction at constant A > 0 over the mean |truth|; it should be 0.")
+    import pandas as pd
+
+    print("Predicted against true dH of one step of one sampled token, A = +-1. slope: truth on prediction;")
+    print("size: RMS of prediction / of truth; bias: mean prediction at A = 1 / mean |truth|, should be 0.")
     for family, columns in cases.items():
         print(f"\n{family}: mean H {float(columns['H'].mean()):.2f} nats, {len(columns['H'])} tokens")
-        print(f"  {'form':15s} pearson spearman   sign  weighted sign     size    bias")
-        for form in FORMS:
-            a, bias = agreement(columns[form], columns["true"]), float(columns[f"bias/{form}"])
-            print(
-                f"  {form:15s} {a.pearson:7.3f} {a.spearman:8.3f} {a.sign:6.1%} {a.weighted_sign:14.1%} "
-                f"{a.size:8.3g} {bias:+7.2f}"
-            )
+        table = pd.DataFrame({form: agreement(columns[form], columns["true"])._asdict() for form in FORMS}).T
+        table["bias"] = [float(columns[f"bias/{form}"]) for form in FORMS]
+        print(table.to_string(float_format="{:.3f}".format))
 
 
-def draw_estimators(cases: dict[str, dict[str, Tensor]], path: str) -> None:
-    """Predicted against true change, a panel per form, and the bias; families differ in marker and grey."""
-    from pathlib import Path
-
+def draw_estimators(cases: dict[str, dict[str, Tensor]], path: Path) -> None:
+    """Predicted against true change, a panel per form; families differ in marker and grey."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 4, figsize=(16, 8.5), layout="constrained")
-    looks = [(m, str(g)) for m, g in zip("osv^DPX", (0.0, 0.35, 0.55, 0.2, 0.7, 0.45, 0.1), strict=True)]
+    figure, axes = plt.subplots(2, 3, figsize=(12, 8.5), layout="constrained")
     ticks = [-1, -0.01, 0, 0.01, 1]
-    for axis, form in zip(axes.flat, FORMS, strict=False):
-        for (family, columns), (marker, grey) in zip(cases.items(), looks, strict=True):
-            x, y = columns["true"][:150], columns[form][:150]
-            axis.plot(x, y, marker, ms=4, mfc="none", mec=grey, mew=0.7, label=family)
+    for axis, form in zip(axes.flat, FORMS, strict=True):
+        for k, (family, columns) in enumerate(cases.items()):
+            look = {"marker": "osv^DPX"[k], "ls": "", "ms": 4, "mfc": "none", "mec": str(k / 10), "mew": 0.7}
+            axis.plot(columns["true"][:150], columns[form][:150], label=family, **look)
         axis.plot([-10, 10], [-10, 10], "k-", lw=0.8)
         axis.set_xscale("symlog", linthresh=1e-3)
         axis.set_yscale("symlog", linthresh=1e-3)
         axis.set(title=form, xlim=(-2, 2), ylim=(-30, 30), xticks=ticks, yticks=[-10, *ticks, 10])
         axis.set(xlabel="true dH per unit step (nats)", ylabel="predicted (nats)")
     axes[0, 0].legend(fontsize=7, loc="upper left")
-    bars, last = list(FORMS), axes.flat[-1]
-    for k, (columns, (marker, grey)) in enumerate(zip(cases.values(), looks, strict=True)):
-        heights = [float(columns[f"bias/{form}"]) for form in bars]
-        last.plot(heights, [i + 0.09 * (k - 3) for i in range(len(bars))], marker, ms=5, mfc="none", mec=grey)
-    last.axvline(0, color="k", lw=0.8)
-    last.set(yticks=range(len(bars)), yticklabels=bars, title="bias at constant A > 0 (should be 0)")
-    last.set(xlabel="mean prediction / mean |true dH|")
-    last.invert_yaxis()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def tabular_honesty(optimizer: str, steps: int = 80, seed: int = 0) -> dict[str, dict[str, Agreement]]:
-    """level -> predictor -> agreement with the measured change of mean H while a table of softmaxes trains.
+def main(out: Path = Path("runs/entropy_math.png"), seed: int = 0) -> None:
+    """How well each paper's formula predicts a step's entropy change: prints a table and draws a figure.
 
-    64 states, V = 32, 0/1 rewards; a step draws a group of 8 at each state, normalised as in GRPO. Levels:
-    "token" and "half" switch on one token, or a random half of the batch, in a step with the optimizer's P
-    but without momentum; "step" is training's real step. `optimizer`: "sgd" or "adamw" (betas .9 and .95).
+    Args:
+        out: where the figure goes
+        seed: of the random policies and of the tokens drawn from them
     """
-    generator = torch.Generator().manual_seed(seed)
-    table = (1.5 * torch.randn(64, 32, generator=generator, dtype=torch.float64)).requires_grad_()
-    correct = torch.rand(64, 32, generator=generator) < 0.25
-    state = torch.arange(64).repeat_interleave(8)  # (512,)
-    rate = {"sgd": 20.0, "adamw": 0.02}[optimizer]
-    # Advantages cancel, so an unsampled action's gradient is rounding, which Adam with a tiny ε amplifies.
-    adam = {"betas": (0.9, 0.95), "weight_decay": 0.0, "eps": 1e-4}
-    opt = torch.optim.SGD([table], rate) if optimizer == "sgd" else torch.optim.AdamW([table], rate, **adam)
-    cases: dict[str, dict[str, list[Tensor]]] = {level: {} for level in ("token", "half", "step")}
-    for step in range(steps):
-        ids = torch.multinomial(table.detach().softmax(-1), 8, True, generator=generator).view(-1)  # (512,)
-        reward = correct[state, ids].double().view(64, 8)
-        adv = ((reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-6)).view(-1)
-        grad_h = torch.autograd.grad(entropy(table).mean(), table)[0]
-        stats, old = token_stats(table[state], ids), table.detach().clone()
-        opt.zero_grad()
-        (-(adv * stats.logp).mean()).backward()
-        opt.step()
-        scale, P = rate / len(ids), adam_preconditioner(opt)
-        flows = {form: entropy_change(stats, adv, form) / 64 for form in FORMS}  # 64 states
-        logp_fn = lambda q: token_stats(q["z"][state], ids).logp  # noqa: E731, B023
-        flows["network flow"] = network_flow(logp_fn, {"z": old}, adv, {"z": grad_h}, {old: P[table]})
-        row = {name: [scale * flow.sum()] for name, flow in flows.items()}
-        row["<grad H, step>"] = [torch.tensor(entropy_directional_change([grad_h], [table.detach() - old]))]
-        row["measured"] = [(entropy(table.detach()) - entropy(old)).mean()]
-        _append(cases["step"], row)
-        if step % 16 == 0:
-            slope = torch.nn.functional.one_hot(ids, 32) - old.softmax(-1)[state]  # ∇log π of its row
-            moves = scale * P[table][state] * adv.unsqueeze(1) * slope  # (512, 32), (5.2) token by token
-            row = {name: list(scale * flow) for name, flow in flows.items()}
-            row["measured"] = list((entropy(old[state] + moves) - entropy(old[state])) / 64)
-            _append(cases["token"], row)
-            keep = (torch.rand(20, 512, generator=generator) < 0.5).double()
-            row = {name: list(scale * keep @ flow) for name, flow in flows.items()}
-            new = [torch.zeros_like(old).index_add(0, state, k.unsqueeze(1) * moves) + old for k in keep]
-            row["measured"] = [(entropy(z) - entropy(old)).mean() for z in new]
-            _append(cases["half"], row)
-    return {level: _against_measured(columns) for level, columns in cases.items()}
-
-
-def _against_measured(columns: dict[str, list[Tensor]]) -> dict[str, Agreement]:
-    measured = torch.stack(columns.pop("measured"))
-    return {name: agreement(torch.stack(values), measured) for name, values in columns.items()}
-
-
-def _append(columns: dict[str, list], row: dict[str, list]) -> None:
-    for name, values in row.items():
-        columns.setdefault(name, []).extend(values)
-
-
-def print_honesty(tables: dict[str, dict[str, dict[str, Agreement]]]) -> None:
-    """The honesty table: setting -> level -> predictor -> agreement, a line per setting and predictor."""
-    print("Predicted against measured change of the mean entropy: correlation / slope / sign agreement.")
-    print("Only the network flow and <grad H, step> know P; under Adam the other slopes have another unit.")
-    for setting, levels in tables.items():
-        print(f"\n  {setting:22s}" + "".join(f"{level:>24s}" for level in levels))
-        for name in dict.fromkeys(name for level in levels.values() for name in level):
-            found = [level.get(name) for level in levels.values()]
-            cells = [f"{a.pearson:.3f} / {a.slope:.3g} / {a.sign:.0%}" if a else "-" for a in found]
-            print(f"  {name:22s}" + "".join(f"{cell:>24s}" for cell in cells))
-
-
-def main() -> None:
-    """Print both tables and draw the figure."""
-    import argparse
-
-    parser = argparse.ArgumentParser(description="How well each formula predicts a step's entropy change.")
-    parser.add_argument("--out", default="runs/entropy_math.png", help="where the figure goes")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    cases = {family: estimator_cases(family, args.seed) for family in FAMILIES}
+    cases = {family: estimator_cases(family, seed) for family in FAMILIES}
     print_estimators(cases)
-    draw_estimators(cases, args.out)
-    print(f"\nFigure: {args.out}\n")
-    print_honesty({f"table, {name}": tabular_honesty(name, seed=args.seed) for name in ("sgd", "adamw")})
+    draw_estimators(cases, out)
+    print(f"\nFigure: {out}")
 
 
 if __name__ == "__main__":
-    main()
+    import tyro
+
+    tyro.cli(main)

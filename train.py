@@ -266,7 +266,7 @@ def micro_batches(tokens: Tokens, settings: Settings) -> list[Any]:
     """The rows of each forward pass: slices of `micro_batch` rows, or index tensors of responses of like
     length, padded together within `tokens_per_micro_batch` tokens (a longer response goes alone)."""
     rows = len(tokens.ids)
-    if not settings.tokens_per_micro_batch:
+    if settings.micro_batch or not settings.tokens_per_micro_batch:
         size = settings.micro_batch or rows
         return [slice(i, i + size) for i in range(0, rows, size)]
     length = (tokens.start + 1 + tokens.lengths).cpu()
@@ -1028,9 +1028,9 @@ class Training:
     mismatch_high: float = 2.0
     """tis cuts larger probability ratios to this; icepop drops their tokens"""
     micro_batch: int = 0
-    """responses per forward pass, to bound memory; the gradient stays the same; 0 means all at once"""
+    """responses per forward pass, to bound memory; the gradient stays the same; 0 means no limit"""
     tokens_per_micro_batch: int = 0
-    """the same in tokens, with prompts and padding (with --model: 16384); 0 means no limit"""
+    """the same in tokens with padding (with --model: 16384); --micro-batch, if given, takes its place"""
     gradient_checkpointing: bool = False
     """recompute each layer in the backward pass: a third slower, far less memory"""
 
@@ -1109,8 +1109,6 @@ class Settings(Training, Measuring, LanguageModel, Machine):
 # These may also ride behind the name of a method.  The others belong to the whole comparison.
 PER_METHOD = tuple(f.name for group in (Training, Measuring) for f in fields(group))
 
-BOUNDS = ("micro_batch", "tokens_per_micro_batch")  # of memory: at most one of them
-
 # What a language model wants otherwise than the embedded one, where the command line does not say.
 MODEL_DEFAULTS = {"lr": 1e-6, "tokens_per_micro_batch": 16384, "eval_samples": 8}
 
@@ -1133,13 +1131,6 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def overridden(base: Settings, given: dict[str, Any]) -> Settings:
-    """`base` with what was given.  Of the two bounds of memory, the one given takes the other's place."""
-    for one, other in (BOUNDS, BOUNDS[::-1]):
-        given = {other: 0, **given} if given.get(one) else given
-    return replace(base, **given)
-
-
 def parse_spec(spec: str, base: Settings) -> tuple[Settings, Method]:
     """`name:key=value,key=value` -> settings and method.  A key is a hyperparameter of the method or one of
     PER_METHOD.  Raises ValueError."""
@@ -1148,7 +1139,7 @@ def parse_spec(spec: str, base: Settings) -> tuple[Settings, Method]:
     own = {k: options.pop(k) for k in PER_METHOD if k in options}
     own = {k: interventions.convert(name, k, v, type(getattr(base, k))) for k, v in own.items()}
     method = interventions.build(name, **options)
-    settings = overridden(base, {"method": spec, **own})
+    settings = replace(base, method=spec, **own)
     if settings.mismatch == "auto":
         settings = replace(settings, mismatch="tis" if settings.engine == "vllm" else "off")
     return settings, method
@@ -1174,16 +1165,14 @@ def complaints(s: Settings, method: Method, device: torch.device, ranks: Ranks) 
          f"{ranks.world} processes; the responses to a prompt stay together"),
         (s.micro_batch and share % s.micro_batch,
          f"--micro-batch {s.micro_batch}: must divide the {share} responses of one update in one process"),
-        (s.micro_batch and s.tokens_per_micro_batch,
-         "--micro-batch and --tokens-per-micro-batch bound the same thing; give one"),
         (s.model and not s.data, f"--model {s.model}: needs --data; the embedded task has a few words only"),
         (s.data and not s.model, f"--data {s.data}: needs --model; the embedded one has a few words only"),
         (s.lora and not s.model, f"--lora {s.lora}: needs --model and --data"),
         (s.lora and resets,
-         f"--method {s.method}: makes the policy its reference, which with --lora is the model as it was"),
+         f"--lora {s.lora}: {method.key} makes the policy its reference, which --lora keeps as it was"),
         (chooses and (s.engine == "vllm" or s.mismatch != "off"),
-         f"--method {s.method}: chooses tokens itself, which vLLM does not allow and --mismatch would undo; "
-         "use --engine torch --mismatch off"),
+         f"--engine {s.engine}: {method.key} chooses tokens itself, which vLLM does not allow and --mismatch "
+         "would undo; use --engine torch --mismatch off"),
         (s.ledger == "full" and (s.updates_per_rollout > 1 or sharded(s, device, ranks)),
          "--ledger full: books the tokens of one update, of whole weights; use --updates-per-rollout 1, one "
          "process and --dtype float32, or --ledger step"),
@@ -1196,12 +1185,10 @@ def complaints(s: Settings, method: Method, device: torch.device, ranks: Ranks) 
 
 
 def make_job(spec: str, base: Settings, device: torch.device, ranks: Ranks) -> tuple[Settings, Method]:
-    """One method of a command line.  Raises UserError, which begins with the method's name if the setting
-    rides behind it, and warns of a method that does nothing."""
+    """One method of a command line.  Raises UserError, and warns of a method that does nothing."""
     settings, method = parse_spec(spec, base)
     if text := next(complaints(settings, method, device, ranks), ""):
-        own = any(flag(key) in text for key in interventions.parse(spec)[1])
-        raise UserError(f"--method {spec}: {text}" if own and not text.startswith("--method") else text)
+        raise UserError(f"--method {spec}: {text}" if ":" in spec else text)
     members = getattr(method, "members", [method])
     inert = [m.key for m in members if not m.on_policy and settings.updates_per_rollout == 1]
     if inert:
@@ -1434,27 +1421,22 @@ def new_run(command: Command, given: set[str]) -> tuple[list[str], Settings]:
     if not specs or len(set(specs)) < len(specs):
         raise UserError(f"{' '.join(['--method', *specs])}: give at least one method, and none twice")
     base = Settings(**(MODEL_DEFAULTS if values["model"] else {}))
-    base = overridden(base, {name: values[name] for name in given - {"method"}})
     for name in ("data", "eval_data"):
-        try:
+        with user_error(flag(name)):
             if values[name]:
                 data_file(values[name])
-        except ValueError as error:
-            raise UserError(f"{flag(name)} {error}") from None
-    return specs, base
+    return specs, replace(base, **{name: values[name] for name in given - {"method"}})
 
 
 def stored_run(folder: Path, command: Command, given: set[str]) -> tuple[list[str], Settings]:
     """Methods and settings of an earlier call.  Raises UserError where a flag contradicts them; only --steps
     may be raised."""
-    try:
+    with user_error(f"--resume {folder}: config.json is damaged:", "; start a new run", (Exception,)):
         config = json.loads((folder / "config.json").read_text())
         specs, base = list(map(str, config["specs"])), Settings(**config["settings"])
         wrong = [f.name for f in fields(base) if type(getattr(base, f.name)) is not type(f.default)]
         if wrong or not specs:
             raise ValueError(f"settings.{wrong[0]} is of another type" if wrong else "no method")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--resume {folder}: config.json is damaged ({error}); start a new run") from None
     began, now = {**vars(base), "method": " ".join(specs)}, command.values()
     for name in sorted(given):
         if name == "steps" and now[name] > base.steps:
@@ -1654,7 +1636,7 @@ def method_help(name: str) -> str:
 def execute(command: Command, given: set[str]) -> int:
     """Everything that a command line asks for.  Returns the exit code."""
     resume = command.resume is not None
-    try:
+    with user_error("", kinds=(ValueError,)):
         if wanted := [spec.removesuffix(":help") for spec in command.method if spec.endswith(":help")]:
             print("\n\n".join(map(method_help, wanted)))
             return 0
@@ -1663,8 +1645,6 @@ def execute(command: Command, given: set[str]) -> int:
         device = pick_device(base.device)
         ranks = Ranks.join(device)
         jobs = [make_job(spec, base, device, ranks) for spec in specs]
-    except ValueError as error:
-        raise UserError(str(error)) from None
     set_threads(base.threads, embedded=not base.model)
     folder = folder or ranks.all(new_folder(command.out, specs, base.seed))[0]
     with locked(list(dict.fromkeys((folder, *places(folder, specs)))), ranks):

@@ -15,6 +15,7 @@ from conftest import REPO, TINY, complains, contents, process, rows_of
 
 import interventions
 import train
+from grpo import Tokens
 from interventions import METHODS, build
 from train import Ranks, Settings, UserError
 
@@ -36,13 +37,11 @@ WRONG = {  # a command line -> words of the complaint
     "--method grpo:ledger=half": ["--method grpo:ledger=half: --ledger half", "off, step, full"],
     "--method grpo:steps=0": ["--method grpo:steps=0: --steps 0", "at least 1"],
     "--method grpo:micro_batch=7": ["--method grpo:micro_batch=7: --micro-batch 7", "512"],
-    "--method grpo:steps=4 --lr -1": ["error: --lr -1"],
-    "--method grpo:micro_batch=8,tokens-per-micro-batch=9": ["--method grpo", "give one"],
     "--method grpo:seed=1": ["seed"],
     "--method grpo grpo": ["--method grpo grpo", "twice"],
     "--method nosuch:help": ["nosuch", "did you mean"],
     "--method": ["--method", "at least one"],
-    "--method mixed_cuts --engine vllm": ["mixed_cuts", "--engine torch"],
+    "--method mixed_cuts --engine vllm": ["--engine vllm: mixed_cuts", "--engine torch"],
     "--stepz 4": ["--stepz: unknown; did you mean --steps?"],
     "--step 4": ["--step", "--steps"],
     "opefo": ["opefo"],
@@ -148,22 +147,15 @@ def test_a_setting_behind_a_name_overrides_the_flag(home, monkeypatch):
     assert one[1].eps_high == 0.28 and (two[0].lr, two[0].updates_per_rollout) == (1e-3, 1)
 
 
-@pytest.mark.parametrize(
-    "argv, bounds",
-    [
-        (["--method", "opefo:micro_batch=8"], (8, 0)),
-        (["--method", "opefo", "--micro_batch=8"], (8, 0)),
-        (["--method", "opefo:tokens_per_micro_batch=99", "--micro-batch", "8"], (0, 99)),
-        (["--method", "opefo"], (0, 16384)),
-        (["--method", "opefo:prompts=30", "--updates-per-rollout", "3"], (0, 16384)),  # 3 divides 30, not 32
-    ],
-)
-def test_a_default_gives_way_to_what_is_given_anywhere(home, monkeypatch, argv, bounds):
+def test_a_language_model_has_defaults_of_its_own_which_give_way_to_what_is_given(home, monkeypatch):
     Path("sums.jsonl").write_text("{}")
-    ((s, _),) = jobs_of(monkeypatch, *argv, "--model", "owner/any", "--data", "sums.jsonl")
-    assert (s.micro_batch, s.tokens_per_micro_batch) == bounds and (s.lr, s.eval_samples) == (1e-6, 8)
-    ((s, _),) = jobs_of(monkeypatch, "--lr=3e-4", "--model", "owner/any", "--data", "sums.jsonl")
-    assert s.lr == 3e-4, "given, though it is the default of the embedded model"
+    base = ["--model", "owner/any", "--data", "sums.jsonl"]
+    ((s, _),) = jobs_of(monkeypatch, *base, "--method", "opefo:prompts=30", "--updates-per-rollout", 3)
+    assert (s.lr, s.eval_samples, s.tokens_per_micro_batch) == (1e-6, 8, 16384)
+    ((s, _),) = jobs_of(monkeypatch, *base, "--lr=3e-4", "--eval_samples", 4, "--micro-batch", 8)
+    assert (s.lr, s.eval_samples) == (3e-4, 4), "given, though 3e-4 is the default of the embedded model"
+    tokens = Tokens(torch.zeros(32, 3), torch.ones(32, 3).bool())
+    assert len(train.micro_batches(tokens, s)) == 4, "--micro-batch takes the place of the tokens"
 
 
 @pytest.mark.parametrize(

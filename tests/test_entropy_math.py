@@ -1,5 +1,6 @@
 """Chapter 1's claims, in float64, against finite differences, autograd, enumeration or a second formula."""
 
+import importlib.util
 import itertools
 import math
 import os
@@ -297,21 +298,10 @@ def test_eq_2_2_a_token_of_probability_zero_has_score_C():
 
 
 @given(logits)
-def test_eq_3_1_renyi_bounds(z):
-    s = em.token_stats(z, torch.tensor(0))
-    low, high = em.renyi_bounds(s)
-    C = s.p2logp + s.entropy * s.p2
-    assert low <= C + 1e-12 and C <= high + 1e-12
-    entropy_of_q = plain_entropy(2 * z)  # q = p²/p2 = softmax(2 z)
-    assert torch.allclose(C, s.p2 * (s.entropy + s.p2.log() / 2 - entropy_of_q / 2), atol=1e-11)
-
-
-@given(logits)
 def test_eq_3_2_mean_of_every_form_over_the_policy(z):
     s, p = all_tokens(z), z.softmax(-1)
     u = s.logp + s.entropy
     C, D = float(em.exact_score(s)[0] + p[0] * u[0]), float((p**3 * u).sum())
-    C_lb = float(em.renyi_bounds(s)[0][0])
     expected = {
         "exact": 0,
         "s_star": C,
@@ -320,7 +310,6 @@ def test_eq_3_2_mean_of_every_form_over_the_policy(z):
         "opefo": D - 2 * C,
         "cov": 0,
     }
-    expected["renyi"] = C - C_lb
     assert set(expected) == set(em.FORMS) and D >= -1e-14
     for form, b in expected.items():
         assert abs(float((p * em.entropy_change(s, 1.0, form)).sum()) + b) < 1e-10, form
@@ -338,12 +327,6 @@ def test_eq_3_2_size_of_the_errors_at_a_confident_and_at_a_rare_token():
         ("cov", 500),
     ):
         assert abs(ratio[form] / claim - 1) < 0.01, form
-    for p_likely, claim in ((0.9, 2.4), (0.99, 11)):
-        s = all_tokens(torch.tensor([1 - p_likely, p_likely], dtype=F64).log())
-        assert (
-            abs(float(em.entropy_change(s, 1.0, "renyi")[1] / em.entropy_change(s, 1.0)[1]) / claim - 1)
-            < 0.05
-        )
     q = torch.tensor([0.5, 0.3, 0.2 - 1e-9, 1e-9], dtype=F64)
     s = all_tokens(q.log())
     C = float(s.p2logp[0] + s.entropy[0] * s.p2[0])
@@ -365,17 +348,11 @@ def test_eq_3_3_sign_rule_no_other_disagreement_exists(z):
         assert (exact[disagree] > 0).all() and (guess[disagree] < 0).all()
 
 
-@given(logits, seeds)
-def test_eq_3_3_renyi_calls_nothing_expanding_that_is_not(z, seed):
-    s = all_tokens(z)
-    assert (em.entropy_change(s, 1.0, "renyi") <= em.entropy_change(s, 1.0) + 1e-12).all()
-
-
 def test_eq_3_4_bias_at_constant_advantage_has_the_claimed_sign():
     cases = em.estimator_cases("Gauss, V=50")
     bias = {form: float(cases[f"bias/{form}"]) for form in em.FORMS}
     assert abs(bias["exact"]) < 1e-9 and abs(bias["cov"]) < 1e-9
-    assert bias["s_star"] < -0.3 and bias["steer_theorem"] < -0.3 and bias["renyi"] < -0.1
+    assert bias["s_star"] < -0.3 and bias["steer_theorem"] < -0.3
     assert bias["steer_released"] > 0.3 and bias["opefo"] > bias["steer_released"]
 
 
@@ -428,13 +405,6 @@ def test_token_stats_are_stable_at_1e4_and_accumulate_in_float32(dtype):
     )
 
 
-def test_token_stats_sum_a_large_vocabulary_in_float32():
-    z = random_logits(0, 50_000, 1.0, rows=2).to(torch.bfloat16)
-    s, want = (em.token_stats(x, torch.tensor([3, 4])) for x in (z, z.double()))
-    for name in ("logp", "entropy", "p2", "p2logp"):
-        assert torch.allclose(getattr(s, name).double(), getattr(want, name), rtol=2e-6), name
-
-
 def test_token_stats_with_masked_logits_equal_those_of_the_support():
     z = random_logits(3, 9, 2.0, rows=4, masked=5).requires_grad_()
     part = z.detach()[:, 5:].clone().requires_grad_()
@@ -464,20 +434,17 @@ def test_token_stats_gradients_first_second_and_forward_mode():
     assert torch.allclose(d_logp, (score * tangent).sum(-1), atol=1e-12)
 
 
-def test_token_stats_container_and_errors():
+def test_token_stats_graphs_and_errors():
     z = random_logits(7, 5, 1.0, rows=6).view(2, 3, 5).requires_grad_()
-    s = em.token_stats(z, torch.zeros(2, 3, dtype=torch.int32))
+    ids = torch.zeros(2, 3, dtype=torch.int32)
+    s = em.token_stats(z, ids)
     assert s.logp.requires_grad and s.entropy.requires_grad and not s.p2.requires_grad
-    assert not any(getattr(s.detach(), k).requires_grad for k in ("logp", "entropy"))
-    mask = torch.tensor([[True, False, True], [False, False, True]])
-    assert s[mask].p2.shape == (3,) and torch.equal(s[mask].logp, s.logp[mask])
-    assert not em.token_stats(
-        z, torch.zeros(2, 3, dtype=torch.long), entropy_grad=False
-    ).entropy.requires_grad
+    assert not s.detach().logp.requires_grad
+    assert not em.token_stats(z, ids, entropy_grad=False).entropy.requires_grad
     with pytest.raises(ValueError, match=r"ids has shape \(2,\)"):
-        em.token_stats(z, torch.zeros(2, dtype=torch.long))
+        em.token_stats(z, ids[:, 0])
     with pytest.raises(ValueError, match="temperature=0"):
-        em.token_stats(z, torch.zeros(2, 3, dtype=torch.long), temperature=0)
+        em.token_stats(z, ids, temperature=0)
     with pytest.raises(ValueError, match=r"\[0, 5\].*vocabulary of 5"):
         em.token_stats(z, torch.tensor([[0, 0, 0], [0, 0, 5]]))
 
@@ -540,14 +507,9 @@ def test_head_token_stats_keeps_leading_dimensions_frozen_inputs_and_no_entropy_
     assert plain.logp.requires_grad and not plain.entropy.requires_grad
     small = em.head_token_stats(hidden, weight, ids)  # fits in one chunk: the plain form, bit for bit
     assert torch.equal(small.logp, plain.logp)
+    logp = em.head_token_stats(hidden, weight, ids, chunk=1).logp
     with pytest.raises(RuntimeError, match="chunk=None"):
-        torch.autograd.grad(
-            em.head_token_stats(hidden, weight, ids, chunk=1).logp.sum(), hidden, create_graph=True
-        )
-    with pytest.raises(ValueError, match="weight is"):
-        em.head_token_stats(hidden[:, :5], weight, ids)
-    with pytest.raises(ValueError, match="chunk=0"):
-        em.head_token_stats(hidden, weight, ids, chunk=0)
+        torch.autograd.grad(logp.sum(), hidden, create_graph=True)
     with pytest.raises(ValueError, match="vocabulary of 700"):
         em.head_token_stats(hidden, weight, ids + 700, chunk=1)
 
@@ -777,20 +739,16 @@ def test_eq_5_1_directional_change_predicts_a_step_with_momentum_and_decay_where
     assert poor.pearson < 0.8
 
 
-def test_directional_change_accumulates_in_float64_and_refuses_mismatches():
-    ones = torch.full((1000,), 1.0)
-    tiny = torch.full((1000,), 1e-9)
-    assert em.entropy_directional_change(
-        [ones * 1e4, ones, None], [ones * 1e4, tiny, ones]
-    ) - 1e11 == pytest.approx(1e-6, rel=0.1, abs=2e-5)
-    by_name = em.entropy_directional_change({"a": ones, "b": None}, {"b": ones, "a": 2 * ones})
-    assert by_name == 2000 and isinstance(by_name, float)
-    with pytest.raises(ValueError, match="1 grads, 2 deltas"):
-        em.entropy_directional_change([ones], [ones, ones])
-    with pytest.raises(ValueError, match="'c'"):
+def test_directional_change_by_name_or_in_order_and_refuses_mismatches():
+    ones = torch.ones(1000)
+    assert em.entropy_directional_change({"a": ones, "b": None}, {"b": ones, "a": 2 * ones}) == 2000
+    large = em.entropy_directional_change([1e4 * ones, ones], [1e4 * ones, 1e-9 * ones])  # lost in float32
+    assert large - 1e11 == pytest.approx(1e-6, rel=0.1, abs=2e-5)
+    for deltas in ([ones, ones], [ones[:3]], [ones[:1]]):
+        with pytest.raises(ValueError):
+            em.entropy_directional_change([ones], deltas)
+    with pytest.raises(KeyError):
         em.entropy_directional_change({"a": ones}, {"c": ones})
-    with pytest.raises(ValueError, match=r"\(3,\)"):
-        em.entropy_directional_change([ones], [ones[:3]])
 
 
 def test_eq_5_2_preconditioner_is_the_one_of_the_step_taken_and_zero_where_v_is():
@@ -817,8 +775,6 @@ def test_network_flow_falls_back_with_a_warning_where_a_kernel_has_no_forward_mo
     assert torch.allclose(flow, plain.flow(mode="jvp"), rtol=1e-4, atol=1e-8)
     with pytest.raises(NotImplementedError):
         case.flow(mode="jvp")
-    with pytest.raises(ValueError, match="mode='exact'"):
-        case.flow(mode="exact")
     with pytest.raises(ValueError, match="bogus"):
         em.network_flow(lambda p: None, case.params, 1.0, {"bogus": torch.ones(1)})
     zero = em.network_flow(lambda p: plain.stats(p).logp, plain.params, plain.adv, {}, mode="difference")
@@ -963,24 +919,17 @@ def test_law_check_fits_the_first_part_only():
 
 
 def test_agreement_statistics():
-    g = torch.Generator().manual_seed(0)
-    x, noise = torch.randn(2, 500, generator=g, dtype=F64)
+    x, noise = torch.randn(2, 500, generator=torch.Generator().manual_seed(0), dtype=F64)
     y = 3 * x + noise
     a = em.agreement(x, y)
-    assert a.pearson == pytest.approx(float(torch.corrcoef(torch.stack([x, y]))[0, 1]))
-    assert a.slope == pytest.approx(
-        float(torch.linalg.lstsq(torch.stack([x, torch.ones_like(x)], 1), y).solution[0])
-    )
+    line = torch.linalg.lstsq(torch.stack([x, torch.ones_like(x)], 1), y).solution
+    assert a.slope == pytest.approx(float(line[0]))
+    assert a.pearson == pytest.approx(a.slope * float(x.std() / y.std()))
     assert a.sign == pytest.approx(float((x * y > 0).double().mean()))
-    assert a.weighted_sign > a.sign and a.size == pytest.approx(float(x.norm() / y.norm()))
-    ranks = torch.stack([v.argsort().argsort().double() for v in (x, y)])
-    assert a.spearman == pytest.approx(float(torch.corrcoef(ranks)[0, 1]))
-    assert em.agreement(x, x.exp()).spearman == pytest.approx(1.0) and em.agreement(
-        x, -2 * x
-    ).slope == pytest.approx(-2)
-    assert em.agreement([1, 1, 2, 3], [1, 2, 3, 4]).spearman == pytest.approx(
-        0.9486832980505138
-    )  # ties share ranks
+    assert a.size == pytest.approx(float(x.norm() / y.norm()))
+    assert em.agreement(x, x.exp()).spearman == pytest.approx(1.0)
+    assert em.agreement([1, 1, 2, 3], [1, 2, 3, 4]).spearman == pytest.approx(0.9486832980505138), "ties"
+    assert em.agreement([1, -1, 2], [1, 1, 0]).sign == 0.5, "what did not move has no sign"
     assert math.isnan(em.agreement([1.0, 1.0], [1.0, 2.0]).pearson)
     with pytest.raises(ValueError, match="3 predictions, 2 measurements"):
         em.agreement([1, 2, 3], [1, 2])
@@ -1097,7 +1046,11 @@ def test_demonstration_true_change_is_the_exact_form_from_flat_to_very_peaked():
 
 
 def test_honesty_table_on_a_tabular_policy():
-    sgd, adam = em.tabular_honesty("sgd"), em.tabular_honesty("adamw")
+    where = Path(em.__file__).parent / "results" / "honesty.py"
+    spec = importlib.util.spec_from_file_location("honesty", where)
+    honesty = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(honesty)
+    sgd, adam = honesty.tabular_honesty("sgd"), honesty.tabular_honesty("adamw")
     for level in ("token", "half", "step"):  # on a table under SGD the formula is the truth
         assert sgd[level]["exact"].pearson > 0.99 and abs(sgd[level]["exact"].slope - 1) < 0.05
         assert sgd[level]["exact"].pearson == pytest.approx(sgd[level]["network flow"].pearson, abs=1e-9)
@@ -1120,12 +1073,12 @@ def test_the_chapter_demonstrates_itself_in_half_a_minute(tmp_path):
         check=True,
         timeout=120,
     )
-    assert "peaked, V=151936" in done.stdout and "table, adamw" in done.stdout
+    assert "peaked, V=151936" in done.stdout
     assert (tmp_path / "figure.png").stat().st_size > 50_000
 
 
 def test_the_chapter_imports_torch_and_the_standard_library_only():
-    heavy = ("matplotlib", "transformers", "grpo")
+    heavy = ("matplotlib", "scipy", "pandas", "tyro", "transformers", "grpo")
     code = f"import sys, entropy_math; print([m for m in {heavy} if m in sys.modules])"
     where = Path(em.__file__).parent
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=where)

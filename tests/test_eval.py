@@ -2,6 +2,7 @@
 coloured tokens, and the command line."""
 
 import csv
+import io
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -21,18 +23,18 @@ from hypothesis import strategies as st
 import eval as chapter
 import rollout
 from eval import (
+    DRAWS,
     REPORTED,
     STYLES,
     Bench,
-    Coloured,
-    Point,
-    above_line,
-    average,
+    append,
+    averaged,
     calibration,
     calibration_error,
     common_length,
     comparison,
     confidences,
+    distances,
     distinct_correct,
     distinct_n,
     draw,
@@ -42,24 +44,28 @@ from eval import (
     fresh,
     grouped,
     law_row,
-    line_to_beat,
+    line,
     main,
     mean_se,
+    means,
     measure,
+    on_frontier,
+    over_pairs,
     page,
     paired,
     pass_at_k,
+    read_jsonl,
     read_record,
     resample,
-    self_bleu,
+    rivals,
     series,
     shade,
     smooth,
     sweep_of,
     table,
-    terminal,
 )
-from rollout import Problem, Rollout, Task, TinyModel, TorchEngine, chain_task, tiny_tokenizer
+from grpo import Tokens
+from rollout import Problem, Task, TinyModel, TorchEngine, chain_task, tiny_tokenizer
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -129,9 +135,10 @@ def scripted(monkeypatch, correct, lengths):
     """`answer` replaced by known results: correct[problem][sample]; NaN wherever the mask is False."""
     asked = []
 
-    def fake(engine, task, problems, n, temperature, top_p, generator, entropy=False):
-        assert entropy and isinstance(generator, torch.Generator)
-        asked.append((len(problems), n, temperature))
+    def fake(engine, task, problems, how, generator):
+        assert how.entropy and how.max_new_tokens == 9 and isinstance(generator, torch.Generator)
+        n = how.n
+        asked.append((len(problems), n, how.temperature))
         which = [int(p.prompt) for p in problems]
         right = torch.tensor([correct[w][j] for w in which for j in range(n)])
         length = torch.tensor([lengths[w][j] for w in which for j in range(n)])
@@ -141,9 +148,8 @@ def scripted(monkeypatch, correct, lengths):
         )
         zeros = torch.zeros(len(right), 9)
         texts = [f"{w} answer {j // 2}" for w in which for j in range(n)]
-        return Rollout(
-            [[1]] * len(problems), zeros.long(), mask, zeros, zeros[:, 0], ~right, nats, texts, right
-        )
+        out = Tokens(zeros.long(), mask, zeros, correct=right, truncated=~right, entropy=nats)
+        return out, texts
 
     monkeypatch.setattr(chapter, "answer", fake)
     problems = tuple(Problem(str(i), "a") for i in range(3))
@@ -217,9 +223,8 @@ def rows(n=6, shift=0.0, **extra):
 
 def test_series_and_smooth():
     data = [{"step": 1, "x": 1.0}, {"step": 2}, {"step": 3, "x": None}, {"step": 4, "x": 0.0}]
-    assert series(data, "x") == ([1, 4], [1.0, 0.0])
-    assert smooth([]) == [] and smooth([2.0, 2.0]) == [2.0, 2.0]
-    assert smooth([0.0, 1.0], keep=0.75) == [0.0, 0.25]
+    assert series(data, "x").to_dict() == {1: 1.0, 4: 0.0} and series([], "x").empty
+    assert smooth(series(data, "x")).tolist() == pytest.approx([1.0, 0.8])
 
 
 @pytest.mark.parametrize("count", [1, 3, 5, len(STYLES) + 2])
@@ -327,10 +332,6 @@ def test_eq_6_3_range_of_n_holds_the_median_as_often_as_claimed(n):
 # ------------------------------------------------------------------------------------------------------------
 # Diversity and calibration
 
-same_length = st.integers(1, 6).flatmap(
-    lambda n: st.lists(st.lists(st.integers(0, 3), min_size=n, max_size=n), min_size=2, max_size=5)
-)
-
 
 def test_eq_6_4_distinct_n_by_hand():
     texts = [[1, 2, 3], [1, 2, 4]]
@@ -339,30 +340,6 @@ def test_eq_6_4_distinct_n_by_hand():
     assert distinct_n(texts, 3) == 1.0
     assert distinct_n([[7, 7, 7, 7]], 2) == pytest.approx(1 / 3)
     assert math.isnan(distinct_n(texts, 4))
-
-
-def test_eq_6_5_self_bleu_by_hand():
-    """Words in common 2 of 3, pairs 1 of 2: sqrt(2/3 · 1/2); with triples none is in common."""
-    assert self_bleu([[1, 2, 3], [1, 2, 4]], order=2) == pytest.approx(math.sqrt(1 / 3))
-    assert self_bleu([[1, 2, 3], [1, 2, 4]]) == 0.0
-    assert self_bleu([[1, 2, 3, 4, 5]] * 3) == pytest.approx(1.0)
-    assert self_bleu([[1, 1, 2], [1, 3, 3]], order=1) == pytest.approx(1 / 3)  # clipped: one 1, not two
-    assert math.isnan(self_bleu([[1, 2]]))
-
-
-@given(same_length, st.integers(1, 4))
-def test_eq_6_5_equals_bleu_against_each_set_of_others(texts, order):
-    def bleu(text, others):
-        product, orders = 1.0, range(1, min(order, len(text)) + 1)
-        for n in orders:
-            own = Counter(tuple(text[i : i + n]) for i in range(len(text) - n + 1))
-            refs = [Counter(tuple(r[i : i + n]) for i in range(len(r) - n + 1)) for r in others]
-            hit = sum(min(c, max(r[g] for r in refs)) for g, c in own.items())
-            product *= hit / sum(own.values())
-        return product ** (1 / len(orders))
-
-    brute = [bleu(t, texts[:i] + texts[i + 1 :]) for i, t in enumerate(texts)]
-    assert self_bleu(texts, order) == pytest.approx(statistics.fmean(brute), abs=1e-9)
 
 
 def test_eq_6_6_calibration_error_by_hand():
@@ -403,14 +380,15 @@ def test_measure_by_hand():
         [sample(1, 0, [1, 2, 3, 4]), sample(1, 1, [5, 6], truncated=True), sample(1, 2, [5, 6], True)],
     ]
     got = measure(groups, [2, 3, 8], str, str)
-    assert got["pass@1"][0] == pytest.approx((1 + 1 / 3) / 2) and "pass@8" not in got
-    assert got["pass@2"][0] == pytest.approx((1 + 2 / 3) / 2)
-    assert got["pass@3"] == (1.0, 0.0)
-    assert got["distinct_correct"] == pytest.approx((1.5, 0.5))
-    assert got["length"] == pytest.approx((14 / 6, 1 / 3)) and got["truncated"][0] == pytest.approx(1 / 6)
-    assert got["entropy"][0] == pytest.approx((1.0 + 0.0 + 12 * 0.5) / 14)  # token mean
-    assert got["common_length"][0] == common_length(groups) == 2
-    assert got["distinct-1"][0] == pytest.approx((3 / 6 + 4 / 6) / 2)  # of the first two tokens
+    assert got["pass@1"] == pytest.approx((1 + 1 / 3) / 2) and "pass@8" not in got
+    assert got["pass@2"] == pytest.approx((1 + 2 / 3) / 2)
+    assert (got["pass@3"], got["pass@3 se"]) == (1.0, 0.0)
+    assert (got["distinct_correct"], got["distinct_correct se"]) == pytest.approx((1.5, 0.5))
+    assert (got["length"], got["length se"]) == pytest.approx((14 / 6, 1 / 3))
+    assert got["truncated"] == pytest.approx(1 / 6)
+    assert got["entropy"] == pytest.approx((1.0 + 0.0 + 12 * 0.5) / 14)  # token mean
+    assert got["common_length"] == common_length(groups) == 2
+    assert got["distinct-1"] == pytest.approx((3 / 6 + 4 / 6) / 2)  # of the first two tokens
 
 
 def test_confidence_is_the_share_of_the_most_frequent_answer_and_the_mean_likelihood():
@@ -494,16 +472,16 @@ def complains(result, *words):
 
 def test_evaluate_and_fresh_samples_tell_the_same(tmp_path, checkpoint):
     record = read_record(make_run(tmp_path / "run", checkpoint=checkpoint))
-    engine = TorchEngine(*chapter.load_policy(record.folder))
+    _, engine = chapter.reopen(record)
     told = evaluate(engine, chain_task(), 4, 0.9, 0.95, seed=3)
     key = chain_task().signature
-    for prefix, name in (("", ""), ("hard ", "hard_")):
-        groups = fresh(record, 4, 0.9, 0.95, 3)[prefix]
+    for prefix, name in (("test", ""), ("hard", "hard_")):
+        groups = fresh(record, 4, 0.9, 0.95, 3)[1][prefix]
         got = measure(groups, [4], key, key)
         assert [sum(s["correct"] for s in g) for g in groups] == told[name + "right"]
         pairs = {"pass@1": "pass@1", "pass@k": "pass@4", "distinct_correct": "distinct_correct"}
         for old, new in (pairs | {"eval_entropy": "entropy", "eval_length": "length"}).items():
-            assert got[new][0] == pytest.approx(told[name + old], abs=1e-4)
+            assert got[new] == pytest.approx(told[name + old], abs=1e-4)
 
 
 def test_evaluate_counts_right_samples_problem_by_problem(monkeypatch):
@@ -541,6 +519,8 @@ def test_a_log_cut_short_by_a_kill_is_read_and_other_damage_is_named(tmp_path):
     whole = path.read_text()
     path.write_text(whole + '{"step": 21, "ent')
     assert len(read_record(folder).rows) == 21
+    append(path, [{"step": 21, "entropy": math.nan}])  # not glued to the half line, and JSON for everyone
+    assert read_jsonl(path)[-2:] == [json.loads(whole.splitlines()[-1]), {"step": 21, "entropy": None}]
     path.write_text("{broken\n" + whole)
     with pytest.raises(ValueError, match="line 1"):
         read_record(folder)
@@ -560,9 +540,9 @@ def test_groups_are_methods_and_their_settings_not_seeds(tmp_path):
     groups = grouped(find_records([str(tmp_path / str(i)) for i in range(5)])[0])
     sizes = {label: len(g) for label, g in groups.items()}
     assert sizes == {"grpo [lr=0.0003]": 2, "grpo [lr=0.0001]": 1, "grpo:lr=1e-3": 1, "opefo": 1}
-    rates = sweep_of(groups, "opefo")
-    assert rates == {"grpo [lr=0.0003]": 3e-4, "grpo [lr=0.0001]": 1e-4, "grpo:lr=1e-3": 1e-3}
-    assert sweep_of(groups, "grpo:lr=1e-3") == {}
+    assert sweep_of(groups, "opefo") == ["grpo [lr=0.0003]", "grpo [lr=0.0001]", "grpo:lr=1e-3"]
+    assert rivals(groups, "opefo")[0] == "grpo [lr=0.0003]", "first the one of the same learning rate"
+    assert sweep_of(groups, "grpo:lr=1e-3") == [] and rivals(groups, "grpo [lr=0.0003]") == []
 
 
 def test_eq_6_3_comparison_pairs_seeds_and_is_right_by_hand(tmp_path):
@@ -585,72 +565,62 @@ def test_eq_6_3_comparison_pairs_seeds_and_is_right_by_hand(tmp_path):
     assert by["grpo"]["against"] is None
 
 
-@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=7), st.floats(0, 1))
-def test_eq_6_8_line_is_the_upper_concave_hull(points, x):
-    """Against a second construction: the hull's corners by their turns, then interpolation."""
-    points = [(round(a, 3), round(b, 3)) for a, b in points]
-    px, py = np.array([points]).transpose(2, 0, 1)
-    got = line_to_beat(np.array([x]), px, py)[0]
-    best = {a: max(b for c, b in points if c == a) for a, _ in points}
-    hull = []
-    for p in sorted(best.items()):
-        while len(hull) > 1 and (hull[-1][0] - hull[-2][0]) * (p[1] - hull[-2][1]) >= (
-            hull[-1][1] - hull[-2][1]
-        ) * (p[0] - hull[-2][0]):
-            hull.pop()
-        hull.append(p)
-    if not hull[0][0] <= x <= hull[-1][0]:
-        assert math.isnan(got)
-    else:
-        assert got == pytest.approx(np.interp(x, *zip(*hull)), abs=1e-9)
+@given(st.dictionaries(st.integers(0, 99), st.floats(0, 1), min_size=1, max_size=7), st.floats(-10, 110))
+def test_eq_6_8_line_is_piecewise_linear_and_constant_beyond_its_ends(points, x):
+    """In every column of its own, whatever the order of the points."""
+    px, py = np.array(list(points.items()), dtype=float).T[:, :, None]
+    px, py = np.hstack([px, px[::-1]]), np.hstack([py, 1 - py[::-1]])
+    want = [np.interp(x, a[np.argsort(a)], b[np.argsort(a)]) for a, b in zip(px.T, py.T)]
+    assert line(px, py, np.array([x, x])) == pytest.approx(want, abs=1e-9)
 
 
-def test_eq_6_8_chords_are_within_reach():
-    """The coin of the docstring, by enumeration: pass@1 and pass@k of the mixture lie on the chord."""
+def test_eq_6_8_what_lies_between_two_policies_is_within_reach():
+    """The coin of the docstring, by enumeration: pass@1 and pass@k of the mixture lie on the line."""
     q, w, k = ((0.9, 0.0, 0.0), (0.2, 0.3, 0.1)), 0.25, 4  # two policies, three problems
     share = [w, 1 - w]
     single = [np.mean(p) for p in q]
     several = [np.mean([1 - (1 - x) ** k for x in p]) for p in q]
     mixed = np.mean([sum(s * (1 - (1 - p[i]) ** k) for s, p in zip(share, q)) for i in range(3)])
     x = np.dot(share, single)
-    assert line_to_beat(np.array([x]), np.array([single]), np.array([several]))[0] == pytest.approx(mixed)
+    assert line(*np.array([single, several])[:, :, None], np.array([x]))[0] == pytest.approx(mixed)
 
 
-def points_of(label, at, x, y):
-    return Point(label, at, *({(s,): np.array(v, dtype=float) for s, v in enumerate(d)} for d in (x, y)))
+def policy(x, y):
+    """pair -> means, from pass@1 and pass@k of each pair and problem."""
+    return {s: means(np.array(both, dtype=float)) for s, both in enumerate(zip(x, y))}
 
 
-def test_eq_6_9_difference_to_the_line_by_hand():
-    a = points_of("grpo", 1, [[0.0, 0.2], [0.2, 0.4]], [[0.6, 0.8], [0.6, 0.8]])  # mean .2, .7
-    b = points_of("grpo", 2, [[0.5, 0.7], [0.5, 0.7]], [[0.9, 0.9], [0.9, 0.9]])  # mean .6, .9
-    q = points_of(
-        "new", 1, [[0.3, 0.5], [0.3, 0.5]], [[0.95, 0.95], [0.95, 0.95]]
-    )  # mean .4: the line is at .8
-    got = above_line([q], [a, b])
-    assert got["diff"] == pytest.approx(0.15) and got["inside"] == 1 and got["seeds"] == 2
-    assert got["low"] < 0.15 < got["high"] and 0.9 < got["share"] <= 1
-    far = points_of("new", 2, [[0.9, 0.9], [0.9, 0.9]], [[1, 1], [1, 1]])
-    both = above_line([q, far], [a, b])
-    assert both["diff"] == pytest.approx(0.15) and both["inside"] == 1  # the one outside does not count
-    none = above_line([far], [a, b])
-    assert none["inside"] == 0 and math.isnan(none["diff"])
-    assert (none["x_low"], none["x_high"]) == pytest.approx((0.2, 0.6))
-    other = Point("new", 1, {(9,): np.array([0.4])}, {(9,): np.array([0.9])})
-    assert above_line([other], [a, b])["seeds"] == 0
+def test_eq_6_9_distance_by_hand():
+    a = policy([[0.0, 0.2], [0.2, 0.4]], [[0.6, 0.8], [0.6, 0.8]])  # means (.1, .7) and (.3, .7)
+    b = policy([[0.5, 0.7], [0.5, 0.7]], [[0.9, 0.9], [0.9, 0.9]])  # (.6, .9) in both pairs
+    bad = policy([[0.3, 0.3], [0.3, 0.3]], [[0.1, 0.1], [0.1, 0.1]])  # b is better in both
+    q = policy([[0.3, 0.5], [0.3, 0.5]], [[0.95, 0.95], [0.95, 0.95]])  # .4
+    assert on_frontier({"a": a, "bad": bad, "b": b}) == ["b"]  # a as well: both are below b
+    c = policy([[0.1, 0.1], [0.3, 0.3]], [[1.0, 1.0], [1.0, 1.0]])
+    d = distances(q, {"c": c, "bad": bad, "b": b})
+    assert d.shape == (2, 1 + DRAWS) and on_frontier({"c": c, "b": b, "bad": bad}) == ["c", "b"]
+    assert d[:, 0] == pytest.approx(
+        [0.95 - (1 - 0.1 * 3 / 5), 0.95 - (1 - 0.1 * 1 / 3)]
+    )  # .3 of .5, .1 of .3
+    mean, low, high = over_pairs(d)
+    assert mean == pytest.approx(d[:, 0].mean()) and low < mean < high
+    beyond = distances(policy([[0.9, 0.9]], [[0.8, 0.8]]), {"c": c, "b": b})
+    assert beyond[0, 0] == pytest.approx(0.8 - 0.9), "constant beyond the last point"
+    assert over_pairs(beyond)[0] == pytest.approx(-0.1) and math.isnan(over_pairs(beyond)[1])
+    assert len(distances({9: q[0]}, {"c": c, "b": b})) == 0 and math.isnan(over_pairs(np.empty((0, 1001)))[0])
 
 
 def test_eq_6_9_a_method_that_is_grpo_is_on_its_line():
     """Paired resampling: the same samples as the line's own give exactly 0 in every resample."""
     rng = np.random.default_rng(0)
     x = [rng.random(20) for _ in range(3)]
-    y = [np.minimum(1, v + 0.3) for v in x]
-    low = points_of("grpo", 1, [v * 0.5 for v in x], [v * 0.5 for v in y])
-    got = above_line([points_of("twin", 1, x, y)], [points_of("grpo", 2, x, y), low])
-    assert (got["diff"], got["low"], got["high"]) == pytest.approx((0, 0, 0), abs=1e-12)
+    twin, low = policy(x, [1 - v for v in x]), policy([v * 0.5 for v in x], [1 - v * 0.5 for v in x])
+    d = distances(twin, {"grpo": twin, "low": low})
+    assert np.abs(d).max() < 1e-12 and over_pairs(d) == pytest.approx((0, 0, 0), abs=1e-12)
 
 
 def test_eq_6_9_interval_covers_the_truth_as_often_as_its_bootstrap_can():
-    """40 problems, 8 seeds, a method 0.05 above the chord between two known points."""
+    """40 problems, 8 seeds, a method 0.05 above the line between two known points."""
     rng, hits = np.random.default_rng(0), []
     for _ in range(60):
         base = rng.beta(2, 2, 40)
@@ -658,11 +628,13 @@ def test_eq_6_9_interval_covers_the_truth_as_often_as_its_bootstrap_can():
         def noisy(x, base=base):
             return [np.clip(base * x, 0, 1) + rng.normal(0, 0.1, 40) for _ in range(8)]
 
-        a = points_of("grpo", 1, noisy(0.4), noisy(0.8))
-        b = points_of("grpo", 2, noisy(0.8), noisy(1.0))
-        q = points_of("new", 1, noisy(0.6), [v + 0.05 for v in noisy(0.9)])
-        got = above_line([q], [a, b], 300)
-        hits.append(got["low"] <= 0.05 <= got["high"])
+        a, b = (
+            policy(noisy(0.4), [1 - v for v in noisy(0.2)]),
+            policy(noisy(0.8), [1 - v for v in noisy(0.4)]),
+        )
+        q = policy(noisy(0.6), [1.05 - v for v in noisy(0.3)])
+        _, low, high = over_pairs(distances(q, {"a": a, "b": b}))
+        hits.append(low <= 0.05 <= high)
     assert 0.85 <= np.mean(hits) <= 1.0
 
 
@@ -696,18 +668,14 @@ def test_one_run_gives_its_log_and_fresh_samples(cli, tmp_path, checkpoint):
         "top-p 0.9",
         "seed 5",
         "pass@4",
-        "self bleu",
+        "distinct-3",
         "ece vote",
     ):
         assert word in out
     assert "tokens drawn most often at forks" in out and "0.167 → 0.250" in out
     made = {p.name for p in (run / "eval").iterdir()}
-    assert made == {
-        *("eval.json", "samples.csv", "problems.csv"),
-        *("calibration.png", "calibration.csv", "tokens.png", "tokens.csv"),
-    }
-    assert all(p.read_bytes().startswith(PNG) for p in (run / "eval").glob("*.png"))
-    assert len((run / "eval" / "problems.csv").read_text().splitlines()) == 1 + 2 * 96
+    assert made == {"eval.json", "samples.csv", "samples.png", "forks.csv"}
+    assert (run / "eval" / "samples.png").read_bytes().startswith(PNG)
     assert cli(run, "--k", 4, "--temperature", 0.8, "--top-p", 0.9, "--seed", 5)[1] == out  # repeats
 
 
@@ -719,9 +687,7 @@ def test_many_runs_give_the_comparison_and_the_frontier_from_the_logs_alone(cli,
     make_run(tmp_path / "s0", "steer", 0, (5, 3, 2), eval_samples=8)
     code, out, err = cli(*sorted(tmp_path.iterdir()))
     assert code == 0, err
-    assert (
-        "± " in out and "3 pairs: an interval" in out and "probability 0.75 at most" in out and "line" in out
-    )
+    assert "± " in out and "3 pairs: an interval" in out and "probability 0.75 at most" in out and "D1" in out
     folder = tmp_path / "runs" / "compare"
     assert {p.name for p in folder.iterdir()} == {
         "eval.json",
@@ -731,10 +697,8 @@ def test_many_runs_give_the_comparison_and_the_frontier_from_the_logs_alone(cli,
     }
     assert (folder / "frontier.png").read_bytes().startswith(PNG)
     told = list(csv.DictReader(open(folder / "frontier.csv")))
-    last = [
-        r for r in told if r["method"] == "opefo" and r["problems"] == "held-out problems" and r["at"] == "20"
-    ]
-    assert float(last[0]["pass@k"]) == 1.0 and last[0]["k"] == "8" and last[0]["inside"] == "1"
+    last = [r for r in told if r["method"] == "opefo" and "held-out" in r["problems"] and r["at"] == "20"]
+    assert float(last[0]["pass@k"]) == 1.0 and last[0]["k"] == "8" and last[0]["pairs"] == "3"
     several = cli(*sorted(tmp_path.iterdir()), "--k", 4)
     assert several[0] == 0 and "pass@4 above" in several[1]  # from the counts in the logs
     assert cli(*sorted(tmp_path.iterdir()))[0] == 0  # its own folder is recognised and may be written again
@@ -758,7 +722,8 @@ def test_runs_of_two_tasks_are_compared_apart(cli, tmp_path):
     tables = (tmp_path / "cmp").glob("*/frontier.csv")
     told = {p.parent.name: list(csv.DictReader(open(p))) for p in tables}
     assert {x: {r["problems"] for r in rows} for x, rows in told.items()} == {
-        "1-embedded": {"held-out problems", "hard problems"}, "2-chain.jsonl": {"held-out problems"}
+        "1-embedded": {"held-out problems, along training", "hard problems, along training"},
+        "2-chain.jsonl": {"held-out problems, along training"},
     }  # fmt: skip
 
 
@@ -771,7 +736,7 @@ def test_test_temperatures_are_sampled_once_and_reused_after_a_kill(cli, tmp_pat
     code, out, err = cli(*runs, 0.5, 1)
     # both folders hold the same weights, so that one of them is enough
     assert code == 0 and asked == [0.5, 1.0], err
-    assert "test temperatures" in out and "inside" in out
+    assert "test temperatures" in out and "D1" in out
     store = tmp_path / "cmp" / "temperatures.jsonl"
     store.write_bytes(store.read_bytes()[:-20])  # killed while writing the second line
     assert cli(*runs, 0.5, 1, 1.2)[0] == 0 and asked == [0.5, 1.0, 1.0, 1.2]
@@ -786,7 +751,6 @@ def test_law_on_the_command_line(cli, tmp_path):
         "eval.json",
         "law.png",
         "law.csv",
-        "law-points.csv",
     }
     row = (tmp_path / "law" / "law.csv").read_text().splitlines()[2].split(",")
     assert row[1] == "training batch" and float(row[4]) == pytest.approx(0.1, abs=1e-5)  # a of make_run
@@ -796,7 +760,7 @@ def test_law_on_the_command_line(cli, tmp_path):
     "argv, words",
     [
         (["nowhere"], ["nowhere", "no run"]),
-        (["a", "--k", "0"], ["--k 0", "at least 1"]),
+        (["a", "--k", "-1"], ["--k -1", "too small"]),
         (["a", "--k", "9", "--samples", "8"], ["--k 9", "--samples 8"]),
         (["a", "--temperature", "0"], ["--temperature 0", "between"]),
         (["a", "--top-p", "1.5"], ["--top-p 1.5"]),
@@ -809,15 +773,11 @@ def test_law_on_the_command_line(cli, tmp_path):
         (["a", "b", "--show"], ["--show", "2 runs"]),
         (["--law"], ["no run named"]),
         (["a"], ["no checkpoint/"]),
-        (["c"], ["was trained on chain,", "--model"]),
-        (["a", "--attention", "eager"], ["--attention eager", "--show"]),
+        (["c"], ["no checkpoint/"]),
         (["a", "--show", "--attention", "fast"], ["--attention", "fast", "eager"]),
-        (["--benchmark", "aime24"], ["--benchmark aime24", "--model"]),
-        (["--model", "m"], ["--model m", "--benchmark"]),
-        (["a", "--model", "m", "--benchmark", "aime24"], ["--model m", "not both"]),
-        (["--model", "m", "--benchmark", "aime24", "--temperatures", ".5"], ["--model m", "not both"]),
-        (["a", "--engine", "vllm"], ["--engine", "--model and --benchmark"]),
-        (["--data", "x=good.jsonl"], ["--data", "--model and --benchmark"]),
+        (["--benchmark", "aime24"], ["--benchmark", "--model"]),
+        (["--model", "m"], ["--model", "--benchmark"]),
+        (["a", "--model", "m", "--benchmark", "aime24"], ["--model", "no runs"]),
         (["--model", "m", "--benchmark", "aime24", "--template", "Q:"], ["--template 'Q:'", "{problem}"]),
         (["--model", "m", "--benchmark", "aime24x"], ["aime24x", "did you mean aime24?"]),
         (["--model", "m", "--benchmark", "aime24"], ["aime24", "--data aime24=FILE.jsonl"]),
@@ -852,7 +812,7 @@ def test_bad_input_ends_in_one_or_two_lines(cli, tmp_path, monkeypatch, argv, wo
 
 def test_help_teaches_and_no_arguments_demonstrate(cli):
     code, out, _ = cli("--help")
-    assert code == 0 and "examples:" in out and "--temperatures" in out
+    assert code == 0 and "runs/opefo-s0 " in out and "--temperatures" in out
     code, out, _ = cli()
     assert code == 0 and "truth 0.570" in out
     assert out.count("(6.1) 0.570") == 4  # unbiased at every n
@@ -861,7 +821,7 @@ def test_help_teaches_and_no_arguments_demonstrate(cli):
 # ------------------------------------------------------------------------------------------------------------
 # Tokens in colour
 
-ROWS = [Coloured("1 <b>", 1.0, ["<i>&", "\x1b[2J", "x"], [0.5, -1.0, 0.0])]
+ROWS = [{"prompt": "1 <b>", "reward": 1.0, "tokens": ["<i>&", "\x1b[2J", "x"], "flow": [0.5, -1.0, 0.0]}]
 
 
 def test_red_raises_blue_lowers():
@@ -879,29 +839,23 @@ def test_page_escapes_what_models_write():
     assert 'title="-1"' in text
 
 
-def test_terminal_has_colours_only_where_wanted_and_never_a_models_escape_codes():
-    plain, colour = terminal(ROWS, False), terminal(ROWS, True)
-    assert "\x1b" not in plain and "<i>&(+50)" in plain and "(-100)" in plain
-    assert colour.count("\x1b[30;48;2;") == 3 and "\x1b[2J" not in colour
-
-
 def test_show_from_the_log_and_from_the_checkpoint(cli, tmp_path, checkpoint, monkeypatch):
     run = make_run(tmp_path / "a", checkpoint=checkpoint)
     flow = {"step": 3, "prompt": "1 2 3 4 -> 10", "reward": 1.0, "tokens": ["1", "+"], "flow": [0.1, 0.2]}
     rows = [flow | {"network_flow": [9.0, 9.0], "step": 2}, flow | {"network_flow": [0.5, -1.0]}]
     (run / "flows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     code, out, err = cli("--show", run)
-    assert code == 0 and "step 3" in out and "1(+50) +(-100)" in out and "\x1b" not in out, err
+    assert code == 0 and "step 3" in out and "+ -100  1 +50" in out and "\x1b" not in out, err
     assert (run / "eval" / "flow.html").read_text().count("<span title") == 2
     with open(run / "flows.jsonl", "a") as file:  # as it was written once, of a token without a name
         file.write(json.dumps(rows[1] | {"step": 4, "tokens": [None, "+"]}) + "\n")
     code, out, err = cli("--show", run)
-    assert code == 0 and "<?>(+50) +(-100)" in out, err
+    assert code == 0 and "+ -100  <?> +50" in out, err
     (run / "flows.jsonl").unlink()
     solved = lambda texts, problems: [i % 2 == 0 for i in range(len(texts))]  # noqa: E731
     monkeypatch.setattr(chapter, "chain_task", lambda: Task(**vars(chain_task()) | {"verify": solved}))
     code, out, err = cli("--show", run)
-    assert code == 0 and "fresh batch" in out and out.count("reward") == 8, err
+    assert code == 0 and "fresh batch" in out and out.count("   reward ") == 8, err
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -941,7 +895,6 @@ def quick_grader(monkeypatch):
             return [len(t) % 2 == 0 for t in texts]
 
     monkeypatch.setattr(rollout, "shared_grader", Even)
-    monkeypatch.setattr(chapter, "shared_grader", Even)
 
 
 @pytest.fixture()
@@ -1028,20 +981,9 @@ def test_attention_is_the_flags_else_the_runs_own(bench, reader, tmp_path, monke
     assert bench("--model", "run", "--out", "a")[0] == 0
     assert bench("--model", "run", "--out", "b", "--attention", "sdpa")[0] == 0 and used == ["eager", "sdpa"]
     complains(bench("--model", "run", "--out", "b"), "--out b", "attention None", "'eager'")
-    complains(bench("--attention", "eager", "--engine", "vllm"), "--attention eager", "--engine torch")
     own.write_text(json.dumps({"settings": {"attention": "flash_attention_2"}}))
     kinds = [chapter.own_attention("run/checkpoint", torch.device(x)) for x in ("cpu", "cuda")]
     assert kinds == ["sdpa", "flash_attention_2"], "flash attention does not run on a CPU"
-
-
-def test_regrade_changes_grades_and_nothing_else(bench, tmp_path):
-    bench()
-    path = stored(tmp_path)
-    before = path.read_text()
-    path.write_text(before.replace('"correct": true', '"correct": false'))
-    code, out, _ = bench("--regrade")
-    assert code == 0 and f"{before.count(chr(34) + 'correct' + chr(34) + ': true')} grades changed" in out
-    assert path.read_text() == before
 
 
 def test_a_batch_depends_on_its_place_only(tmp_path):
@@ -1074,20 +1016,19 @@ def test_several_models_give_an_error_over_models(bench, tmp_path, reader):
 
 @given(st.lists(st.tuples(floats, st.floats(0, 5)), min_size=1, max_size=6))
 def test_average_row_adds_independent_errors(pairs):
-    mean, se = average(pairs)
-    assert mean == pytest.approx(statistics.fmean(m for m, _ in pairs), abs=1e-9)
-    assert se == pytest.approx(math.sqrt(sum(s * s for _, s in pairs)) / len(pairs), abs=1e-9)
+    row = averaged(pd.DataFrame(pairs, columns=["pass@1", "pass@1 se"]).assign(model="m")).iloc[-1]
+    assert row["pass@1"] == pytest.approx(statistics.fmean(m for m, _ in pairs), abs=1e-9)
+    assert row["pass@1 se"] == pytest.approx(math.sqrt(sum(s * s for _, s in pairs)) / len(pairs), abs=1e-9)
 
 
 def test_reported_numbers_agree_with_their_own_averages():
     """A typing error would show: STEER's averages are of all six, PAR's of the first five."""
+    reported = pd.read_csv(io.StringIO(REPORTED), sep=";").set_index(["paper", "method"])
     for key, count in (("steer", 6), ("par", 5)):
-        for name, row in REPORTED[key].rows.items():
-            values = [v for v in row[:6] if v is not None]
-            assert len(values) == count
-            assert statistics.fmean(values) == pytest.approx(row[6], abs=0.12), (key, name)
-    for paper in REPORTED.values():
-        assert all(len(row) == 7 for row in paper.rows.values()) and paper.sampling
+        rows = reported.loc[key]
+        six = rows.drop(columns="average")
+        assert (six.count(axis=1) == count).all() and len(rows) in (5, 7)
+        assert np.abs(six.mean(axis=1) - rows["average"]).max() < 0.12
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs ENTROPY_FLOW_DATA, the folder of the six files")
