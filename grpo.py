@@ -497,10 +497,10 @@ class Method:
     given: ClassVar[tuple[str, ...]] = ()  # hyperparameters that somebody set, be it to their default
 
     def __init_subclass__(cls, **constants: Any) -> None:
-        for name, value in constants.items():
-            setattr(cls, name, value)
         idea = " ".join((cls.__doc__ or "").split()).partition(". ")[0].removesuffix(".")
         cls.idea = idea if idea[1:2].isupper() else idea[:1].lower() + idea[1:]
+        for name, value in constants.items():
+            setattr(cls, name, value)
         dataclass(cls)
 
     def __post_init__(self) -> None:

@@ -734,9 +734,11 @@ class PAPO(Method, key="papo", place="weight", paper="2605.11775", needs=FLOW):
             self.e_ref = 0.9 * self.e_ref + 0.1 * plan.entropy
 
 
-class CWGRPO(Method, key="cw_grpo", place="weight", paper="2605.11538", needs=("logp", "group")):
-    """A Gaussian weight around zero covariance of advantage and log-prob, mean weight 1. [second-hand, two
-    agreeing notes], no code.
+class CWGRPO(
+    Method, key="cw_grpo", place="weight", paper="2605.11538", needs=("logp", "group"),
+    idea="Gaussian weight around zero covariance of advantage and log-prob, mean weight 1",
+):  # fmt: skip
+    """A Gaussian kernel on the covariance. [second-hand, two agreeing notes], no code.
 
         c = (log p - mean log p)(A - mean A);   w = exp(-c²/(2 σ²)),  σ = std of c;   w <- w N / Σ w    (3.16)
 
