@@ -222,7 +222,7 @@ def draw_responses(run: Run) -> tuple[Tokens, dict[str, Any]]:
     s, r, method, limit = run.settings, run.ranks, run.method, run.task.max_new_tokens
     purpose = "" if r.world == 1 else f"/{r.rank}"
     generator = seeded(s.seed, run.step, f"sample{purpose}", run.engine.device)
-    hook = None if type(method).sample is Method.sample else method.sample
+    hook = method.sample if method.overrides("sample") else None
     share, how = s.prompts // r.world, Sampling(s.group_size, limit, s.temperature, hook=hook)
     parts, right = [], []
     for attempt in range(MAX_DRAWS):
@@ -1157,8 +1157,8 @@ def complaints(s: Settings, method: Method, device: torch.device, ranks: Ranks) 
             yield f"{flag(name)} {getattr(s, name)}: choose {', '.join(get_args(kind))}"
     updates = ranks.world * s.updates_per_rollout
     share = s.prompts * s.group_size // updates
-    chooses = type(method).sample is not Method.sample
-    resets = type(method).reset_reference is not Method.reset_reference
+    chooses = method.overrides("sample")
+    resets = method.overrides("reset_reference")
     for bad, text in (
         (s.prompts % updates,
          f"--prompts {s.prompts}: must be a multiple of --updates-per-rollout {s.updates_per_rollout} x "

@@ -82,11 +82,8 @@ def methods(folder: Path, repeats: int = 15) -> None:
                     clock(lambda r=r, p=part: accumulate_gradient(r.model, p, r.method, r.settings))
                 )
         added = statistics.median(times[key]) - statistics.median(times["grpo"])
-        extra = (
-            f" and {passes / step:+.1%} for a pass of the {other.method.extra_pass}"
-            if other.method.extra_pass
-            else ""
-        )
+        another = {"ref_logp", "proxy_logp"} & set(other.method.needs)
+        extra = f" and {passes / step:+.1%} for a pass of another policy" if another else ""
         print(f"  {key:<22} {1e3 * added:+6.1f} ms  {added / step:+6.1%}{extra}")
 
 

@@ -7,8 +7,11 @@ autograd of another expression, or enumeration.
 
 import json
 import math
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import interventions as iv
-from entropy_math import TokenStats, entropy_change, token_stats
+from entropy_math import entropy_change, token_stats
 from grpo import Method, Plan, Progress, Tokens, batch_loss, masked_mean, plan_update, policy_loss
 from interventions import METHODS, build
 
@@ -191,16 +194,6 @@ def test_u3_padding_content_and_width_do_not_matter(key, off):
     assert (got[~tk.mask] == 0).all()
 
 
-@every_method
-def test_u3_garbage_at_masked_positions_gets_no_gradient_not_even_nan(key):
-    _, tokens = make(4, off=True)
-    tk = tokens().detach()
-    leaf = torch.where(tk.mask, tk.logp, math.nan).requires_grad_()
-    loss, _ = policy_loss(replace(tk, logp=leaf), active(key))
-    grad = torch.autograd.grad(loss, leaf)[0]
-    assert math.isfinite(loss.item()) and (grad[~tk.mask] == 0).all() and grad.isfinite().all()
-
-
 NEUTRAL = {  # hyperparameters that make the method plain GRPO, and whether that holds off-policy too
     "grpo": ({}, True),
     "entropy_bonus": ({"alpha": 0}, True),
@@ -303,10 +296,11 @@ def test_u6_degenerate_batches_are_finite(key, kind):
 
 
 @every_method
-def test_u7_seed_and_step_determine_the_gradient(key):
+def test_u7_seed_and_step_determine_the_gradient_and_computing_it_changes_nothing(key):
     logits, tokens = make(8, B=64)
-    first, again = (gradient(logits, tokens(), active(key)) for _ in range(2))
-    assert torch.equal(first, again)
+    method = active(key)
+    first, again = (gradient(logits, tokens(), method) for _ in range(2))
+    assert torch.equal(first, again) and torch.equal(first, gradient(logits, tokens(), active(key)))
     later = active(key)
     later.progress.step = 4
     if key in RANDOM:
@@ -345,13 +339,6 @@ def test_u8_controller_state_survives_save_and_restore(key):
     assert build(key, **options).state_dict() != method.state_dict(), (
         "the state moved, or this test shows nothing"
     )
-
-
-@every_method
-def test_computing_a_loss_twice_gives_it_twice(key):
-    _, tokens = make(9)
-    method = active(key)
-    assert policy_loss(tokens(), method)[0].item() == policy_loss(tokens(), method)[0].item()
 
 
 @every_method
@@ -1072,26 +1059,22 @@ def test_eq_3_14_one_empty_side_switches_the_other_off():
         assert plan.metrics["lam"] == lam and plan.weight.item() == w
 
 
-@given(seeds, st.floats(0.01, 0.99), st.floats(0.1, 5), st.booleans())
-def test_eq_3_15_papo_swaps_its_branches_with_the_sign_and_follows_the_phase(seed, lam, e_ref, scaled):
+@given(seeds, st.floats(0.01, 0.99), st.floats(0.1, 5))
+def test_eq_3_15_papo_swaps_its_branches_with_the_sign_and_follows_the_phase(seed, lam, e_ref):
     _, tokens = make(seed)
-    tk, method = tokens(), build("papo", lam=lam, scaled=scaled)
+    tk, method = tokens(), build("papo", lam=lam)
     start = plan_update(tk, method)
     assert (start.weight[tk.mask] == 1).all(), "the first update has no reference yet"
     method.e_ref = e_ref
     plan = plan_update(tk, method)
     phi = min(1, max(-1, (e_ref - plan.entropy) / e_ref))
     f = _flow(tk, plan.adv, "exact")
-    size = f.abs() / f.abs().max().clamp(min=1e-30) if scaled else 1
-    assert torch.allclose(plan.weight[tk.mask], (1 + lam * phi * f.sign() * size)[tk.mask])
+    assert torch.allclose(plan.weight[tk.mask], (1 + lam * phi * f.sign())[tk.mask])
     assert (plan.weight[tk.mask] > 0).all()
     if phi >= 0:
         assert (plan.weight[f > 0] >= 1).all(), "entropy below its reference never damps an expanding token"
     mirrored = plan_update(replace(tk, adv=-plan.adv), method)
     assert torch.allclose((mirrored.weight + plan.weight)[tk.mask], torch.tensor(2.0, dtype=F64))
-    method.renormalise = True
-    same = plan_update(tk, method)
-    assert (same.weight * plan.adv.abs()).sum().item() == pytest.approx(plan.adv.abs().sum().item())
 
 
 @given(seeds, st.floats(-3, 3), st.floats(-2, 2), st.sampled_from(["batch", "group"]))
@@ -1670,9 +1653,9 @@ def test_composition_selects_by_all_adds_penalties_and_shares_the_clip():
         and combined.entropy_grad is False
     )
     assert build("clip_higher+cw_grpo").on_policy
-    assert (
-        build("dapo+entropy_bonus").entropy_grad and build("lp_reg+ref_kl").extra_pass == "proxy, reference"
-    )
+    assert build("dapo+entropy_bonus").entropy_grad
+    assert combined.overrides("penalty") and not combined.overrides("sample")  # vLLM may sample for it
+    assert build("mixed_cuts+opefo").overrides("sample")
 
 
 @pytest.mark.parametrize("name", ["dr_grpo+clip_cov", "clip_cov+dr_grpo"])
@@ -1819,13 +1802,17 @@ def test_demonstration_measures_the_real_entropy_change(tmp_path, capsys):
         with torch.no_grad():
             measured = (total(logits + step) - total(logits - step)) / 2e-4
         assert predicted == pytest.approx(measured, rel=1e-4, abs=1e-8), key
-    score = torch.randn(tk.logp.shape, dtype=F64)
-    effects = iv.show_batch(tk.detach(), None, slope, score, str(tmp_path / "figure.png"))
+    effects = iv.show_batch(tk.detach(), slope, None, str(tmp_path / "figure.png"))
     text = capsys.readouterr().out
     assert len(effects) == 32 and all(key in text for key in METHODS)
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
-def test_token_stats_view_is_the_chapter_1_type():
-    _, tokens = make(29)
-    assert isinstance(tokens().stats, TokenStats)
+def test_building_a_method_needs_torch_alone():
+    """In verl's own environment this repository is installed without its dependencies."""
+    extra = "{'tyro', 'docstring_parser', 'pandas', 'matplotlib', 'transformers'}"
+    code = (
+        "import sys; b = set(sys.modules); import torch; t = set(sys.modules) - b; import interventions as i;"
+    )
+    code += f"i.build('opefo+dapo', lam='0'); assert not {extra} & (set(sys.modules) - t)"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(iv.__file__).parent, check=True)
