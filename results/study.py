@@ -84,6 +84,7 @@ import statistics
 import string
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 import zlib
@@ -115,7 +116,7 @@ from eval import (
 )
 from interventions import METHODS, OPEFO, Method
 from rollout import Problem, Sampling, Task, TorchEngine, WarmStart, chain_task, warm_policy
-from train import Run, Settings, parse_spec, seeded
+from train import Run, Settings, make_run, maybe_reset_reference, parse_spec, seeded, train
 
 HERE = Path(__file__).resolve().parent
 RAW = HERE / "study.jsonl.gz"
@@ -270,8 +271,16 @@ def coin(seed: int) -> Any:
     return lambda responses, problems: [toss.random() < 0.5 for _ in responses]
 
 
-def new_run(settings: Settings, method: Method, task: Task, model: nn.Module, tokenizer: Any) -> Run:
-    return Run(settings, method, Path("."), task, model, tokenizer)
+def new_run(
+    settings: Settings, method: Method, task: Task, model: nn.Module, tokenizer: Any, folder: str
+) -> Run:
+    """A run that is not evaluated on the way: `work` does that, with the true rewards."""
+    settings = replace(
+        settings, eval_every=10**6, eval_samples=1
+    )  # train evaluates the last step all the same
+    run = make_run(settings, method, Path(folder), task, model, tokenizer)
+    run.rows = [{"step": 0}]  # no evaluation of the first policy
+    return run
 
 
 @cache
@@ -343,21 +352,19 @@ def work(item: Item) -> dict[str, Any]:
     if item.steps:
         base = Settings(seed=seed, steps=item.steps, ledger="off", threads=1, device="cpu")
         settings, method = parse_spec(item.spec, base)
-        run = new_run(settings, *reversed(with_extra(item.extra, task, method, seed)), model, tokenizer)
+        task, method = with_extra(item.extra, task, method, seed)
         every = max(item.steps // (12 if item.steps <= STEPS else 20), 1)
         glimpses.append(glimpse(model, tokenizer, 0, seed))
-        try:
-            while run.step < item.steps:
-                rows.append(run.train_step())
-                due = run.step % every == 0
-                if due:
-                    glimpses.append(glimpse(model, tokenizer, run.step, seed))
-                run.maybe_reset(glimpses[-1]["pass@1"] if due else None)
-                if run.skipped_in_row >= 10:
-                    why = "ten updates in a row were not finite"
-                    break
-        except FloatingPointError as error:
-            why = str(error)
+        with tempfile.TemporaryDirectory() as folder:
+            run = new_run(settings, method, task, model, tokenizer, folder)
+            try:
+                for row in train(run):
+                    rows.append(row)
+                    if run.step % every == 0:
+                        glimpses.append(glimpse(model, tokenizer, run.step, seed))
+                        maybe_reset_reference(run, glimpses[-1]["pass@1"])
+            except FloatingPointError as error:
+                why = str(error)
     final: dict[str, Any] = {}
     if not why:
         for t in TEMPERATURES:
