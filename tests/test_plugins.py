@@ -1,6 +1,6 @@
 """The methods inside other trainers: TRL's GRPOTrainer and verl's policy losses, against our loop and theirs.
 
-Skipped where `trl` or `verl` is not installed.  The oracle of the TRL part is `accumulate_gradient` on the
+Skipped where `trl` or `verl` is not installed.  The oracle of the TRL part is `train.Update` on the
 very responses that TRL sampled; parameters are float64, and what is left of the difference is TRL's float32
 head.
 """
@@ -16,12 +16,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_train import update
 
 import interventions
-from grpo import Progress, Tokens, policy_loss
+from grpo import Progress, Tokens, concat_padded, policy_loss
 from interventions import METHODS, build, parse
-from rollout import TinyModel, tiny_tokenizer
-from train import Batch, Settings, accumulate_gradient, scored_in_slices, trl_trainer
+from rollout import Policy, TinyModel, tiny_tokenizer
+from train import Ranks, Settings, score_batch, trl_trainer
 
 PROMPTS = ["3 5 7 9 -> 41", "2 3 -> 5", "4 4 9 -> 1", "8 -> 8"]  # of different lengths: TRL pads on the left
 TINY = TinyModel(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=1)
@@ -108,7 +109,7 @@ class Recorder(torch.optim.SGD):
 
 
 def batch_of(window, eos):
-    """TRL's micro-batches of one update as our Batch, prompts moved to the left edge."""
+    """TRL's micro-batches of one update as our Tokens, prompts moved to the left edge."""
     names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "reward", "group")
     r = {k: torch.cat([w[k] for w in window]) for k in names}
     mask, ids, real = r["completion_mask"].bool(), r["completion_ids"], r["prompt_mask"].bool()
@@ -117,8 +118,8 @@ def batch_of(window, eos):
         line = torch.cat([prompt[m], answer])
         row[: len(line)] = line
     ended = torch.isin(ids, torch.tensor(eos)) & mask
-    tokens = Tokens(ids, mask, reward=r["reward"], group=r["group"], truncated=~ended.any(-1))
-    return Batch(tokens, full, real.sum(-1) - 1)
+    text = {"full_ids": full, "start": real.sum(-1) - 1}
+    return Tokens(ids, mask, reward=r["reward"], group=r["group"], truncated=~ended.any(-1), **text)
 
 
 def recorded(folder, spec, **config):
@@ -136,24 +137,23 @@ def recorded(folder, spec, **config):
 
     trainer._plan_update = spy
     trainer.train()
-    ours = small_model(folder)
+    ours = Policy(small_model(folder))
     reuse = config.get("updates", 1) * config.get("epochs", 1)  # updates per generation
     assert at_one == [u % reuse == 0 for u in range(args.max_steps)]  # r is 1 by construction
     assert len(seen) == len(optimizer.log) == args.max_steps
     for u, ((batch, method), (state, gradient)) in enumerate(zip(seen, optimizer.log)):
-        assert (batch.tokens.group.unique(return_counts=True)[1] == 4).all()  # no group is torn apart
+        assert (batch.group.unique(return_counts=True)[1] == 4).all()  # no group is torn apart
         if reuse > 1:
-            ours.load_state_dict(optimizer.log[u // reuse * reuse][0])  # the policy that sampled
-            batch.tokens.old_logp = scored_in_slices(ours, batch, Settings()).logp
+            ours.model.load_state_dict(optimizer.log[u // reuse * reuse][0])  # the policy that sampled
+            batch.old_logp = score_batch(ours, batch, Settings(), Ranks())["logp"]
         if "ref_logp" in method.needs:
-            ours.load_state_dict(optimizer.log[0][0])
-            batch.tokens.ref_logp = scored_in_slices(ours, batch, Settings()).logp
-        ours.load_state_dict(state)
+            ours.model.load_state_dict(optimizer.log[0][0])
+            batch.ref_logp = score_batch(ours, batch, Settings(), Ranks())["logp"]
+        ours.model.load_state_dict(state)
         method.progress = Progress(u, args.max_steps, args.seed, args.max_completion_length)
         gradients = []
         for m in (method, build("grpo")):
-            ours.zero_grad()
-            accumulate_gradient(ours, batch, m, Settings())
+            update(ours, batch, m)
             gradients.append([p.grad.clone() for p in ours.parameters()])
         yield gradient, *gradients
 
@@ -276,20 +276,9 @@ def test_trl_gradient_on_two_ranks_is_that_of_the_whole_batch(tmp_path):
     torch.multiprocessing.spawn(_one_rank, (tmp_path, 29000 + os.getpid() % 1000), nprocs=2)
     windows, eos, log = torch.load(tmp_path / "seen.pt", weights_only=False)
     parts = [batch_of(window, eos) for window in windows]
-    width = max(p.tokens.ids.shape[1] for p in parts)
-    length = max(p.full_ids.shape[1] for p in parts)
-
-    def wide(x, size):
-        return torch.nn.functional.pad(x, (0, size - x.shape[1]))
-
-    tokens = [p.tokens._map(lambda v: wide(v, width) if v.ndim == 2 else v) for p in parts]
-    names = ("ids", "mask", "reward", "group", "truncated")
-    both = Tokens(**{k: torch.cat([getattr(t, k) for t in tokens]) for k in names})
-    full = torch.cat([wide(p.full_ids, length) for p in parts])
-    model = small_model(tmp_path)
-    batch = Batch(both, full, torch.cat([p.start for p in parts]))
-    accumulate_gradient(model, batch, build("opefo"), Settings())
-    assert relative(log[0][1], [p.grad for p in model.parameters()]) <= 1e-5
+    policy = Policy(small_model(tmp_path))
+    update(policy, concat_padded(parts), build("opefo"))
+    assert relative(log[0][1], [p.grad for p in policy.parameters()]) <= 1e-5
 
 
 def test_neither_trl_nor_verl_is_imported_unless_used():
