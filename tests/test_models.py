@@ -807,9 +807,9 @@ def test_bfloat16_keeps_float32_masters(lm, model_folder):
     import torch.distributed.checkpoint as dcp
 
     start = llama(byte_tokenizer()).state_dict()
-    state = {"model": {k: torch.zeros_like(v) for k, v in start.items()}}
+    state = {"model": {f"model.{k}": torch.zeros_like(v) for k, v in start.items()}}
     dcp.load(state, checkpoint_id=folder / "checkpoint" / "training", no_dist=True)
-    moved = [float((state["model"][k] - start[k]).abs().max()) for k in start]
+    moved = [float((state["model"][f"model.{k}"] - start[k]).abs().max()) for k in start]
     assert 0 < max(moved) < 1e-5
     assert weights_of(folder / "checkpoint")["lm_head.weight"].dtype == torch.float32  # load_model's choice
 
@@ -1098,7 +1098,7 @@ def test_an_error_of_one_rank_ends_all_with_one_code_and_is_told_once():
         other = 0
 
         def all(self, value):
-            return [value, self.other][:: 1 if self.first else -1]
+            return [value, self.other][:: 1 if self.is_main else -1]
 
     def end(rank, mine, other):
         ranks = Two(rank, 2)

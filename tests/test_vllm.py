@@ -456,7 +456,8 @@ t.check_push(engine, model, t.PROMPTS[0], torch.float32)
 engine.close()
 world = torch.ones(1)
 dist.all_reduce(world)  # the trainer's group has survived the engine
-found = dict(gaps=gaps, rows=len(out.ids), own=out.full_ids[0, : len(own[0])].tolist() == own[0], ids=out.ids.tolist(),
+mine = out.full_ids[0, : len(own[0])].tolist() == own[0]
+found = dict(gaps=gaps, rows=len(out.ids), own=mine, ids=out.ids.tolist(),
              world=float(world), local=os.environ["LOCAL_WORLD_SIZE"])
 with open(f"{sys.argv[3]}/{rank}", "w") as file:
     json.dump(found, file)
