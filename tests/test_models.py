@@ -1046,6 +1046,7 @@ def test_a_run_of_two_processes_goes_on_with_one_and_with_two(tmp_path, warm_cac
     assert len((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()) == 9
 
 
+@pytest.mark.slow
 def test_bad_input_is_said_once_by_many_processes(tmp_path):
     done = torchrun(ROOT / "train.py", "--method", "grpo", "--prompts", 3, "--quiet", cwd=tmp_path)
     said = [x for x in done.stderr.splitlines() if x.startswith("train.py: error")]
