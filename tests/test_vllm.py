@@ -452,7 +452,7 @@ for step in range(3):
     gaps.append(t.gap(model, out))
     t.perturb(model, step)
     engine.push(model.named_parameters())
-t.check_push(engine, model, t.PROMPTS[0], torch.float32)
+t.check_push(engine, t.Policy(model), t.PROMPTS[0], torch.float32)
 engine.close()
 world = torch.ones(1)
 dist.all_reduce(world)  # the trainer's group has survived the engine
