@@ -806,9 +806,11 @@ class Run:
     def load(self) -> None:
         """Continue from the last checkpoint, on any number of ranks; without any, from the beginning.  Raises
         UserError on an unreadable one, and on another model or other data than the run began with."""
-        config = json.loads((self.folder / "config.json").read_text()) if self._has("config.json") else {}
+        began: dict[str, str] = {}
+        with contextlib.suppress(OSError, ValueError, KeyError):  # not begun, or damaged: written anew
+            began = json.loads((self.folder / "config.json").read_text())["origin"]
         for name, now in self.origin().items():
-            if config.get("origin", {}).get(name, now) != now:
+            if began.get(name, now) != now:
                 raise UserError(
                     f"--resume {self.folder}: --{name} {getattr(self.settings, name)} has changed since the "
                     "run began;\nput back what it was, or start a new run"
@@ -827,7 +829,8 @@ class Run:
                 for name in STATE:
                     setattr(self, name, state[name])
         for name in filter(self._has, ("metrics.jsonl", "samples.jsonl", "flows.jsonl")):
-            rows = [r for r in read_jsonl(self.folder / name) if path.exists() and r["step"] <= self.step]
+            with user_error(f"--resume {self.folder}:", "\nmend or remove it", (ValueError, KeyError)):
+                rows = [r for r in read_jsonl(self.folder / name) if path.exists() and r["step"] <= self.step]
             if self.ranks.is_main:
                 write_atomically(self.folder / name, "".join(json.dumps(r) + "\n" for r in rows))
             self.rows = rows if name == "metrics.jsonl" else self.rows
