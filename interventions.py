@@ -33,7 +33,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from functools import cache, partial
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -54,7 +54,6 @@ from grpo import (
     batch_loss,
     clip_factor,
     clipped_surrogate,
-    convert,  # noqa: F401
     group_advantages,
     group_index,
     group_mean,
@@ -1462,6 +1461,37 @@ def used_fields(cls: type[Method]) -> list[Any]:
     return [f for f in fields(cls) if f.name not in cls.without]
 
 
+def convert(key: str, name: str, value: Any, kind: Any) -> Any:
+    """A value, often a word, in the type of its field: bool, int, float, str, Literal, Annotated with a
+    range; None for "none" where that is allowed. ValueError names the field, the value and what is allowed.
+    """
+    word, optional, low, high = str(value).strip().lower(), type(None) in get_args(kind), -math.inf, math.inf
+    if optional and word == "none":
+        return None
+    kind = get_args(kind)[0] if optional else kind
+    if get_origin(kind) is Literal:
+        if value in (words := get_args(kind)):
+            return value
+        raise ValueError(f"{key}: {name}={value!r} is unknown: choose one of {', '.join(words)}")
+    if get_origin(kind) is Annotated:
+        kind, (low, high) = get_args(kind)
+    if kind is str and isinstance(value, str):
+        return value
+    if kind is bool and word in ("true", "1", "yes", "on", "false", "0", "no", "off"):
+        return word in ("true", "1", "yes", "on")
+    if kind in (int, float) and not isinstance(value, bool):
+        try:
+            number = kind(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if number < low or number > high:
+            raise ValueError(f"{key}: {name}={value} is out of range: give a value from {low} to {high}")
+        if number == number and (isinstance(value, str) or number == value):
+            return number
+    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}[kind]
+    raise ValueError(f"{key}: {name}={value!r} does not fit: give {wanted}{' or none' * optional}")
+
+
 @cache
 def hyperparameters(cls: type[Method]) -> list[tuple[str, Any, Any, str]]:
     """(name, type, default, help) of a method's hyperparameters; help is the docstring under the field."""
@@ -1522,9 +1552,11 @@ def build(name: str, **hyperparameter: Any) -> Method:
             raise ValueError(f"{name}: {n} belongs to {' and '.join(having)}: write {having[0]}.{n}={value}")
         for m in having:
             given[m][n] = value
-    made = [METHODS[m](**given[m]) for m in members]
-    for method in made:
-        method.given = tuple(given[method.key])
+    made = []
+    for m in members:
+        kinds = get_type_hints(METHODS[m], include_extras=True)
+        made.append(METHODS[m](**{n: convert(m, n, v, kinds[n]) for n, v in given[m].items()}))
+        made[-1].given = tuple(given[m])
     return compose(made)
 
 
