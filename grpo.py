@@ -32,7 +32,7 @@ from typing import Annotated, Any, ClassVar, Literal, dataclass_transform, get_a
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad as pad_right
+from torch.nn.utils.rnn import pad_sequence
 
 from entropy_math import TokenStats, exact_score
 
@@ -118,10 +118,9 @@ def concat_padded(parts: list[Tokens], pad: int = 0) -> Tokens:
 
     def joined(name: str) -> Tensor:
         values = [getattr(t, name) for t in parts]
-        width = max(v.shape[-1] for v in values)
-        fill = pad if name in ("ids", "full_ids") else 0
-        wide = [v if v.dim() == 1 else pad_right(v, (0, width - v.shape[1]), value=fill) for v in values]
-        return torch.cat(wide)
+        if values[0].dim() == 1:
+            return torch.cat(values)
+        return pad_sequence([row for v in values for row in v], True, pad if name.endswith("ids") else 0)
 
     return Tokens(**{x.name: joined(x.name) for x in fields(Tokens) if getattr(parts[0], x.name) is not None})
 
@@ -147,6 +146,13 @@ def group_mean(x: Tensor, group: Tensor) -> Tensor:
     return (total / size)[index]
 
 
+def group_std(x: Tensor, group: Tensor) -> Tensor:
+    """Standard deviation of x over each group, with G - 1, on the (B,) rows; 0 for a group of one."""
+    index, size = group_index(group)
+    n = size[index].to(x.dtype)
+    return (group_mean((x - group_mean(x, group)) ** 2, group) * n / (n - 1).clamp(min=1)).sqrt()
+
+
 def group_advantages(reward: Tensor, group: Tensor, normalize: str = "std", eps: float = 1e-6) -> Tensor:
     """How much better a response did than the others on its prompt.  (B,), (B,) -> (B,).
 
@@ -165,19 +171,18 @@ def group_advantages(reward: Tensor, group: Tensor, normalize: str = "std", eps:
         raise ValueError(f"normalize={normalize!r} is unknown: choose std, none, loo or batch")
     r = reward if reward.dtype == torch.float64 else reward.float()
     index, size = group_index(group)
-    centred = r - group_mean(r, group)  # (B,)
-    spread = torch.zeros(len(size), dtype=r.dtype, device=r.device)
-    high = spread.scatter_reduce(0, index, r, "amax", include_self=False)
-    low = spread.scatter_reduce(0, index, r, "amin", include_self=False)
-    n = size[index].to(r.dtype)
-    if normalize == "std":  # (2.1)
-        var = torch.zeros_like(spread).index_add_(0, index, centred**2) / (size - 1).clamp(min=1)
-        centred = centred / (var.sqrt()[index] + eps)
-    elif normalize == "loo":  # (2.3)
-        centred = centred * n / (n - 1).clamp(min=1)
-    elif normalize == "batch":  # (2.4)
-        centred = centred / ((r.std() if len(r) > 1 else r.new_zeros(())) + eps)
-    return torch.where((high == low)[index], 0, centred)
+    adv = r - group_mean(r, group)  # (2.2)
+    if normalize == "std":
+        adv = adv / (group_std(r, group) + eps)  # (2.1)
+    elif normalize == "loo":
+        n = size[index].to(r.dtype)
+        adv = adv * n / (n - 1).clamp(min=1)  # (2.3)
+    elif normalize == "batch":
+        adv = adv / (group_std(r, torch.zeros_like(group)) + eps)  # (2.4)
+    high, low = (
+        r.new_zeros(len(size)).scatter_reduce(0, index, r, x, include_self=False) for x in ("amax", "amin")
+    )
+    return torch.where((high == low)[index], 0, adv)
 
 
 def overlong_penalty(length: Tensor, longest: int, cache: int) -> Tensor:
@@ -201,13 +206,9 @@ def log_ratio(logp: Tensor, old_logp: Tensor | None) -> Tensor:
 
 
 def clipped_surrogate(
-    logp: Tensor,
-    old_logp: Tensor | None,
-    adv: Tensor,
-    eps_low: float = 0.2,
-    eps_high: float = 0.2,
-    dual_clip: float | None = None,
-) -> Tensor:
+    logp: Tensor, old_logp: Tensor | None, adv: Tensor,
+    eps_low: float = 0.2, eps_high: float = 0.2, dual_clip: float | None = None,
+) -> Tensor:  # fmt: skip
     """PPO's clipped loss per token, to be minimised.  All (B, T) -> (B, T).
 
         r = π(y) / π_old(y)                                                                              (2.5)
@@ -229,13 +230,9 @@ def clipped_surrogate(
 
 
 def clip_factor(
-    logp: Tensor,
-    old_logp: Tensor | None,
-    adv: Tensor,
-    eps_low: float,
-    eps_high: float,
-    dual_clip: float | None = None,
-) -> Tensor:
+    logp: Tensor, old_logp: Tensor | None, adv: Tensor,
+    eps_low: float, eps_high: float, dual_clip: float | None = None,
+) -> Tensor:  # fmt: skip
     """I_clip · r: by how much the gradient of (2.6), (2.7) differs from that of -A log π.  Detached, (B, T).
 
     The entropy flow of an off-policy token is I_clip · r · A · T at the current policy, entropy_math (2.8).
@@ -418,8 +415,7 @@ class Method:
     dual_clip: DualClip | None = None
     """for A < 0 the loss is at most -c A, c > 1 (dual clip, PPO for games)"""
     aggregation: Aggregation = "token_mean"
-    """how token losses become one number: token_mean, seq_mean_token_mean, seq_mean_token_sum, seq_sum_norm,
-    token_sum"""
+    """how losses add up: token_mean, seq_mean_token_mean, seq_mean_token_sum, seq_sum_norm, token_sum"""
 
     key: ClassVar[str] = "grpo"
     place: ClassVar[str] = "none"
@@ -444,50 +440,42 @@ class Method:
         for name, start in self.state.items():
             setattr(self, name, getattr(self, start) if isinstance(start, str) else start)
 
-    # -- 1: the distribution that rollouts are drawn from ----------------------------------------------------
-
     def sample(
         self, logits: Tensor, position: int, rows: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor] | None:
-        """Next-token ids (B,), and their log-probabilities under the distribution that they were drawn from,
-        for temperature-scaled logits (B, V) at response position `position`; None leaves sampling alone.
+        """Place 1. Next-token ids (B,), and their log-probabilities under the distribution that they were
+        drawn from, for temperature-scaled logits (B, V) at a response's position; None leaves sampling alone.
         `rows` (B,) is each row's number among its prompt's responses, 0 <= rows < group size."""
         return None
 
-    # -- 2: which responses enter the update -----------------------------------------------------------------
-
     def select(self, tk: Tokens) -> Tensor | None:
-        """(B,) bool; None: all."""
+        """Place 2. (B,) bool: the responses that enter the update; None: all."""
         return None
-
-    # -- 3: how much each token's advantage counts -----------------------------------------------------------
 
     def shape(self, tk: Tokens) -> Tensor:
         """(B,) the reward that advantages are computed from; `tk.solved` stays what it was."""
         return tk.reward
 
     def advantage(self, tk: Tokens) -> Tensor:
-        """(B, T): `tk.adv` where given, else (2.1) for every token of a response."""
+        """Place 3. (B, T): `tk.adv` where given, else (2.1) for every token of a response."""
         if tk.adv is not None:
             return tk.adv
         return group_advantages(tk.reward, tk.group)[:, None].expand(tk.mask.shape)
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor | None:
-        """(B, T) weights >= 0 on the surrogate, `tk.mask` as selected; None: all 1."""
+        """Place 3. (B, T) weights >= 0 on the surrogate, `tk.mask` as selected; None: all 1."""
         return None
 
     def keep(self, tk: Tokens, adv: Tensor) -> Tensor | None:
         """(B, T) bool: tokens that stay in the loss *and in its denominator*; None: all of `tk.mask`."""
         return None
 
-    # -- 4: the shape of the loss in r = π/π_old -------------------------------------------------------------
-
     def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
         """Whole-batch selections that `surrogate` or `penalty` need, tensors of B rows."""
         return {}
 
     def surrogate(self, tk: Tokens, plan: Plan) -> Tensor:
-        """(B, T) loss per token, before weights and aggregation; `plan` has the same rows as tk."""
+        """Place 4. (B, T) loss per token, before weights and aggregation; `plan` has the same rows as tk."""
         return clipped_surrogate(tk.logp, tk.old_logp, plan.adv, self.eps_low, self.eps_high, self.dual_clip)
 
     def factor(self, tk: Tokens, adv: Tensor, marks: dict[str, Tensor] | None = None) -> Tensor:
@@ -495,19 +483,15 @@ class Method:
         with it, so that weights know the real force. `marks` None: `tk` is the whole batch."""
         return clip_factor(tk.logp, tk.old_logp, adv, self.eps_low, self.eps_high, self.dual_clip)
 
-    # -- 5: a term added to the loss -------------------------------------------------------------------------
-
     def penalty(self, tk: Tokens, plan: Plan) -> Tensor | None:
-        """A scalar, this micro-batch's share of a sum over `plan.coef_all`, or over `plan.coef` where it is
-        part of the loss of selected tokens."""
+        """Place 5. A scalar to add: this micro-batch's share of a sum over `plan.coef_all`, or over
+        `plan.coef` where it is part of the loss of selected tokens."""
         return None
 
     @property
     def entropy_grad(self) -> bool:
         """Does the loss differentiate the entropy?  If not, no entropy graph is ever built."""
         return False
-
-    # -- between the steps -----------------------------------------------------------------------------------
 
     def reset_reference(self, step: int, score: float | None) -> bool:
         """Called after each step with the score of an evaluation made at this step, or None. True: the loop
@@ -523,8 +507,6 @@ class Method:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
-
-    # -- what is the same for all ----------------------------------------------------------------------------
 
     def overrides(self, hook: str) -> bool:
         """Has the method this hook of its own, or is it plain GRPO's?"""

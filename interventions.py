@@ -57,6 +57,7 @@ from grpo import (
     group_advantages,
     group_index,
     group_mean,
+    group_std,
     kl_penalty,
     log_ratio,
     masked_mean,
@@ -419,11 +420,8 @@ class QAE(Method, key="qae", place="weight", paper="2509.22611", needs=("logp", 
 
     def advantage(self, tk: Tokens) -> Tensor:
         r = tk.reward if tk.reward.dtype == torch.float64 else tk.reward.float()
-        index, size = group_index(tk.group)
-        n = size[index].to(r.dtype)
-        var = group_mean((r - group_mean(r, tk.group)) ** 2, tk.group) * n / (n - 1).clamp(min=1)
-        gap = r - group_quantile(r, tk.group, self.K, self.interpolation)  # (3.23)
-        return (gap / (var.sqrt() + 1e-6))[:, None].expand(tk.mask.shape)
+        gap = r - group_quantile(r, tk.group, self.K, self.interpolation)
+        return (gap / (group_std(r, tk.group) + 1e-6))[:, None].expand(tk.mask.shape)  # (3.23)
 
 
 class PAR(Method, key="par", place="weight", paper="2511.05993", needs=ENTROPY):
@@ -1649,7 +1647,6 @@ def verl_loss(
 class Effect(NamedTuple):
     """What one method does to one batch, per token (B, T)."""
 
-    key: str
     force: Tensor  # -∂loss/∂logp
     change: Tensor  # predicted entropy change, nats per unit learning rate
     touched: Tensor  # bool: treated unlike plain GRPO
@@ -1662,107 +1659,78 @@ def effect(method: Method, tokens: Tokens, entropy_slope: Tensor) -> Effect:
     """
     logp, h = (x.detach().clone().requires_grad_() for x in (tokens.logp, tokens.entropy))
 
-    def slopes(m: Method) -> tuple[Tensor, Tensor]:
+    def push(m: Method) -> tuple[Tensor, Tensor]:
         loss, _ = policy_loss(replace(tokens, logp=logp, entropy=h), m)
-        return torch.autograd.grad(loss, (logp, h), allow_unused=True, materialize_grads=True)
+        return torch.autograd.grad(-loss, (logp, h), allow_unused=True, materialize_grads=True)
 
-    force, pull = (-g for g in slopes(method))
+    (force, pull), (plain, _) = push(method), push(Method())
     change = token_flow(tokens, force) + torch.where(tokens.mask, pull * entropy_slope, 0)
-    plain = -slopes(Method())[0]
-    return Effect(method.key, force, change, ((force - plain).abs() > 1e-6 * plain.abs()) | (pull != 0))
+    return Effect(force, change, ((force - plain).abs() > 1e-6 * plain.abs()) | (pull != 0))
 
 
 def demonstration_methods(tokens: Tokens) -> dict[str, Method]:
     """Every method under its spec, which departs from the defaults where a batch of some thousand tokens, or
     of this entropy, would not switch the method on."""
     entropy = float(masked_mean(tokens.entropy, tokens.mask))
-    above = f"target={1.5 * entropy:.2g}"
-    options = {
-        **{"clip_cov": "ratio=.02,lb=.5", "kl_cov": "ratio=.02", "rand_pos_clip": "ratio=.02"},
-        **{"lp_reg": "fraction=.1", "adaptive_entropy": above, "stare": above, "entropic": above},
-        **{"par": f"target={0.8 * entropy:.2g}", "entrocraft": f"start={1.2 * entropy:.2g}"},
-        **{"papo": "reference=target," + above},
-    }
+    options = dict.fromkeys(("clip_cov", "kl_cov", "rand_pos_clip"), "ratio=.02") | {"lp_reg": "fraction=.1"}
+    options |= dict.fromkeys(("stare", "entropic"), above := f"target={1.5 * entropy:.2g}")
+    options |= {"papo": "reference=target," + above, "adaptive_entropy": f"{above},c_min=.005"}
+    options |= {"par": f"target={0.8 * entropy:.2g}", "entrocraft": f"start={1.2 * entropy:.2g}"}
+    options["clip_cov"] += ",lb=.5"
     methods = {}
     for spec in (f"{key}:{options.get(key, '')}" for key in METHODS):
         name, given = parse(spec)
         methods[spec] = build(name, **given)
         methods[spec].progress = Progress(max_length=tokens.mask.shape[1])
-        if name == "adaptive_entropy":
-            methods[spec].c = 0.005  # as after one step below its target
     return methods
 
 
-def show_batch(
-    tokens: Tokens,
-    entropy_slope: Tensor,
-    methods: dict[str, Method] | None = None,
-    path: str | None = "runs/interventions.png",
-) -> list[Effect]:
-    """Print what every method does to one batch, and draw it.
-
-    tokens: logp, entropy, p2, p2logp, reward, group; ref_logp, proxy_logp, old_logp for the methods that need
-    them. entropy_slope: as in `effect`. methods: by their specs; None: all.
-    """
+def show_batch(tokens: Tokens, entropy_slope: Tensor, path: str | None = None) -> None:
+    """Print what the methods do to one batch: all, or those that act on the ratio where the batch is
+    off-policy; and draw it into `path`. entropy_slope: as in `effect`."""
     import pandas
 
     mask, on_policy = tokens.mask, tokens.old_logp is None
-    entropy = float(masked_mean(tokens.entropy, mask))
     adv = torch.where(mask, Method().advantage(tokens), 0)
-    base = effect(Method(), tokens, entropy_slope)
-    rows, effects = [], []
-    for spec, m in (methods or demonstration_methods(tokens)).items():
-        effects.append(e := effect(m, tokens, entropy_slope))
-        share, inert = float(masked_mean(e.touched.double(), mask)), on_policy and not m.on_policy
+    base, rows, effects = effect(Method(), tokens, entropy_slope), [], {}
+    for spec, m in demonstration_methods(tokens).items():
+        if not on_policy and m.on_policy and m.place not in ("none", "ratio"):
+            continue
+        e = effects[m.key] = effect(m, tokens, entropy_slope)
         up, down = (float(e.force[s].abs().sum() / base.force[s].abs().sum()) for s in (adv > 0, adv < 0))
-        change = float(e.change.sum() / base.change.abs().sum())
-        note = "acts with several updates per rollout only" if inert else spec.partition(":")[2]
+        share, change = masked_mean(e.touched.double(), mask), e.change.sum() / base.change.abs().sum()
+        inert = "acts with several updates per rollout only" if on_policy and not m.on_policy else ""
         numbers = (f"{share:.1%}", f"{up:.2f}", f"{down:.2f}", f"{change:+.3f}")
-        rows.append((m.key, m.place, *numbers, note))
-    kind = "on-policy" if on_policy else "off-policy"
-    print(f"{int(mask.sum())} tokens of {len(adv)} responses, {kind}, entropy {entropy:.3f} nats")
+        rows.append((m.key, m.place, *numbers, inert or spec.partition(":")[2]))
+    print(f"{int(mask.sum())} tokens, entropy {masked_mean(tokens.entropy, mask):.3f} nats")
     print("touched: tokens treated unlike GRPO;  A > 0, A < 0: sum of |force| there, GRPO = 1")
     print("dH: predicted change of entropy, as a share of all flow (up and down) that GRPO causes\n")
     names = ["method", "place", "touched", "A > 0", "A < 0", "dH", "options"]
     print(pandas.DataFrame(rows, columns=names).to_string(index=False, justify="left"))
     if path:
-        draw(tokens, adv, base, effects, path)
+        draw(tokens, adv, effects, path)
         print(f"\nfigure: {path}")
-    return effects
 
 
-def draw(tokens: Tokens, adv: Tensor, base: Effect, effects: list[Effect], path: str) -> None:
-    """Per method its tokens on the plane (log p, A), darker where they count more, and its flows."""
+def draw(tokens: Tokens, adv: Tensor, effects: dict[str, Effect], path: str) -> None:
+    """Per method the tokens that it touches on the plane (log p, A), darker where they count more."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    m, rows = tokens.mask, (len(effects) + 1) // 2
-    jitter = torch.rand(adv.shape, generator=torch.Generator().manual_seed(0)).to(adv) - 0.5
-    x, y = tokens.logp.detach()[m], (adv + 0.3 * jitter)[m]
-    scale = float(base.change.abs().sum())
-    reach = 1.05 * max(float(e.change.abs().sum()) for e in effects) / scale
-    size = {"figsize": (15, 0.95 * rows + 1), "width_ratios": (3, 2, 3, 2), "layout": "constrained"}
-    fig, axes = plt.subplots(rows, 4, sharex="col", squeeze=False, **size)
-    for (plane, bars), e in zip([*axes[:, :2], *axes[:, 2:]], effects, strict=False):  # down, then right
-        weight = torch.where(base.force == 0, 1, e.force / base.force)[m].clamp(0, 2)
-        order = e.touched[m].long().argsort(stable=True)  # touched tokens on top, and larger
-        look = {"cmap": "YlGnBu", "vmin": -0.3, "vmax": 2, "linewidths": 0, "rasterized": True}
-        dots = plane.scatter(x[order], y[order], 2 + 5 * e.touched[m][order].float(), weight[order], **look)
-        plane.set_ylabel(e.key + "\nA", rotation=0, ha="right", va="center", fontsize=9)
-        up, down = (float(part.sum()) / scale for part in (e.change.clamp(min=0), e.change.clamp(max=0)))
-        bars.barh([1, 0], [up, down], color=["0.7", "0.3"], height=0.7)
-        bars.plot([up + down] * 2, [-0.5, 1.5], color="black", lw=2)
-        bars.axvline(0, color="black", lw=0.5)
-        bars.set(xlim=(-reach, reach), yticks=[1, 0], yticklabels=["up", "down"])
-    for axis in axes.flat[-2:] if len(effects) % 2 else ():
+    jitter = 0.3 * torch.rand(adv.shape, generator=torch.Generator().manual_seed(0)).to(adv)
+    fig, axes = plt.subplots(-(-len(effects) // 4), 4, figsize=(15, 16), sharex=True, layout="constrained")
+    for axis in axes.flat[len(effects) :]:
         axis.axis("off")
-    for plane, bars in (axes[-1, :2], axes[-1, 2:]):
-        plane.set_xlabel("log p of the sampled token, nats")
-        bars.set_xlabel("entropy flow over GRPO's; line: net")
-    label = "weight relative to GRPO: 0 pale, 1 medium, 2 or more dark"
-    fig.colorbar(dots, ax=axes[0, :], label=label, location="top", aspect=60, fraction=0.3)
+    for axis, (key, e) in zip(axes.flat, effects.items()):
+        weight = torch.where(effects["grpo"].force == 0, 1, e.force / effects["grpo"].force).clamp(0, 2)
+        axis.set(title=key, ylabel="A")
+        for some, size in ((tokens.mask & ~e.touched, 2), (tokens.mask & e.touched, 7)):
+            x, y, color = tokens.logp[some], (adv + jitter)[some], weight[some]
+            dots = axis.scatter(x, y, size, color, cmap="YlGnBu", vmin=-0.3, vmax=2, rasterized=True)
+    fig.supxlabel("log p of the sampled token, nats; large: touched")
+    fig.colorbar(dots, ax=axes, label="weight relative to GRPO", aspect=90)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     fig.savefig(path, dpi=110)
     plt.close(fig)
@@ -1776,18 +1744,17 @@ def embedded_batches(steps: int = 20) -> list[tuple[Tokens, Tensor]]:
 
     (model, tokenizer), task = warm_policy(WarmStart()), chain_task()
     generator = torch.Generator().manual_seed(0)
-    policy, reference, method = Policy(model), Policy(copy.deepcopy(model)), Method()
+    policy, reference = Policy(model), Policy(copy.deepcopy(model))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.0)
 
     def rollout() -> Tokens:
-        chosen = torch.randperm(len(task.train), generator=generator)[:32].tolist()
-        how = Sampling(16, task.max_new_tokens)
-        engine, problems = TorchEngine(model, tokenizer), [task.train[i] for i in chosen]
+        problems = [task.train[i] for i in torch.randperm(len(task.train), generator=generator)[:32]]
+        engine, how = TorchEngine(model, tokenizer), Sampling(16, task.max_new_tokens)
         tokens, _ = answer(engine, task, problems, how, generator)
         return replace(tokens, reward=tokens.correct.float())
 
     def update(tokens: Tokens) -> None:
-        loss, _ = policy_loss(replace(tokens, **policy(tokens)), method)
+        loss, _ = policy_loss(replace(tokens, **policy(tokens)), Method())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -1800,9 +1767,8 @@ def embedded_batches(steps: int = 20) -> list[tuple[Tokens, Tensor]]:
 
     @torch.no_grad()
     def scored(tokens: Tokens) -> tuple[Tokens, Tensor]:
-        proxy = policy(tokens, of_logits=proxy_log_prob)["of_logits"]
-        tokens = replace(tokens, **policy(tokens), ref_logp=reference(tokens)["logp"], proxy_logp=proxy)
-        return tokens, policy(tokens, of_logits=slope)["of_logits"]
+        proxy, slopes = (policy(tokens, of_logits=f)["of_logits"] for f in (proxy_log_prob, slope))
+        return replace(tokens, **policy(tokens), ref_logp=reference(tokens)["logp"], proxy_logp=proxy), slopes
 
     for _ in range(steps):
         update(rollout())
@@ -1817,10 +1783,9 @@ def main(out: str = "runs/interventions.png") -> None:
     """All methods on one strictly on-policy batch of the embedded world, as a table and as a figure (`out`);
     then those that act on the ratio on a later one."""
     now, later = embedded_batches()
-    show_batch(*now, None, out)
+    show_batch(*now, out)
     print("\nThe same responses four updates later, for the methods that act on the ratio:\n")
-    methods = demonstration_methods(later[0]).items()
-    show_batch(*later, {s: m for s, m in methods if not m.on_policy or m.place in ("none", "ratio")}, None)
+    show_batch(*later)
 
 
 if __name__ == "__main__":
