@@ -30,44 +30,23 @@ import difflib
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
-from functools import cache, partial
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from entropy_math import entropy_change, set_point_lambda
+
+# isort: off
 from grpo import (
-    Above,
-    Aggregation,
-    AtLeastOne,
-    Count,
-    DualClip,
-    Method,
-    Plan,
-    Positive,
-    Progress,
-    Share,
-    Tokens,
-    batch_loss,
-    clip_factor,
-    clipped_surrogate,
-    group_advantages,
-    group_index,
-    group_mean,
-    group_std,
-    kl_penalty,
-    log_ratio,
-    masked_mean,
-    mismatch_weight,
-    overlong_penalty,
-    plan_update,
-    policy_loss,
-    token_flow,
-    weighted_sum,
-)
+    Above, Aggregation, AtLeastOne, Count, DualClip, Method, Plan, Positive, Progress, Share, Tokens,
+    batch_loss, clip_factor, clipped_surrogate, group_advantages, group_index, group_mean, group_std,
+    kl_penalty, log_ratio, masked_mean, mismatch_weight, overlong_penalty, plan_update, policy_loss,
+    token_flow, weighted_sum,
+)  # fmt: skip
 
 ENTROPY = ("logp", "entropy")
 FLOW = (*ENTROPY, "p2", "p2logp")  # what the exact entropy change needs
@@ -1292,17 +1271,13 @@ class LpReg(OnPicked, key="lp_reg", place="penalty", paper="2510.03222", needs=(
 # ------------------------------------------------------------------------------------------------------------
 # 6. Composition: opefo+clip_higher
 
-
-EXCLUSIVE = {  # what does not override the same hook and still makes no sense together: first with second
-    "entropy_bonus": (("adaptive_entropy",), "both put a coefficient on the same entropy term"),
-    "ref_kl": (("prorl",), "prorl contains the KL term of ref_kl"),
-    "psr": (("clip_cov", "kl_cov", "cw_grpo"), "psr leaves one advantage, whose covariance is 0"),
-    "nsr": (
-        ("clip_cov", "kl_cov", "cw_grpo", "par", "rand_pos_clip"),
-        "nsr leaves one negative advantage, no positive one to weigh, and a covariance of 0",
-    ),
-}
 SHARED = ("eps_low", "eps_high", "dual_clip", "aggregation")
+EXCLUSIVE = (  # one of the first with one of the second: no hook is overridden twice, and yet it has no sense
+    ({"entropy_bonus"}, {"adaptive_entropy"}, "both put a coefficient on the same entropy term"),
+    ({"ref_kl"}, {"prorl"}, "prorl contains the KL term of ref_kl"),
+    ({"psr", "nsr"}, {"clip_cov", "kl_cov", "cw_grpo"}, "one advantage is left, whose covariance is 0"),
+    ({"nsr"}, {"par", "rand_pos_clip"}, "nsr leaves no positive advantage to weigh"),
+)
 
 
 def _owner(members: list[Method], hook: str) -> Method:
@@ -1314,44 +1289,42 @@ def _owner(members: list[Method], hook: str) -> Method:
     return owners[0] if owners else members[0]
 
 
-def _shared_values(members: list[Method], surrogate: Method) -> dict[str, Any]:
-    """Clip range and aggregation: of the members for which they were set, or whose default is not GRPO's."""
-    values = {}
-    for name in SHARED:
-        default = getattr(Method, name)
-        users = [m for m in members if name not in m.without]
-        set_by = {m.key: getattr(m, name) for m in users if name in m.given or getattr(m, name) != default}
-        if len(set(set_by.values())) > 1:
-            text = ", ".join(f"{k} has {v}" for k, v in set_by.items())
-            who = "+".join(m.key for m in members)
-            raise ValueError(f"{who}: conflicting {name}: {text}; set {name} explicitly")
-        values[name] = next(iter(set_by.values()), default)
-        if values[name] != default and name in surrogate.without:
-            who = f"{next(iter(set_by))} sets {name}, which the surrogate of {surrogate.key} does not use"
-            raise ValueError(f"{who}: leave it out, or give {name}={default}")
-    return values
+def _shared_value(name: str, members: list[Method], surrogate: Method) -> Any:
+    """A clip bound or the aggregation: of the members that were given one, or whose default is not GRPO's."""
+    default = getattr(Method, name)
+    own = {m.key: getattr(m, name) for m in members if name not in m.without}
+    set_by = {m.key: own[m.key] for m in members if name in m.given or own.get(m.key, default) != default}
+    if len(set(set_by.values())) > 1:
+        text = ", ".join(f"{k} has {v}" for k, v in set_by.items())
+        who = "+".join(m.key for m in members)
+        raise ValueError(f"{who}: conflicting {name}: {text}; set {name} explicitly")
+    value = next(iter(set_by.values()), default)
+    if value != default and name in surrogate.without:
+        who = f"{next(iter(set_by))} sets {name}, which the surrogate of {surrogate.key} does not use"
+        raise ValueError(f"{who}: leave it out, or give {name}={default}")
+    return value
 
 
 class Composite(Method):
     """Several methods as one. Responses must be selected by all, weights multiply, penalties add, controllers
     move each on its own; sampling, advantage and surrogate belong to at most one member. A weight hook sees
     the advantage times the weights of the members before it, and a member with `last` (opefo) comes last: it
-    balances the flow of the real surrogate. What penalties add on top, those of ref_kl, kl_cov, lp_reg,
-    entropic and the entropy terms, is not in its balance."""
+    balances the flow of the real surrogate, without what penalties add on top."""
 
     def __init__(self, members: list[Method]) -> None:
         keys = [m.key for m in members]
-        if len(set(keys)) < len(keys):
-            raise ValueError(f"{'+'.join(keys)}: a method appears twice; name each once")
-        for one, (others, reason) in EXCLUSIVE.items():
-            for other in set(others) & set(keys) if one in keys else ():
-                raise ValueError(f"{one} and {other} cannot be combined: {reason}")
-        self.members = sorted(members, key=lambda m: getattr(m, "last", False))
         self.key, self.place = "+".join(keys), "+".join(dict.fromkeys(m.place for m in members))
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"{self.key}: a method appears twice; name each once")
+        for some, others, reason in EXCLUSIVE:
+            if (one := some & set(keys)) and (other := others & set(keys)):
+                raise ValueError(f"{one.pop()} and {other.pop()} cannot be combined: {reason}")
+        self.members = sorted(members, key=lambda m: getattr(m, "last", False))
         owner = {hook: _owner(self.members, hook) for hook in ("sample", "advantage", "surrogate")}
-        values = _shared_values(self.members, owner["surrogate"])
+        owner["factor"] = owner["surrogate"]
+        values = {name: _shared_value(name, self.members, owner["surrogate"]) for name in SHARED}
         super().__init__(**values)
-        for hook, m in (*owner.items(), ("factor", owner["surrogate"])):
+        for hook, m in owner.items():
             setattr(self, hook, getattr(m, hook))
         for m in self.members:
             m.__dict__.update({k: v for k, v in values.items() if k not in m.without})
@@ -1374,7 +1347,14 @@ class Composite(Method):
 
     def select(self, tk: Tokens) -> Tensor | None:
         asked = [m for m in self.members if m.refill or tk.logp is not None]  # not scored: it is being drawn
-        kept = [rows for m in asked if (rows := m.select(tk)) is not None]
+        return self._all(m.select(tk) for m in asked)
+
+    def keep(self, tk: Tokens, adv: Tensor) -> Tensor | None:
+        return self._all(m.keep(tk, adv) for m in self.members)
+
+    @staticmethod
+    def _all(votes: Iterable[Tensor | None]) -> Tensor | None:
+        kept = [vote for vote in votes if vote is not None]
         return torch.stack(kept).all(0) if kept else None
 
     def shape(self, tk: Tokens) -> Tensor:
@@ -1382,31 +1362,27 @@ class Composite(Method):
             tk = replace(tk, reward=m.shape(tk))
         return tk.reward
 
-    def keep(self, tk: Tokens, adv: Tensor) -> Tensor | None:
-        kept = [tokens for m in self.members if (tokens := m.keep(tk, adv)) is not None]
-        return torch.stack(kept).all(0) if kept else None
-
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
         total = torch.ones_like(adv)
-        for m in self.members:
-            w = m.weight(tk, adv * total, own := dict(metrics))
-            self._merge(metrics, own, m)
+        for m, own in self._metrics(metrics):
+            w = m.weight(tk, adv * total, own)
             total = total if w is None else total * w.to(adv.dtype)
         return total
 
     def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
         marks = {}  # of different names: two methods that mark the same could not share a surrogate
-        for m in self.members:
-            marks |= m.mark(tk, adv, own := dict(metrics))
-            self._merge(metrics, own, m)
+        for m, own in self._metrics(metrics):
+            marks |= m.mark(tk, adv, own)
         metrics.pop("tokens_touched", None)  # of one member only
         return marks
 
-    @staticmethod
-    def _merge(metrics: dict[str, float], own: dict[str, float], m: Method) -> None:
-        for name, value in own.items():
-            if metrics.setdefault(name, value) != value:
-                metrics[f"{m.key}.{name}"] = value
+    def _metrics(self, metrics: dict[str, float]) -> Iterator[tuple[Method, dict[str, float]]]:
+        """Each member with a dict for its metrics; where two use a name, the second's is "par.lam"."""
+        for m in self.members:
+            yield m, (own := dict(metrics))
+            for name, value in own.items():
+                if metrics.setdefault(name, value) != value:
+                    metrics[f"{m.key}.{name}"] = value
 
     def penalty(self, tk: Tokens, plan: Plan) -> Tensor | None:
         parts = [m.penalty(tk, plan) for m in self.members]
@@ -1437,26 +1413,14 @@ class Composite(Method):
             m.load_state_dict(state[m.key])
 
 
-def compose(methods: list[Method]) -> Method:
-    """Several methods as one (`Composite`). Raises ValueError, with the reason, where that makes no sense."""
-    return methods[0] if len(methods) == 1 else Composite(methods)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 7. Names: building a method from the words of a command line
 
-
-# fmt: off
 METHODS: dict[str, type[Method]] = {c.key: c for c in (
     Method, EntropyBonus, AdaptiveEntropy, RefKL, ProRL, DAPO, ClipHigher, ClipCov, KLCov, HighEntropyTokens,
     PAR, RandPosClip, WReinforce, PSR, NSR, EntropyAdvantage, STEER, OPEFO, PAPO, CWGRPO, Entrocraft, STARE,
     EntroPIC, CISPO, DrGRPO, GSPO, QAE, HTPO, AEM, MixedCUTS, CEGPPO, LpReg,
-)}
-# fmt: on
-
-
-def used_fields(cls: type[Method]) -> list[Any]:
-    return [f for f in fields(cls) if f.name not in cls.without]
+)}  # fmt: skip
 
 
 def convert(key: str, name: str, value: Any, kind: Any) -> Any:
@@ -1490,7 +1454,12 @@ def convert(key: str, name: str, value: Any, kind: Any) -> Any:
     raise ValueError(f"{key}: {name}={value!r} does not fit: give {wanted}{' or none' * optional}")
 
 
-@cache
+def _types(cls: type[Method]) -> dict[str, Any]:
+    """The hyperparameters that a method uses, with their types."""
+    kinds = get_type_hints(cls, include_extras=True)
+    return {f.name: kinds[f.name] for f in fields(cls) if f.name not in cls.without}
+
+
 def hyperparameters(cls: type[Method]) -> list[tuple[str, Any, Any, str]]:
     """(name, type, default, help) of a method's hyperparameters; help is the docstring under the field."""
     import docstring_parser
@@ -1499,12 +1468,7 @@ def hyperparameters(cls: type[Method]) -> list[tuple[str, Any, Any, str]]:
     for base in reversed(cls.__mro__[:-1]):
         found = docstring_parser.parse_from_object(base).params
         helps |= {p.arg_name: p.description for p in found if p.description}
-    kinds = get_type_hints(cls, include_extras=True)
-    return [(f.name, kinds[f.name], f.default, helps.get(f.name, "")) for f in used_fields(cls)]
-
-
-def _nearest(word: str, words: Iterable[str]) -> str:
-    return next(iter(difflib.get_close_matches(word, list(words), 1, 0)), "")
+    return [(name, kind, getattr(cls, name), helps.get(name, "")) for name, kind in _types(cls).items()]
 
 
 def parse(spec: str) -> tuple[str, dict[str, str]]:
@@ -1512,21 +1476,13 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
     name, _, rest = spec.partition(":")
     options: dict[str, str] = {}
     for item in filter(None, rest.split(",")):
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if not (key and equals and value):
+        key, _, value = (part.strip() for part in item.partition("="))
+        if not (key and value):
             raise ValueError(f"method {spec!r}: {item!r} is not an option: write name=value,name=value")
         if key in options:
             raise ValueError(f"method {spec!r}: {key} is given twice: give it once")
         options[key] = value
     return name.strip(), options
-
-
-def lookup(name: str) -> type[Method]:
-    """The class of one method's key. Raises ValueError with the nearest key."""
-    if name not in METHODS:
-        near = _nearest(name, METHODS)
-        raise ValueError(f"method {name!r} is unknown: did you mean {near}? ({', '.join(METHODS)})")
-    return METHODS[name]
 
 
 def build(name: str, **hyperparameter: Any) -> Method:
@@ -1536,26 +1492,30 @@ def build(name: str, **hyperparameter: Any) -> Method:
     to all; "clip_cov.ratio" names the member. Raises ValueError on an unknown method or hyperparameter
     (naming the nearest), a value of the wrong type or range, and a composition without sense.
     """
-    members = name.split("+")
-    known = {m: [f.name for f in used_fields(lookup(m))] for m in members}
-    given: dict[str, dict[str, Any]] = {member: {} for member in members}
+    types, members = {}, []
+    for key in name.split("+"):
+        if key not in METHODS:
+            (near,) = difflib.get_close_matches(key, METHODS, 1, 0)
+            raise ValueError(f"method {key!r} is unknown: did you mean {near}? ({', '.join(METHODS)})")
+        types[key] = _types(METHODS[key])
+    given: dict[str, dict[str, Any]] = {key: {} for key in types}
     for full, value in hyperparameter.items():
         prefix, _, n = full.rpartition(".")
-        having = [m for m in members if n in known[m] and prefix in ("", m)]
+        having = [key for key in types if n in types[key] and prefix in ("", key)]
         if not having:
-            words = dict.fromkeys(x for m in members for x in known[m])
-            text = f"did you mean {_nearest(n, words)}? ({', '.join(words)})"
-            raise ValueError(f"{name} has no hyperparameter {full!r}: {text}")
+            words = dict.fromkeys(x for kinds in types.values() for x in kinds)
+            (near,) = difflib.get_close_matches(n, words, 1, 0)
+            raise ValueError(
+                f"{name} has no hyperparameter {full!r}: did you mean {near}? ({', '.join(words)})"
+            )
         if len(having) > 1 and n not in SHARED:
             raise ValueError(f"{name}: {n} belongs to {' and '.join(having)}: write {having[0]}.{n}={value}")
-        for m in having:
-            given[m][n] = value
-    made = []
-    for m in members:
-        kinds = get_type_hints(METHODS[m], include_extras=True)
-        made.append(METHODS[m](**{n: convert(m, n, v, kinds[n]) for n, v in given[m].items()}))
-        made[-1].given = tuple(given[m])
-    return compose(made)
+        for key in having:
+            given[key][n] = convert(key, n, value, types[key][n])
+    for key in name.split("+"):
+        members.append(METHODS[key](**given[key]))
+        members[-1].given = tuple(given[key])
+    return members[0] if len(members) == 1 else Composite(members)
 
 
 # ------------------------------------------------------------------------------------------------------------
