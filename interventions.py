@@ -4,21 +4,18 @@ Claim. The published interventions look unlike each other, but each multiplies t
 number, drops some responses, or adds one term to the loss. Written on the five hooks of `grpo.Method`, a diff
 between two methods is the lesson.
 
-How to read an entry: what it does, where its formula was read, the formula (3.n) as the code computes it,
-what differs between paper and code, and what holds at the edges. n numbers a catalogue, not the order of
-reading; the tests carry it. Sources carry a tag:
+An entry says what the method does, where its formula was read, the formula (3.n) as the code computes it,
+what differs between paper and code, and what holds at the edges. The tests carry the number n. Sources:
 
     [paper]            read in the paper               [code]            read in the authors' code
     [second-hand]      read in agreeing notes          [reconstruction]  ours, with the published properties
 
 N is the number of response tokens of the update batch. Every statistic obeys grpo's scope rule and is of the
 current policy before the step, detached; the denominator stays N unless an entry says otherwise. `f` is a
-token's predicted entropy change (entropy_math) with the advantage that really acts on it, I_clip r A (STEER's
-released form and PAPO say what they take instead).
+token's predicted entropy change (entropy_math) with the advantage that really acts on it, I_clip r A.
 
 Left out: what the authors' trainers do around a method (critics, several turns, curricula of problems), and
-methods that change the model or the decoding of finished policies. The last sections combine methods (6),
-build them from the words of a command line (7) and hand them to verl (8).
+methods that change the model or the decoding of finished policies.
 
     python interventions.py       what every method does to one batch: a table, and runs/interventions.png
 """
@@ -68,12 +65,9 @@ def top(score: Tensor, mask: Tensor, k: int, keys: Tensor | None = None) -> Tens
 
 
 def token_keys(tk: Tokens, progress: Progress, stream: int = 0) -> Tensor:
-    """(B, T) float64 in [0, 1): one random number per token, from a generator of the run's seed and step over
-    the batch's rows in lexicographic order; 0 where masked. Streams are independent.
-
-    So a key depends on neither the order of the rows nor the padding. Rows with the same ids exchange their
-    keys with their order: no difference for one response to one prompt.
-    """
+    """(B, T) float64 in [0, 1): one random number per token, 0 where masked. Dealt to the rows in the order
+    of their ids, so that a key depends on neither the order of the batch nor the padding (rows with the same
+    ids exchange their keys with their order)."""
     rank = torch.unique(torch.where(tk.mask, tk.ids, -1), dim=0, return_inverse=True)[1]  # (B,)
     order = rank.argsort(stable=True)
     mask = tk.mask[order]
@@ -96,8 +90,8 @@ def covariance(tk: Tokens, adv: Tensor) -> Tensor:
 
 
 def fraction_count(method: Method, fraction: float, n: int, exact: float | None = None) -> int:
-    """How many of n tokens a fraction selects, at least one (0 for fraction 0). Papers' fractions are made
-    for millions of tokens; where the floor of one decides, that is said once, with the number."""
+    """How many of n tokens a fraction selects, at least one (0 for fraction 0). Where the floor of one
+    decides, that is said once: papers' fractions are made for millions of tokens."""
     if fraction <= 0 or n == 0:
         return 0
     if fraction * n < 1:
@@ -113,11 +107,9 @@ def _tell(method: Method, text: str) -> None:
 
 
 def acting(method: Method, tk: Tokens, adv: Tensor) -> Tensor:
-    """(B, T): the advantage that really acts, I_clip · r · A times the mismatch weight; 0 where masked."""
+    """(B, T): the advantage that really acts, I_clip · r · A times the mismatch weight."""
     force = adv * method.factor(tk, adv)
-    if tk.mismatch is not None:
-        force = force * tk.mismatch
-    return torch.where(tk.mask, force, 0)
+    return force if tk.mismatch is None else force * tk.mismatch
 
 
 def flow(tk: Tokens, force: Tensor, form: str) -> Tensor:
@@ -135,9 +127,8 @@ class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
         S = {v in TopK(p) : p_v > delta};  y ~ uniform(S);  the first `warm` tokens as usual            (3.26)
 
     Sampling only: the loss is GRPO's on the merged group. p is at temperature 1, whatever the rollout's.
-    Empty S: uniform on TopK, or its arg max, as one note has it. The true ratio of such a token is p_y |S|;
-    the paper accepts that bias, `correct` weighs it away up to 2, from rollout_logp = log `behaviour`, and so
-    refuses a second such weight, Tokens.mismatch.
+    The true ratio of such a token is p_y |S|; the paper accepts that bias, `correct` weighs it away up to 2,
+    from rollout_logp, and so refuses a second such weight, Tokens.mismatch.
     """
 
     k: Count = 5
@@ -149,7 +140,7 @@ class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
     share: Share = 0.5
     """share of each group that explores; 0 is plain GRPO"""
     empty: Literal["topk", "argmax"] = "topk"
-    """when no token exceeds delta: topk (uniform on the K), argmax"""
+    """when no token exceeds delta: topk (uniform on the K), argmax (so one of the notes)"""
     correct: bool = False
     """weight tokens by min(policy / behaviour, 2)"""
 
@@ -200,9 +191,8 @@ class DAPO(Method, key="dapo", place="selection", paper="2503.14476", needs=("lo
         R <- R + clip((overlong_max - overlong_cache - len)/overlong_cache, -1, 0)           overlong shaping
         r in [1 - eps_low, 1 + eps_high], eps_high = .28                                     clip-higher
 
-    Groups are filtered by accuracy, not by reward, so a length penalty does not rescue one. verl's shaping
-    has no floor at -1 (the same up to overlong_max). `overlong_filter` is in the paper's ablation, not in
-    verl's recipe. The lengths are the paper's: at shorter limits set them. No usable group: the loss is 0.
+    Groups are filtered by accuracy, so a length penalty does not rescue one. verl's shaping has no floor at
+    -1 and no `overlong_filter`. At length limits below the paper's set both lengths. No usable group: loss 0.
     """
 
     eps_high: Positive = 0.28
@@ -251,8 +241,7 @@ class Entrocraft(Method, key="entrocraft", place="selection", paper="2604.26326"
 
     H low: only A <= 0 teaches, which raises it; H high: only A >= 0. In the band, edges included, GRPO.
     `released`: the code does not filter but swaps the estimator, H > hi: A = max(R, 0) (RAFT++), H < lo: A =
-    min(R, 0) (NSR), and its rows stay in the denominator. Rewards in {0, 1} would switch its second branch
-    off, so R here is +1 for a correct and -1 for an incorrect response. Paper: (.6, .7) -> (.1, .2), linear.
+    min(R, 0) (NSR), R = ±1, and all rows stay in the denominator. Paper: (.6, .7) -> (.1, .2), linear.
     """
 
     start: float = 0.6
@@ -310,8 +299,7 @@ class WReinforce(Method, key="w_reinforce", place="weight", paper="2506.01347", 
 
         A = lam if the response is correct, -1 if not; no baseline, no division                         (3.11)
 
-    PAR with a fixed lambda and without a baseline; lam = 1 is REINFORCE on rewards ±1. Uses `correct`, so the
-    reward's convention ({0, 1} or ±1) does not matter.
+    PAR with a fixed lambda and without a baseline; lam = 1 is REINFORCE on rewards ±1.
     """
 
     lam: Positive = 0.1
@@ -350,8 +338,7 @@ class DrGRPO(Method, key="dr_grpo", place="weight", paper="2503.20783"):
         A = R - mean of the group,    L = Σ l / (B · norm)                                              (3.21)
 
     Dividing by the group's deviation favours very easy and very hard prompts, by a response's length long
-    wrong answers. With a constant norm a token's gradient depends on neither its response's length nor the
-    padding; verl without `loss_scale_factor` divides by the padded length.
+    wrong answers. verl without `loss_scale_factor` divides by the padded length.
     """
 
     aggregation: Aggregation = "seq_sum_norm"
@@ -388,8 +375,7 @@ class QAE(Method, key="qae", place="weight", paper="2509.22611", needs=("logp", 
         A = (R - Q_K)/(std + 1e-6),   Q_K = inf{x : F(x) >= K} within the group                         (3.23)
 
     Binary rewards: success rate <= 1 - K gives baseline 0, otherwise 1. Paper: K = .4 with clip-higher, .6
-    when entropy collapses. Its README interpolates the quantile (`linear`), which gives a fractional baseline
-    near the switch. A does not sum to 0. Equal rewards: A = 0.
+    when entropy collapses. Its README interpolates the quantile. A does not sum to 0. Equal rewards: A = 0.
     """
 
     K: Share = 0.4
@@ -412,8 +398,7 @@ class PAR(Method, key="par", place="weight", paper="2511.05993", needs=ENTROPY):
         epoch     λ = (e - 1)/(E - 1) in epoch e = 1..E;  1 if E = 1
         constant  λ = lam
 
-    Positive-advantage reweighting holds the rewarded tokens back: λ = 1 is GRPO, λ = 0 learns from failures
-    only. The paper recommends `entropy`, with target .2, delta .05, λ_0 = 0.
+    λ = 1 is GRPO, λ = 0 learns from failures only. The paper recommends `entropy`, with the values below.
     """
 
     schedule: Literal["entropy", "stage", "epoch", "constant"] = "entropy"
@@ -480,9 +465,9 @@ class ClipCov(RandPosClip, key="clip_cov", paper="2505.22617"):
         w = 0 on min(n, |E|) tokens of E drawn uniformly, 1 elsewhere
 
     High c means confident positives and rare negatives: both lower H, so dropping some slows the collapse.
-    lb and ub are absolute numbers. Released code (verl) takes means and draws per micro-batch and rank, with
-    a floor of one token *each*; its scripts set eps_low = eps_high = 1. Paper: eq. 10-12, ratio 2e-4, which
-    needs a batch of 5,000 tokens to mean anything. All A equal: nothing happens.
+    Released code (verl) takes means and draws per micro-batch and rank, with a floor of one token *each*; its
+    scripts set eps_low = eps_high = 1. Paper: eq. 10-12, ratio 2e-4, one token of 5,000. All A equal: nothing
+    happens.
     """
 
     ratio: Share = 2e-4
@@ -505,8 +490,7 @@ class HighEntropyTokens(Method, key="high_entropy_tokens", place="weight", paper
         S = the k = max(1, ⌈rho · N⌉) tokens of largest H, ties drawn at random;  L = Σ_S l / |S|      (3.9)
 
     Penalties still see every token. Ties are common: all responses to a prompt begin in one state. Released
-    code selects per micro-batch, ties to the lower index. TRL and ms-swift keep H >= an interpolated quantile
-    and divide by N: a smaller loss.
+    code selects per micro-batch. TRL and ms-swift keep H >= a quantile and divide by N: a smaller loss.
     """
 
     rho: Annotated[float, (1e-9, 1)] = 0.2
@@ -523,8 +507,8 @@ class EntropyAdvantage(Method, key="entropy_advantage", place="weight", paper="2
 
         A' = A + min(alpha · H, |A| / kappa),   as a weight  w = A'/A                                   (3.12)
 
-    Always added: amplifies A > 0, weakens A < 0; kappa >= 1 keeps the sign. It rewards reasoning at forks and
-    does not aim at more entropy (the reported end entropy is below the baseline's). Paper: alpha .4 for GRPO.
+    Amplifies A > 0, weakens A < 0; kappa >= 1 keeps the sign. It rewards reasoning at forks and does not aim
+    at more entropy (the reported end entropy is below the baseline's).
     """
 
     alpha: Positive = 0.4
@@ -545,10 +529,9 @@ class STEER(Method, key="steer", place="weight", paper="2510.10150", needs=ENTRO
         exp      w = exp(-a |Ω| / max |Ω|),  a = -ln(lambda_min)
         linear   w = w_max - (M - min M)/(max M - min M) (w_max - lambda_min);  all equal: the midpoint
 
-    Released code divides by max(max M, .02), has lambda_min = .8 (paper .7; the default follows), takes min
-    and max over micro-batches of 8 responses and H from the old policy. `exact` puts the true first-order
-    change A T in the place of Ω. With one outlier as the maximum, most weights lie within 1 % of 1: watch
-    weight_std. Where max |Ω| = 0, w = 1.
+    Released code divides by max(max M, .02), takes min and max over micro-batches of 8 responses and H from
+    the old policy. `exact` puts the true first-order change A T in the place of Ω. With one outlier as the
+    maximum, most weights lie within 1 % of 1: watch weight_std. Where max |Ω| = 0, w = 1.
     """
 
     form: Literal["theorem", "released", "exact"] = "theorem"
@@ -597,12 +580,11 @@ class OPEFO(Method, key="opefo", place="weight", paper="2605.11491", needs=FLOW)
         w = 1 + λ where f > 0,  1 - λ where f < 0,  1 where f = 0      =>     Σ w f = 0 without a target
 
     The paper's f keeps only the diagonal of the softmax Jacobian and one factor p too few: rare tokens
-    dominate it, and on the embedded task it drives entropy up until the reward is gone (λ about .5); hence
-    `exact` is the default. Balance alone has no memory of where entropy should be and drifts; a target gives
-    it one, entropy_math (6.2). No code is released; the per-token reading of Eq. 6 is inferred.
-    `sides`, `lam` and `shuffled_sign` are controls. P + Q = 0 gives λ = 0; one empty side gives λ = ±1, which
-    switches the other side off. While λ is clamped, Σ takes up no error that pushes further. λ is invariant
-    to A -> sA, s > 0, and changes sign with A.
+    dominate it, and on the embedded task it drives entropy up until the reward is gone; hence `exact` is the
+    default. Balance alone has no memory of where entropy should be and drifts; a target gives it one,
+    entropy_math (6.2). No code is released; the per-token reading of Eq. 6 is inferred. `sides`, `lam` and
+    `shuffled_sign` are controls. P + Q = 0 gives λ = 0; one empty side gives λ = ±1, which switches the other
+    off. While λ is clamped, Σ takes up no error that pushes further.
     """
 
     form: Literal["exact", "paper", "theorem"] = "exact"
@@ -679,15 +661,14 @@ class PAPO(Method, key="papo", place="weight", paper="2605.11775", needs=FLOW):
         P_t = A T  (the first-order change; A, not I_clip r A);   phi = clip((e_ref - e)/e_ref, -1, 1)  (3.15)
         w = 1 + lam phi where P_t > 0,  1 - lam phi where P_t < 0,  1 where P_t = 0
 
-    phi > 0 says that entropy e has fallen below its reference: raising tokens count more, lowering ones less.
-    What is published: the product A T, both branches kept, the empirical entropy trajectory as the signal;
-    the rest is ours. The first update has phi = 0. w > 0, so no sign flips.
+    phi > 0: entropy e has fallen below its reference. Published are the product A T, both branches kept, and
+    the empirical entropy trajectory as the signal; the rest is ours. The first update has phi = 0.
     """
 
     lam: Annotated[float, (0, 0.999)] = 0.3
     """largest change of a weight, below 1"""
-    reference: Literal["ema", "first", "target"] = "ema"
-    """what entropy is compared with: ema (.9), first (the first batch), target"""
+    reference: Literal["ema", "target"] = "ema"
+    """what entropy is compared with: ema (its own, .9), target"""
     target: Above = 0.5
     """the reference of reference=target, nats"""
 
@@ -704,10 +685,8 @@ class PAPO(Method, key="papo", place="weight", paper="2605.11775", needs=FLOW):
         return 1 + self.lam * phi * flow(tk, adv, "exact").sign()  # (3.15)
 
     def after_step(self, plan: Plan) -> None:
-        if self.e_ref is None:
-            self.e_ref = plan.entropy
-        elif self.reference == "ema":
-            self.e_ref = 0.9 * self.e_ref + 0.1 * plan.entropy
+        if self.reference == "ema":
+            self.e_ref = plan.entropy if self.e_ref is None else 0.9 * self.e_ref + 0.1 * plan.entropy
 
 
 class CWGRPO(
@@ -718,9 +697,8 @@ class CWGRPO(
 
         c = (log p - mean log p)(A - mean A);   w = exp(-c²/(2 σ²)),  σ = std of c;   w <- w N / Σ w    (3.16)
 
-    The paper's one group is its batch, so the scope of the means is ambiguous; σ is the population deviation
-    (not stated). σ² below 1e-6 of the mean of c² counts as 0 (two tokens have equal c, up to rounding); then,
-    and where N = 1, w = 1.
+    The paper's one group is its batch, so the scope of the means is ambiguous. σ² below 1e-6 of the mean of
+    c² counts as 0 (two tokens have equal c, up to rounding); then, and where N = 1, w = 1.
     """
 
     scope: Literal["batch", "group"] = "batch"
@@ -749,7 +727,7 @@ class STARE(Method, key="stare", place="weight", paper="2606.19236", needs=ENTRO
         w = W on L+,  M on L- (variant C2 only),  1 elsewhere;  all 1 if the gate is closed
         adaptive: W <- clip(W + rate s, 1, 1.5),  M <- clip(M - rate s, .5, 1),  s = sgn(target - e), after
 
-    Released code selects per micro-batch. 14B and 32B models: 1.05 and .95. Default: O1, not adaptive.
+    Released code selects per micro-batch. 14B and 32B models: 1.05 and .95.
     """
 
     fraction: Share = 0.1
@@ -797,11 +775,10 @@ class EntroPIC(Method, key="entropic", place="weight", paper="2511.15248", needs
         e = H - target;   alpha = clip(kp e + ki S, -1, 1),  S the sum of all earlier e                 (3.19)
         L = agg(clipped surrogate) + alpha · mean over {p > threshold} of (-r |A|)
 
-    Among confident tokens that weighs A > 0 by 1 + alpha and A < 0 by 1 - alpha: too little entropy, alpha <
-    0, damps confident successes and amplifies confident failures. The extra term is unclipped. Released code
-    has alpha and S per micro-batch and divides by the confident tokens' own number (`own`): alpha counts
-    N / N_confident times, and where few tokens are confident it turns their sign. With `all` (by N) the
-    weights are exactly 1 ± alpha, in [0, 2]. Target: .1 in the script; -1, the config's default, means off.
+    Too little entropy, alpha < 0, damps confident successes and amplifies confident failures. The extra term
+    is unclipped. With the denominator `all` it weighs A > 0 by 1 + alpha and A < 0 by 1 - alpha, in [0, 2].
+    Released code has alpha and S per micro-batch and divides by the confident tokens' own number: alpha
+    counts N / N_confident times, and where few tokens are confident it turns their sign.
     """
 
     kp: Positive = 1.0
@@ -841,8 +818,8 @@ class AEM(Method, key="aem", place="weight", paper="2605.00425", needs=ENTROPY):
 
         h_i = mean H of response i, min-max scaled over the batch;  g_i = exp(-k h_i)/mean exp(-k h)  (3.25)
 
-    In the style of EMPG (2509.09265); the paper's scaling is not known. Pushing confident failures harder
-    raises H, confident successes lowers it: exploring while failures dominate. All h equal: g = 1.
+    In the style of EMPG (2509.09265); the paper's scaling is not known. Explores while failures dominate:
+    pushing confident failures harder raises H. All h equal: g = 1.
     """
 
     k: Positive = 1.0
@@ -886,9 +863,8 @@ class CISPO(Method, key="cispo", place="ratio", paper="2506.13585", on_policy=Fa
 
         l = -sg(clip(r, 1 - eps_low, 1 + eps_high)) A log π                                             (3.20)
 
-    The paper has no lower bound in practice (eps_low = 1 here) and does not disclose eps_high; TRL's example
-    caps r at 5, our default (TRL's epsilon_high *is* the cap, verl's is cap - 1). Inside the range the
-    gradient is PPO's, the value not.
+    The paper has no lower bound in practice and does not disclose eps_high; TRL's example caps r at 5, our
+    default (TRL's epsilon_high *is* the cap, verl's is cap - 1). Inside the range the gradient is PPO's.
     """
 
     eps_low: Positive = 1.0
@@ -908,10 +884,9 @@ class GSPO(Method, key="gspo", place="ratio", paper="2507.18071", on_policy=Fals
 
         s_i = exp(mean_t log r_it),   l_i = max(-s_i A, -clip(s_i, 1 - eps_low, 1 + eps_high) A)        (3.22)
 
-    Written per token, log s_it = log π - sg(log π) + sg(log s_i) (at most 10), it has the same gradient, -s_i
-    A/(B len_i) per token, under the sequence aggregation, and all tokens of a response are clipped together.
-    s_i is of the whole response, also where a method of the composition keeps only some of its tokens.
-    Strictly on-policy only that aggregation differs from GRPO.
+    Written per token, log s_it = log π - sg(log π) + sg(log s_i) (at most 10), it has the same gradient under
+    the sequence aggregation, and all tokens of a response are clipped together. s_i is of the whole response,
+    also where another method keeps only some of its tokens. On-policy only the aggregation differs from GRPO.
     """
 
     eps_low: Positive = 3e-4
@@ -941,8 +916,8 @@ class CEGPPO(FromFactor, key="ce_gppo", place="ratio", paper="2509.20712", on_po
         A > 0, r > 1 + eps_high:  l = -b2 (1 + eps_high) (r/sg r) A     rare successes: raises H
         else:                     l = -r A;    then dual clip
 
-    b1 = b2 = 0 has PPO's gradient (the values differ); b2 = 1 makes the gradient continuous at 1 + eps_high.
-    (b1, b2) = (.75, 1) for 7B, (.5, 1) for 1.5B, the config has (.25, 1).
+    b1 = b2 = 0 has PPO's gradient; b2 = 1 makes it continuous at 1 + eps_high. (b1, b2) = (.75, 1) for 7B,
+    (.5, 1) for 1.5B, the config has (.25, 1).
     """
 
     b1: Positive = 0.75
@@ -978,10 +953,9 @@ class HTPO(
         easy, correct, high    PPO; drop the max(⌊high_drop · n⌋, 1) tokens with the largest H
         all others             PPO;    then dual clip everywhere
 
-    1/r, as in the code, grows up to e^20, where `log_ratio` clamps. In the code the second row's r < 1 -
-    eps_low branch has a plus sign, which lowers a successful token further and looks like a slip:
-    `released_sign` restores it. The `low` drop is strict, so it removes one token fewer than the `high` one.
-    On-policy only the drops act. Here a PPO-clipped token has loss 0, not a constant.
+    In the code the second row's r < 1 - eps_low branch has a plus sign, which lowers a successful token
+    further and looks like a slip: `released_sign` restores it. Its 1/r grows up to e^20, where `log_ratio`
+    clamps. The `low` drop is strict: one token fewer than `high`. On-policy only the drops act.
     """
 
     hard: Share = 0.6
@@ -1042,8 +1016,8 @@ class EntropyBonus(Method, key="entropy_bonus", place="penalty", paper="verl, TR
         L = L_pg - alpha · mean H,     ∂(-alpha H)/∂z_v = alpha p_v (log p_v + H)                        (3.2)
 
     z are the scaled logits. Pushes every state towards uniform, however certain it should be. On a 7B model
-    (2505.22617) alpha 1e-4 and 1e-3 did little, 5e-3 stabilised without gain, 1e-2 exploded. Early verl has
-    .001, later ones 0. It costs one more backward pass through the vocabulary, which alpha = 0 saves.
+    (2505.22617) alpha 1e-4 and 1e-3 did little, 5e-3 stabilised without gain, 1e-2 exploded. It costs one
+    more backward pass through the vocabulary, which alpha = 0 saves.
     """
 
     alpha: Positive = 0.001
@@ -1064,8 +1038,7 @@ class AdaptiveEntropy(Method, key="adaptive_entropy", place="penalty", paper="25
         alpha = c I[e <= target];   c <- c + delta if e < target,  c - delta if e > target;  from 0   (3.3)
 
     c is clipped to [c_min, c_max]. `released` gates with the previous step's entropy (open at the start),
-    strictly, and counts equality as above; its scripts have delta .0001 and c in [0, .005]. Its e is the
-    sampled -mean log p, ours exact.
+    strictly, and counts equality as above; its scripts have delta .0001, c in [0, .005] and a sampled e.
     """
 
     target: float = 0.2
@@ -1118,11 +1091,10 @@ class RefKL(Method, key="ref_kl", place="penalty", paper="2402.03300", needs=("l
         L = L_pg + beta · mean kl(log π, log π_ref)                                                      (3.4)
 
     Our default k2 has the gradient of KL(π||π_ref); the paper's k3 has that of the reverse KL, grpo (2.13) to
-    (2.16). k1 does not know the reference: its gradient is E[∇log π(y)], which is 0 for y ~ π; in the later
-    updates of a rollout y ~ π_old and it is -∇KL(π_old||π), which drives the policy away from the one that
-    sampled. abs: while π is π_ref, x is rounding, and so is its sign. Metric kl_ref is the mean k3. beta: .04
-    GRPO, .001 DeepSeek-R1 and verl, .05 open-instruct, 0 DAPO and TRL. 2505.22617 saw entropy stay and
-    accuracy fall.
+    (2.16). k1 does not know the reference: its gradient E[∇log π(y)] is 0 for y ~ π; in the later updates of
+    a rollout y ~ π_old and it is -∇KL(π_old||π), away from the policy that sampled. abs: while π is π_ref, x
+    and its sign are rounding. Metric kl_ref is the mean k3. beta: .04 GRPO, .001 DeepSeek-R1 and verl, .05
+    open-instruct, 0 DAPO and TRL. 2505.22617 saw entropy stay and accuracy fall.
     """
 
     beta: Positive = 0.04
@@ -1142,9 +1114,8 @@ class ProRL(RefKL, key="prorl", paper="2505.24864"):
 
         L = L_pg + beta KL(π||π_ref);   at a reset  π_ref <- π,  optimizer state <- 0                    (3.5)
 
-    The paper resets when the validation score stagnates and gives neither number, beta nor estimator (verl's:
-    .001, k3; v2: 1e-4, k2). It also has clip-higher at .4 and dynamic sampling: `prorl+dapo:eps_high=.4`.
-    TRL's and open-instruct's resets keep the optimizer.
+    The paper resets when the validation score stagnates and does not give beta nor estimator (v2: 1e-4, k2).
+    It also has clip-higher at .4 and dynamic sampling: `prorl+dapo:eps_high=.4`. TRL keeps the optimizer.
     """
 
     beta: Positive = 0.001
@@ -1189,10 +1160,10 @@ class KLCov(OnPicked, key="kl_cov", place="penalty", paper="2505.22617", on_poli
         l = -r A (no clip);  l += beta · d(π, π_old) on the max(1, ⌊ratio · N⌋) tokens of top c (3.7)    (3.8)
 
     d: abs |log r| (released, default), k2, k3 = r - 1 - log r (estimates KL(π_old||π), as in the paper).
-    **Strictly on-policy log r is 0 and so is every d's gradient: nothing happens.** With an old_logp from a
-    second forward pass, abs would turn rounding noise into gradients ±beta/N of random sign; so before a
-    rollout's first step leave old_logp None, as the loop does. All A or all log p equal: nobody is picked.
-    Paper: ratio 2e-3 (7B), 2e-4 (32B), beta 1. PRIME's 0.2 is in percent; verl has ratio 2e-4, beta 0.1.
+    **Strictly on-policy log r is 0 and so is every d's gradient: nothing happens.** Leave old_logp None then,
+    as the loop does: abs would turn the rounding of a second forward pass into gradients ±beta/N of random
+    sign. All A or all log p equal: nobody is picked. Paper: ratio 2e-3 (7B), 2e-4 (32B), beta 1. PRIME's 0.2
+    is in percent; verl has ratio 2e-4, beta 0.1.
     """
 
     ratio: Share = 2e-3
@@ -1237,8 +1208,8 @@ class LpReg(OnPicked, key="lp_reg", place="penalty", paper="2510.03222", needs=(
         among A < 0 tokens the k = ⌊fraction · n⌋ of lowest log p, none if k <= 1; of these, if log p < log q:
         l = -r A + beta · k3(log p - log q),  unclipped;   all others: clipped with eps (1, 9)
 
-    Filtered tokens (log q = -inf) are noise and left alone. On-policy every selected survivor has q > p and a
-    push of 1/S - 1 on its log-probability, S the kept mass: upwards. Costs one more pass for log q.
+    Filtered tokens (log q = -inf) are noise and left alone. On-policy the others get a push of 1/S - 1 on
+    their log-probability, S the kept mass: upwards. Costs one more pass for log q.
     """
 
     fraction: Share = 0.01
