@@ -388,17 +388,16 @@ class Plan:
     metrics: dict[str, float] = field(default_factory=dict)  # whole-batch numbers worth logging
 
     def rows(self, index: Any) -> Plan:
-        cut = {k: v[index] for k, v in self.marks.items()}
         parts = {k: getattr(self, k)[index] for k in ("adv", "weight", "coef", "coef_all")}
-        return replace(self, **parts, marks=cut)
+        return replace(self, **parts, marks={k: v[index] for k, v in self.marks.items()})
 
 
 @dataclass_transform()
 @dataclass
 class Method:
     """Group-relative policy gradient with the clipped ratio: the baseline that collapses. Plain GRPO, and the
-    skeleton of everything else: a method overrides the hook of its place, of which there are five, and what
-    that hook needs besides.
+    skeleton of everything else: a method overrides the hook of its place, and what that hook needs besides.
+    The places are 1 sampling, 2 selection, 3 weight, 4 ratio, 5 penalty.
 
     `surrogate`, `penalty` and `factor` are called per micro-batch, the first two with the graph; the others
     once per update with the whole batch, detached; `select`, where `refill` is set, also on each draw, before
@@ -423,6 +422,7 @@ class Method:
     idea: ClassVar[str] = "group-relative policy gradient with the clipped ratio: the baseline that collapses"
     needs: ClassVar[tuple[str, ...]] = ("logp",)  # fields of Tokens beyond ids, mask, reward, group
     on_policy: ClassVar[bool] = True  # False: its clip or penalty does nothing strictly on-policy
+    entropy_grad: ClassVar[bool] = False  # True: the loss differentiates the entropy, which needs its graph
     refill: ClassVar[bool] = False  # True: the loop samples until `select` has kept enough whole groups
     without: ClassVar[tuple[str, ...]] = ()  # inherited hyperparameters that this method has no use for
     state: ClassVar[dict[str, Any]] = {}  # numbers that live across steps: name -> start, or a field's name
@@ -446,11 +446,9 @@ class Method:
         """Place 1. Next-token ids (B,), and their log-probabilities under the distribution that they were
         drawn from, for temperature-scaled logits (B, V) at a response's position; None leaves sampling alone.
         `rows` (B,) is each row's number among its prompt's responses, 0 <= rows < group size."""
-        return None
 
     def select(self, tk: Tokens) -> Tensor | None:
         """Place 2. (B,) bool: the responses that enter the update; None: all."""
-        return None
 
     def shape(self, tk: Tokens) -> Tensor:
         """(B,) the reward that advantages are computed from; `tk.solved` stays what it was."""
@@ -464,11 +462,9 @@ class Method:
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor | None:
         """Place 3. (B, T) weights >= 0 on the surrogate, `tk.mask` as selected; None: all 1."""
-        return None
 
     def keep(self, tk: Tokens, adv: Tensor) -> Tensor | None:
         """(B, T) bool: tokens that stay in the loss *and in its denominator*; None: all of `tk.mask`."""
-        return None
 
     def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
         """Whole-batch selections that `surrogate` or `penalty` need, tensors of B rows."""
@@ -486,12 +482,6 @@ class Method:
     def penalty(self, tk: Tokens, plan: Plan) -> Tensor | None:
         """Place 5. A scalar to add: this micro-batch's share of a sum over `plan.coef_all`, or over
         `plan.coef` where it is part of the loss of selected tokens."""
-        return None
-
-    @property
-    def entropy_grad(self) -> bool:
-        """Does the loss differentiate the entropy?  If not, no entropy graph is ever built."""
-        return False
 
     def reset_reference(self, step: int, score: float | None) -> bool:
         """Called after each step with the score of an evaluation made at this step, or None. True: the loop
@@ -597,12 +587,9 @@ def policy_loss(tokens: Tokens, method: Method) -> tuple[Tensor, dict[str, float
 
 
 def token_flow(tokens: Tokens, force: Tensor) -> Tensor:
-    """What the update does to entropy, token by token, if the policy were a table. (B, T), nats per unit
-    learning rate on the scaled logits z/τ; for a step on z itself divide by τ², entropy_math (2.9).
-
-    `force` = -∂loss/∂logp, with ratio, clip, weights, penalties on logp and the aggregation inside. A logit
-    step η · force · (e_y - p) changes the entropy of its own state by η · force · T, entropy_math (2.2).
-    """
+    """What the update does to entropy, token by token, if the policy were a table: a logit step
+    η · force · (e_y - p) changes the entropy of its own state by η · force · T, entropy_math (2.2). (B, T),
+    nats per unit η on the scaled logits z/τ; for a step on z divide by τ² (2.9). `force` = -∂loss/∂logp."""
     return torch.where(tokens.mask, force * exact_score(tokens.stats), 0).detach()
 
 

@@ -443,7 +443,7 @@ class RandPosClip(Method, key="rand_pos_clip", place="weight", paper="2511.05993
     """
 
     ratio: Share = 2e-4
-    """share of the batch's tokens that is dropped (the paper does not say)"""
+    """share of the batch's tokens that is dropped; small batches need more, about .02"""
 
     def eligible(self, tk: Tokens, adv: Tensor) -> Tensor:
         """(B, T) bool: the tokens that are drawn from."""
@@ -470,8 +470,6 @@ class ClipCov(RandPosClip, key="clip_cov", paper="2505.22617"):
     happens.
     """
 
-    ratio: Share = 2e-4
-    """share of the batch's tokens that is dropped; small batches need more, about .02"""
     lb: float = 1.0
     """only tokens with a covariance above lb can be dropped"""
     ub: float = 5.0
@@ -548,15 +546,10 @@ class STEER(Method, key="steer", place="weight", paper="2510.10150", needs=ENTRO
         if self.form == "exact":
             self.needs = FLOW
 
-    def omega(self, tk: Tokens, adv: Tensor) -> Tensor:
-        """|Ω|, (B, T)."""
-        if self.form == "released":  # A/π_old · p (1-p) u = r A (1-p) u
-            return flow(tk, adv * log_ratio(tk.logp, tk.old_logp).exp(), "steer_released").abs()
-        name = {"theorem": "steer_theorem", "exact": "exact"}[self.form]
-        return flow(tk, acting(self, tk, adv), name).abs()
-
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
-        omega, released = self.omega(tk, adv), self.form == "released"  # (B, T)
+        released = self.form == "released"  # A/π_old · p (1-p) u = r A (1-p) u, without the clip
+        force = adv * log_ratio(tk.logp, tk.old_logp).exp() if released else acting(self, tk, adv)
+        omega = flow(tk, force, "exact" if self.form == "exact" else "steer_" + self.form).abs()  # (B, T)
         lowest = self.lambda_min or (0.8 if released or self.map == "linear" else 0.7)
         high = float(omega.max()) if omega.numel() else 0.0
         if self.map == "exp":
@@ -615,14 +608,6 @@ class OPEFO(Method, key="opefo", place="weight", paper="2605.11491", needs=FLOW)
         if self.form != "exact":
             self.needs = ENTROPY
 
-    def flow(self, tk: Tokens, adv: Tensor) -> Tensor:
-        """f of (3.14), (B, T), times each token's share in the aggregation: the flow of the real loss."""
-        name = {"exact": "exact", "paper": "opefo", "theorem": "steer_theorem"}[self.form]
-        f = flow(tk, acting(self, tk, adv), name)
-        if self.aggregation in ("token_mean", "token_sum"):
-            return f
-        return f * self.coefficients(tk.mask, f.dtype)
-
     def _lambda(self, f: Tensor, entropy: float) -> float:
         if self.lam is not None:
             return self.lam
@@ -634,17 +619,18 @@ class OPEFO(Method, key="opefo", place="weight", paper="2605.11491", needs=FLOW)
         return set_point_lambda(rising, falling, entropy, self.target_entropy, self.gain)
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
-        f = self.flow(tk, adv)
+        name = {"exact": "exact", "paper": "opefo", "theorem": "steer_theorem"}[self.form]
+        f = flow(tk, acting(self, tk, adv), name)  # (3.14)
+        if self.aggregation not in ("token_mean", "token_sum"):
+            f = f * self.coefficients(tk.mask, f.dtype)  # each token's share: the flow of the real loss
         metrics["lam"] = lam = self._lambda(f, metrics["batch_entropy"])
         w = 1 + lam * f.sign()  # (B, T)
         if self.sides != "both":
             w = torch.where(f > 0 if self.sides == "plus" else f < 0, w, 1)
         if self.shuffled_sign:  # the values of w on the mask, dealt out anew
-            where = tk.mask.flatten().nonzero()[:, 0]
-            source, target = (
-                where[token_keys(tk, self.progress, i).flatten()[where].argsort(stable=True)] for i in (0, 1)
-            )
-            w = w.flatten().index_copy(0, target, w.flatten()[source]).view(w.shape)
+            values, keys = w[tk.mask], (token_keys(tk, self.progress, i)[tk.mask] for i in (0, 1))
+            source, target = (key.argsort(stable=True) for key in keys)
+            w[tk.mask] = values.index_copy(0, target, values[source])
         return w
 
     def after_step(self, plan: Plan) -> None:
@@ -747,20 +733,18 @@ class STARE(Method, key="stare", place="weight", paper="2606.19236", needs=ENTRO
 
     state = {"W": "up", "M": "down"}
 
-    def _surprising(self, tk: Tokens, side: Tensor) -> Tensor:
-        n = int(side.sum())
-        k = fraction_count(self, self.fraction, n, math.ceil(self.fraction * n))
-        return top(-tk.logp, side, k, token_keys(tk, self.progress))
-
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor | None:
         gate = metrics["batch_entropy"] < self.target
         metrics.update(gate=float(gate), W=self.W, M=self.M)
         if not gate:
             return None
-        w = torch.where(self._surprising(tk, tk.mask & (adv > 0)), self.W, torch.ones_like(adv))
-        if self.variant == "O1":
-            return w
-        return torch.where(self._surprising(tk, tk.mask & (adv < 0)), self.M, w)
+        w, keys = torch.ones_like(adv), token_keys(tk, self.progress)
+        sides = [(adv > 0, self.W), (adv < 0, self.M)]
+        for side, value in sides if self.variant == "C2" else sides[:1]:
+            n = int((tk.mask & side).sum())
+            k = fraction_count(self, self.fraction, n, math.ceil(self.fraction * n))
+            w = torch.where(top(-tk.logp, tk.mask & side, k, keys), value, w)
+        return w
 
     def after_step(self, plan: Plan) -> None:
         if self.adaptive:
@@ -938,9 +922,7 @@ def dual_clip_factor(f: Tensor, adv: Tensor, c: float | None) -> Tensor:
     return f if c is None else torch.where((adv < 0) & (f > c), 0, f)
 
 
-class HTPO(
-    FromFactor, key="htpo", place="ratio", paper="2605.08283", needs=("logp", "entropy", "reward", "group")
-):
+class HTPO(FromFactor, key="htpo", place="ratio", paper="2605.08283", needs=(*ENTROPY, "reward", "group")):
     """Other clip rules by difficulty of the prompt, correctness and entropy of the token. [code] xcyao00/HTPO
     `core_algos.py`.
 
