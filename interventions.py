@@ -89,14 +89,15 @@ def covariance(tk: Tokens, adv: Tensor) -> Tensor:
     return centred(adv, tk.mask) * centred(tk.logp, tk.mask)
 
 
-def fraction_count(method: Method, fraction: float, n: int, exact: float | None = None) -> int:
-    """How many of n tokens a fraction selects, at least one (0 for fraction 0). Where the floor of one
+def fraction_count(method: Method, fraction: float, mask: Tensor, whole: Callable = math.floor) -> int:
+    """How many tokens of mask a fraction selects, at least one (0 for fraction 0). Where the floor of one
     decides, that is said once: papers' fractions are made for millions of tokens."""
+    n = int(mask.sum())
     if fraction <= 0 or n == 0:
         return 0
     if fraction * n < 1:
         _tell(method, f"fraction {fraction:g} of {n} tokens is less than one: 1 is selected, {1 / n:.2%}")
-    return max(int(fraction * n if exact is None else exact), 1)
+    return max(whole(fraction * n), 1)
 
 
 def _tell(method: Method, text: str) -> None:
@@ -160,8 +161,8 @@ class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
             return p
         plain = (logits * self.progress.temperature).softmax(-1)  # at temperature 1
         value, index = plain.topk(min(self.k, p.shape[-1]))  # (B, K)
-        inside = value > self.delta
-        fallback = torch.arange(index.shape[1], device=p.device) < (1 if self.empty == "argmax" else self.k)
+        inside, few = value > self.delta, 1 if self.empty == "argmax" else self.k
+        fallback = torch.arange(index.shape[1], device=p.device) < few
         inside = torch.where(inside.any(-1, keepdim=True), inside, fallback).to(p.dtype)
         cuts = torch.zeros_like(p).scatter(-1, index, inside / inside.sum(-1, keepdim=True))  # (3.26)
         return torch.where(self.exploring(rows)[:, None], cuts, p)
@@ -212,10 +213,8 @@ class DAPO(Method, key="dapo", place="selection", paper="2503.14476", needs=("lo
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.overlong and self.overlong_cache > self.overlong_max:
-            raise ValueError(
-                f"dapo: overlong_cache={self.overlong_cache} is above overlong_max={self.overlong_max} and "
-                "punishes even an empty response: give a smaller overlong_cache, or overlong=false"
-            )
+            who = f"overlong_cache={self.overlong_cache} is above overlong_max={self.overlong_max}"
+            raise ValueError(f"dapo: {who}: give a smaller overlong_cache, or overlong=false")
         if self.overlong_filter:
             self.needs = (*self.needs, "truncated")
 
@@ -451,7 +450,7 @@ class RandPosClip(Method, key="rand_pos_clip", place="weight", paper="2511.05993
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
         left = 1 - self.progress.step / max(self.progress.total, 1) if getattr(self, "anneal", False) else 1.0
-        n, eligible = fraction_count(self, self.ratio * left, int(tk.mask.sum())), self.eligible(tk, adv)
+        n, eligible = fraction_count(self, self.ratio * left, tk.mask), self.eligible(tk, adv)
         picked = top(token_keys(tk, self.progress), eligible, n)
         metrics.update(eligible=int(eligible.sum()), selected=int(picked.sum()))
         return torch.where(picked, 0.0, 1.0)
@@ -495,8 +494,7 @@ class HighEntropyTokens(Method, key="high_entropy_tokens", place="weight", paper
     """share of tokens that is kept; 1 is plain GRPO"""
 
     def keep(self, tk: Tokens, adv: Tensor) -> Tensor:
-        n = int(tk.mask.sum())
-        k = fraction_count(self, self.rho, n, math.ceil(self.rho * n))
+        k = fraction_count(self, self.rho, tk.mask, math.ceil)
         return top(tk.entropy, tk.mask, k, token_keys(tk, self.progress))
 
 
@@ -601,10 +599,8 @@ class OPEFO(Method, key="opefo", place="weight", paper="2605.11491", needs=FLOW)
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.integral and (self.target_entropy is None or self.gain == 0):
-            raise ValueError(
-                f"opefo: integral={self.integral} sums errors to target_entropy={self.target_entropy} at "
-                f"gain={self.gain}: give a target_entropy and a gain above 0"
-            )
+            who = f"integral={self.integral}, target_entropy={self.target_entropy}, gain={self.gain}"
+            raise ValueError(f"opefo: {who}: give a target_entropy and a gain above 0, or integral=0")
         if self.form != "exact":
             self.needs = ENTROPY
 
@@ -614,9 +610,8 @@ class OPEFO(Method, key="opefo", place="weight", paper="2605.11491", needs=FLOW)
         rising, falling = f.clamp(min=0).sum(dtype=torch.float64), -f.clamp(max=0).sum(dtype=torch.float64)
         if self.target_entropy is None or self.gain == 0:
             return set_point_lambda(rising, falling)
-        past = self.integral * self.error_sum / self.gain  # adds integral · Σ errors to λ
-        entropy -= self.target_entropy * past
-        return set_point_lambda(rising, falling, entropy, self.target_entropy, self.gain)
+        past = self.target_entropy * self.integral * self.error_sum / self.gain  # adds integral · Σ to λ
+        return set_point_lambda(rising, falling, entropy - past, self.target_entropy, self.gain)
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
         name = {"exact": "exact", "paper": "opefo", "theorem": "steer_theorem"}[self.form]
@@ -741,9 +736,8 @@ class STARE(Method, key="stare", place="weight", paper="2606.19236", needs=ENTRO
         w, keys = torch.ones_like(adv), token_keys(tk, self.progress)
         sides = [(adv > 0, self.W), (adv < 0, self.M)]
         for side, value in sides if self.variant == "C2" else sides[:1]:
-            n = int((tk.mask & side).sum())
-            k = fraction_count(self, self.fraction, n, math.ceil(self.fraction * n))
-            w = torch.where(top(-tk.logp, tk.mask & side, k, keys), value, w)
+            k = fraction_count(self, self.fraction, side & tk.mask, math.ceil)
+            w = torch.where(top(-tk.logp, side & tk.mask, k, keys), value, w)
         return w
 
     def after_step(self, plan: Plan) -> None:
@@ -964,13 +958,12 @@ class HTPO(FromFactor, key="htpo", place="ratio", paper="2605.08283", needs=(*EN
         m = self.mark(tk, adv, metrics)
         low = (m["hard"] & m["correct"])[:, None] & tk.mask & ~m["high"]
         high = (~m["hard"] & m["correct"])[:, None] & m["high"]
+        few, many = (max(int(x * int(s.sum())), 1) for x, s in ((self.low_drop, low), (self.high_drop, high)))
         drop = torch.zeros_like(tk.mask)
         if self.low_drop > 0 and low.any():
-            k = max(int(self.low_drop * int(low.sum())), 1)
-            drop = low & (tk.entropy < tk.entropy[low].sort().values[k - 1])
+            drop = low & (tk.entropy < tk.entropy[low].sort().values[few - 1])
         if self.high_drop > 0:
-            k = max(int(self.high_drop * int(high.sum())), 1)
-            drop = drop | top(tk.entropy, high, k, token_keys(tk, self.progress))
+            drop = drop | top(tk.entropy, high, many, token_keys(tk, self.progress))
         metrics["selected"] = int(drop.sum())
         return torch.where(drop, 0.0, 1.0)
 
@@ -1159,7 +1152,7 @@ class KLCov(OnPicked, key="kl_cov", place="penalty", paper="2505.22617", on_poli
 
     def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
         cov = covariance(tk, adv)
-        k = fraction_count(self, self.ratio, int(tk.mask.sum())) if cov.any() else 0
+        k = fraction_count(self, self.ratio, tk.mask) if cov.any() else 0
         return self.pick(tk, top(cov, tk.mask, k, token_keys(tk, self.progress)), metrics)
 
     def factor(self, tk: Tokens, adv: Tensor, marks: dict[str, Tensor] | None = None) -> Tensor:

@@ -402,19 +402,6 @@ def test_fractions_that_select_nobody_are_reported_once_with_the_number(key):
         plan_update(tokens(), method)
 
 
-def test_pitfall_15_fractions_are_fractions_not_percent():
-    _, tokens = make(12, B=512)
-    n = int(tokens().mask.sum())
-    for key, option, want in (
-        ("kl_cov", {"ratio": 0.02}, int(0.02 * n)),
-        ("rand_pos_clip", {"ratio": 0.02}, int(0.02 * n)),
-        ("clip_cov", {"ratio": 0.02, "lb": 0}, int(0.02 * n)),
-    ):
-        assert plan_update(tokens(), build(key, **option)).metrics["selected"] == want
-    plan = plan_update(tokens(), build("high_entropy_tokens"))
-    assert int((plan.coef > 0).sum()) == math.ceil(0.2 * n)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # grpo, 3.2 - 3.5
 
