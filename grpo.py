@@ -32,7 +32,7 @@ from typing import Annotated, Any, ClassVar, Literal, dataclass_transform, get_a
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.functional import pad as pad_right
 
 from entropy_math import TokenStats, exact_score
 
@@ -118,9 +118,9 @@ def concat_padded(parts: list[Tokens], pad: int = 0) -> Tokens:
 
     def joined(name: str) -> Tensor:
         values = [getattr(t, name) for t in parts]
-        if values[0].dim() == 1:
-            return torch.cat(values)
-        return pad_sequence([row for v in values for row in v], True, pad if name.endswith("ids") else 0)
+        width, fill = max(v.shape[-1] for v in values), pad if name in ("ids", "full_ids") else 0
+        wide = [v if v.dim() == 1 else pad_right(v, (0, width - v.shape[1]), value=fill) for v in values]
+        return torch.cat(wide)
 
     return Tokens(**{x.name: joined(x.name) for x in fields(Tokens) if getattr(parts[0], x.name) is not None})
 
