@@ -1,8 +1,8 @@
 """Chapter 2. GRPO: from verified rewards to one gradient.
 
 Claim. Everything that a GRPO trainer does to a policy is one number per token: the force with which the
-update pushes log π(y_t). This chapter derives that number, and `policy_loss` computes it for any method of
-`interventions.py`.
+update pushes log π(y_t). This chapter derives that number; `policy_loss` computes it for any method of
+`interventions.py`. It leaves out a value function and token-level rewards.
 
     group_advantages   how good was a response, compared with its siblings on the same prompt    (2.1) - (2.4)
     surrogate          the clipped importance ratio, for data sampled by an older policy         (2.5) - (2.7)
@@ -20,8 +20,7 @@ where the entropy goes (`entropy_math.py`).
 a micro-batch or a rank. `plan_update` sees all tokens, detached, and produces one coefficient per token;
 `batch_loss` then is a plain sum, and a sum does not care how it is sliced.
 
-Left out, compared with a production trainer: a value function and token-level rewards. Run `python grpo.py`
-to see the chapter.
+    python grpo.py     what surprises in a training log: a loss of zero, and what the clip does at which ratio
 """
 
 from __future__ import annotations
@@ -29,18 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from types import NoneType, UnionType
-from typing import (
-    Annotated,
-    Any,
-    ClassVar,
-    Literal,
-    Union,
-    dataclass_transform,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, ClassVar, Literal, dataclass_transform, get_args
 
 import torch
 from torch import Tensor
@@ -92,19 +80,17 @@ class Tokens:
         return self._map(lambda v: v[index])
 
     def detach(self) -> Tokens:
-        """The same numbers without their graph: what weights, selections and controllers may look at."""
         return self._map(lambda v: v.detach())
 
     def to(self, device: torch.device | str) -> Tokens:
         return self._map(lambda v: v.to(device))
 
     def clean(self) -> Tokens:
-        """Zeros where the mask is False, without a gradient: `torch.where`, as NaN times 0 is NaN."""
-
-        def keep(v: Tensor) -> Tensor:
-            return torch.where(self.mask, v, 0) if v.shape == self.mask.shape and v.is_floating_point() else v
-
-        return self._map(keep)
+        """Zeros, without a gradient, where the mask is False."""
+        per_token = self.mask.shape
+        return self._map(
+            lambda v: torch.where(self.mask, v, 0) if v.shape == per_token and v.is_floating_point() else v
+        )
 
     @property
     def stats(self) -> TokenStats:
@@ -132,23 +118,16 @@ def concat_padded(parts: list[Tokens], pad: int = 0) -> Tokens:
 
     def joined(name: str) -> Tensor:
         values = [getattr(t, name) for t in parts]
-        width = max(v.shape[-1] for v in values)
-        fill = pad if name in ("ids", "full_ids") else 0
+        width, fill = max(v.shape[-1] for v in values), pad if name in ("ids", "full_ids") else 0
         wide = [v if v.dim() == 1 else pad_right(v, (0, width - v.shape[1]), value=fill) for v in values]
         return torch.cat(wide)
 
     return Tokens(**{x.name: joined(x.name) for x in fields(Tokens) if getattr(parts[0], x.name) is not None})
 
 
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays float64; everything else is float32: 1/N is not a number for bf16."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x over the True positions of mask, in float64; 0 where there are none.  Scalar tensor."""
-    total = torch.where(mask, x, 0).sum(dtype=torch.float64)
-    return total / mask.sum().clamp(min=1)
+    """Mean of x over the True positions of mask, a float64 scalar; 0 where there are none."""
+    return torch.where(mask, x, 0).sum(dtype=torch.float64) / mask.sum().clamp(min=1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -157,8 +136,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 def group_index(group: Tensor) -> tuple[Tensor, Tensor]:
     """Relabel arbitrary prompt ids to 0..n-1.  Returns (B,) labels and the (n,) group sizes."""
-    _, index, size = torch.unique(group, return_inverse=True, return_counts=True)
-    return index, size
+    return torch.unique(group, return_inverse=True, return_counts=True)[1:]
 
 
 def group_mean(x: Tensor, group: Tensor) -> Tensor:
@@ -166,6 +144,13 @@ def group_mean(x: Tensor, group: Tensor) -> Tensor:
     index, size = group_index(group)
     total = torch.zeros(len(size), dtype=x.dtype, device=x.device).index_add_(0, index, x)
     return (total / size)[index]
+
+
+def group_std(x: Tensor, group: Tensor) -> Tensor:
+    """Standard deviation of x over each group, with G - 1, on the (B,) rows; 0 for a group of one."""
+    index, size = group_index(group)
+    n = size[index].to(x.dtype)
+    return (group_mean((x - group_mean(x, group)) ** 2, group) * n / (n - 1).clamp(min=1)).sqrt()
 
 
 def group_advantages(reward: Tensor, group: Tensor, normalize: str = "std", eps: float = 1e-6) -> Tensor:
@@ -178,33 +163,31 @@ def group_advantages(reward: Tensor, group: Tensor, normalize: str = "std", eps:
         loo     A_i = R_i - mean_{j≠i} R_j = (R_i - m) G / (G - 1)                      RLOO, 2402.14740 (2.3)
         batch   A_i = (R_i - m) / (S + eps),  S the standard deviation of all rewards of the batch       (2.4)
 
-    In each, Σ_i A_i = 0 within a group, and R -> R + c changes nothing. A group whose rewards are all equal,
-    a group of one among them, gets exactly 0, not rounding divided by eps: there is nothing to compare with.
-    Rewards in {0, 1} with success rate q show the shape of (2.1): A⁺ = sqrt((1-q)/q), A⁻ = -sqrt(q/(1-q)), up
-    to sqrt((G-1)/G): the rare outcome is pushed hard, in either direction.
+    In each, Σ_i A_i = 0 within a group, and R -> R + c changes nothing. A group of equal rewards, or of one,
+    gets exactly 0, not rounding divided by eps. Rewards in {0, 1} with success rate q show the shape of
+    (2.1): A⁺ = sqrt((1-q)/q), A⁻ = -sqrt(q/(1-q)), up to sqrt((G-1)/G): the rare outcome is pushed hard.
     """
     if normalize not in ("std", "none", "loo", "batch"):
         raise ValueError(f"normalize={normalize!r} is unknown: choose std, none, loo or batch")
     r = reward if reward.dtype == torch.float64 else reward.float()
     index, size = group_index(group)
-    centred = r - group_mean(r, group)  # (B,)
-    spread = torch.zeros(len(size), dtype=r.dtype, device=r.device)
-    high = spread.scatter_reduce(0, index, r, "amax", include_self=False)
-    low = spread.scatter_reduce(0, index, r, "amin", include_self=False)
-    n = size[index].to(r.dtype)
-    if normalize == "std":  # (2.1)
-        var = torch.zeros_like(spread).index_add_(0, index, centred**2) / (size - 1).clamp(min=1)
-        centred = centred / (var.sqrt()[index] + eps)
-    elif normalize == "loo":  # (2.3)
-        centred = centred * n / (n - 1).clamp(min=1)
-    elif normalize == "batch":  # (2.4)
-        centred = centred / ((r.std() if len(r) > 1 else r.new_zeros(())) + eps)
-    return torch.where((high == low)[index], 0, centred)
+    adv = r - group_mean(r, group)  # (2.2)
+    if normalize == "std":
+        adv = adv / (group_std(r, group) + eps)  # (2.1)
+    elif normalize == "loo":
+        n = size[index].to(r.dtype)
+        adv = adv * n / (n - 1).clamp(min=1)  # (2.3)
+    elif normalize == "batch":
+        adv = adv / (group_std(r, torch.zeros_like(group)) + eps)  # (2.4)
+    high, low = (
+        r.new_zeros(len(size)).scatter_reduce(0, index, r, x, include_self=False) for x in ("amax", "amin")
+    )
+    return torch.where((high == low)[index], 0, adv)
 
 
 def overlong_penalty(length: Tensor, longest: int, cache: int) -> Tensor:
     """DAPO's soft punishment, 2503.14476 eq. 13: 0 up to longest - cache tokens, then linearly to -1 at
-    longest, -1 beyond. (B,) -> (B,). The method `dapo` adds it, and so does `--reward length_penalty`."""
+    longest, -1 beyond. (B,) -> (B,)."""
     return ((longest - cache - length) / cache).clamp(-1, 0)
 
 
@@ -223,13 +206,9 @@ def log_ratio(logp: Tensor, old_logp: Tensor | None) -> Tensor:
 
 
 def clipped_surrogate(
-    logp: Tensor,
-    old_logp: Tensor | None,
-    adv: Tensor,
-    eps_low: float = 0.2,
-    eps_high: float = 0.2,
-    dual_clip: float | None = None,
-) -> Tensor:
+    logp: Tensor, old_logp: Tensor | None, adv: Tensor,
+    eps_low: float = 0.2, eps_high: float = 0.2, dual_clip: float | None = None,
+) -> Tensor:  # fmt: skip
     """PPO's clipped loss per token, to be minimised.  All (B, T) -> (B, T).
 
         r = π(y) / π_old(y)                                                                              (2.5)
@@ -251,13 +230,9 @@ def clipped_surrogate(
 
 
 def clip_factor(
-    logp: Tensor,
-    old_logp: Tensor | None,
-    adv: Tensor,
-    eps_low: float,
-    eps_high: float,
-    dual_clip: float | None = None,
-) -> Tensor:
+    logp: Tensor, old_logp: Tensor | None, adv: Tensor,
+    eps_low: float, eps_high: float, dual_clip: float | None = None,
+) -> Tensor:  # fmt: skip
     """I_clip · r: by how much the gradient of (2.6), (2.7) differs from that of -A log π.  Detached, (B, T).
 
     The entropy flow of an off-policy token is I_clip · r · A · T at the current policy, entropy_math (2.8).
@@ -281,7 +256,8 @@ AGGREGATIONS = get_args(Aggregation)
 def aggregation_coefficients(
     mask: Tensor, how: str = "token_mean", norm: float | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The weight of every token in the batch's loss.  (B, T) bool -> (B, T) of `dtype`, 0 where masked.
+    """The weight of every token in the batch's loss.  (B, T) bool -> (B, T), 0 where masked, of `dtype` or
+    float32: 1/N is not a number for bf16.
 
     Each aggregation is linear in the per-token losses, so it *is* a coefficient per token:
 
@@ -294,7 +270,7 @@ def aggregation_coefficients(
     Computed once over the whole update batch; micro-batches and ranks take their slices. Averaging the means
     of micro-batches instead over-weights the short ones. An all-masked batch has loss 0.
     """
-    m = mask.to(dtype)
+    m = mask.to(torch.promote_types(dtype, torch.float32))
     length = m.sum(-1, keepdim=True)  # (B, 1)
     rows = (length > 0).sum().clamp(min=1)
     if how not in AGGREGATIONS:
@@ -317,7 +293,7 @@ def weighted_sum(loss: Tensor, coef: Tensor) -> Tensor:
 
 def aggregate(loss: Tensor, mask: Tensor, how: str = "token_mean", norm: float | None = None) -> Tensor:
     """One scalar from (B, T) per-token losses, in one of the five ways of `aggregation_coefficients`."""
-    return weighted_sum(loss, aggregation_coefficients(mask, how, norm, at_least_float32(loss.dtype)))
+    return weighted_sum(loss, aggregation_coefficients(mask, how, norm, loss.dtype))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -333,9 +309,9 @@ def kl_penalty(logp: Tensor, ref_logp: Tensor, estimator: str = "k2") -> Tensor:
         abs   |x|                   E is biased      gradient sign(x) ∇log π, 0 at x = 0                (2.16)
 
     "As a loss" the sampled tokens are constants and ∇ passes through log π(y) only: E[∇k1] = E[∇log π] = 0,
-    E[∇k2] = E[x ∇log π] = ∇KL(π||q), and E[∇k3] = E[(1 - q/π) ∇log π] = -Σ q ∇log π = ∇KL(q||π). So the
-    unbiased value (k3) and the right gradient (k2) are different estimators. All four ignore the effect of a
-    token on later states. Below x = -20, where e⁻ˣ would overflow, k3 continues along its tangent.
+    E[∇k2] = E[x ∇log π], and E[∇k3] = E[(1 - q/π) ∇log π] = -Σ q ∇log π. So the unbiased value (k3) and the
+    right gradient (k2) are different estimators. All four ignore the effect of a token on later states.
+    Below x = -20, where e⁻ˣ would overflow, k3 continues along its tangent.
     """
     x = logp - ref_logp
     if estimator == "k1":
@@ -382,45 +358,10 @@ DualClip = Annotated[float, (1 + 1e-9, math.inf)]  # at c = 1 every token with A
 Count = Annotated[int, (1, math.inf)]
 
 
-def convert(key: str, name: str, value: Any, kind: Any) -> Any:
-    """A value, often a word, in the type of its field: bool, int, float, str, Literal, Annotated with a
-    range; None for "none" where that is allowed. ValueError names the field, the value and what is allowed.
-    """
-    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    kind = next(k for k in kinds if k is not NoneType)
-    word = str(value).strip().lower()
-    if word == "none" and NoneType in kinds:
-        return None
-    if get_origin(kind) is Literal:
-        if value in (words := get_args(kind)):
-            return value
-        raise ValueError(f"{key}: {name}={value!r} is unknown: choose one of {', '.join(words)}")
-    low, high = -math.inf, math.inf
-    if get_origin(kind) is Annotated:
-        kind, (low, high) = get_args(kind)
-    if kind is str and isinstance(value, str):
-        return value
-    if kind is bool and word in ("true", "1", "yes", "on", "false", "0", "no", "off"):
-        return word in ("true", "1", "yes", "on")
-    if kind in (int, float) and not isinstance(value, bool):
-        try:
-            number = kind(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if low <= number <= high and (isinstance(value, str) or number == value):
-            return number
-        if number < low or number > high:
-            raise ValueError(f"{key}: {name}={value} is out of range: give a value from {low} to {high}")
-    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}[kind]
-    raise ValueError(
-        f"{key}: {name}={value!r} does not fit: give {wanted}{' or none' if NoneType in kinds else ''}"
-    )
-
-
 @dataclass
 class Progress:
-    """Where in the run an update happens. The loop hands it to the method, so that schedules and random
-    selections depend on nothing hidden and a resumed run repeats them."""
+    """Where in the run an update happens: all that schedules and random selections depend on, so that a
+    resumed run repeats them."""
 
     step: int = 0
     total: int = 1
@@ -447,29 +388,20 @@ class Plan:
     metrics: dict[str, float] = field(default_factory=dict)  # whole-batch numbers worth logging
 
     def rows(self, index: Any) -> Plan:
-        cut = {k: v[index] for k, v in self.marks.items()}
         parts = {k: getattr(self, k)[index] for k in ("adv", "weight", "coef", "coef_all")}
-        return replace(self, **parts, marks=cut)
+        return replace(self, **parts, marks={k: v[index] for k, v in self.marks.items()})
 
 
 @dataclass_transform()
 @dataclass
 class Method:
     """Group-relative policy gradient with the clipped ratio: the baseline that collapses. Plain GRPO, and the
-    skeleton of everything else: a method overrides the hook of its place.
+    skeleton of everything else: a method overrides the hook of its place, and what that hook needs besides.
+    The places are 1 sampling, 2 selection, 3 weight, 4 ratio, 5 penalty.
 
-    | place     | hook                       | acts on                                              |
-    |-----------|----------------------------|------------------------------------------------------|
-    | sampling  | `sample`                   | the distribution that rollouts are drawn from        |
-    | selection | `select`                   | which responses enter the update                     |
-    | weight    | `advantage`, `weight`      | how much each token's advantage counts               |
-    | ratio     | `surrogate`                | the shape of the loss in r = π/π_old                 |
-    | penalty   | `penalty`                  | a term added to the loss                             |
-
-    `shape`, `keep`, `mark`, `factor` and `reset_reference` are what those five need besides. `surrogate` and
-    `penalty` are called per micro-batch, with the graph; the others once per update with the whole batch,
-    detached. Two are called more often: `factor` per micro-batch too, and `select`, where `refill` is set, on
-    each draw, before anything is scored. Only `after_step` changes the object: a loss can be computed twice.
+    `surrogate`, `penalty` and `factor` are called per micro-batch, the first two with the graph; the others
+    once per update with the whole batch, detached; `select`, where `refill` is set, also on each draw, before
+    anything is scored. Only `after_step` changes the object: a loss can be computed twice.
 
     `class PAR(Method, key="par", place="weight", ...)` sets class variables and makes a dataclass; the
     docstring's first sentence is the method's `idea`, a field's docstring its help, its type its range.
@@ -482,8 +414,7 @@ class Method:
     dual_clip: DualClip | None = None
     """for A < 0 the loss is at most -c A, c > 1 (dual clip, PPO for games)"""
     aggregation: Aggregation = "token_mean"
-    """how token losses become one number: token_mean, seq_mean_token_mean, seq_mean_token_sum, seq_sum_norm,
-    token_sum"""
+    """how losses add up: token_mean, seq_mean_token_mean, seq_mean_token_sum, seq_sum_norm, token_sum"""
 
     key: ClassVar[str] = "grpo"
     place: ClassVar[str] = "none"
@@ -491,6 +422,7 @@ class Method:
     idea: ClassVar[str] = "group-relative policy gradient with the clipped ratio: the baseline that collapses"
     needs: ClassVar[tuple[str, ...]] = ("logp",)  # fields of Tokens beyond ids, mask, reward, group
     on_policy: ClassVar[bool] = True  # False: its clip or penalty does nothing strictly on-policy
+    entropy_grad: ClassVar[bool] = False  # True: the loss differentiates the entropy, which needs its graph
     refill: ClassVar[bool] = False  # True: the loop samples until `select` has kept enough whole groups
     without: ClassVar[tuple[str, ...]] = ()  # inherited hyperparameters that this method has no use for
     state: ClassVar[dict[str, Any]] = {}  # numbers that live across steps: name -> start, or a field's name
@@ -505,84 +437,51 @@ class Method:
 
     def __post_init__(self) -> None:
         self.progress = Progress()
-        kinds = get_type_hints(type(self), include_extras=True)
-        for f in fields(self):
-            setattr(self, f.name, convert(self.key, f.name, getattr(self, f.name), kinds[f.name]))
         for name, start in self.state.items():
             setattr(self, name, getattr(self, start) if isinstance(start, str) else start)
-
-    # -- hooks over the whole, detached batch ----------------------------------------------------------------
 
     def sample(
         self, logits: Tensor, position: int, rows: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor] | None:
         """Place 1. Next-token ids (B,), and their log-probabilities under the distribution that they were
-        drawn from, for temperature-scaled logits (B, V) at response position `position`; None leaves sampling
-        alone. `rows` (B,) is each row's number among its prompt's responses, 0 <= rows < group size."""
-        return None
+        drawn from, for temperature-scaled logits (B, V) at a response's position; None leaves sampling alone.
+        `rows` (B,) is each row's number among its prompt's responses, 0 <= rows < group size."""
 
     def select(self, tk: Tokens) -> Tensor | None:
-        """Place 2. (B,) bool, the responses that enter the update; None: all."""
-        return None
+        """Place 2. (B,) bool: the responses that enter the update; None: all."""
 
     def shape(self, tk: Tokens) -> Tensor:
         """(B,) the reward that advantages are computed from; `tk.solved` stays what it was."""
         return tk.reward
 
     def advantage(self, tk: Tokens) -> Tensor:
-        """Place 3, first half. (B, T): `tk.adv` where given, else (2.1) for every token of a response."""
+        """Place 3. (B, T): `tk.adv` where given, else (2.1) for every token of a response."""
         if tk.adv is not None:
             return tk.adv
         return group_advantages(tk.reward, tk.group)[:, None].expand(tk.mask.shape)
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor | None:
-        """Place 3, second half. (B, T) weights >= 0 on the surrogate, `tk.mask` as selected; None: all 1."""
-        return None
+        """Place 3. (B, T) weights >= 0 on the surrogate, `tk.mask` as selected; None: all 1."""
 
     def keep(self, tk: Tokens, adv: Tensor) -> Tensor | None:
         """(B, T) bool: tokens that stay in the loss *and in its denominator*; None: all of `tk.mask`."""
-        return None
 
     def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
         """Whole-batch selections that `surrogate` or `penalty` need, tensors of B rows."""
         return {}
 
-    def factor(self, tk: Tokens, adv: Tensor, marks: dict[str, Tensor] | None = None) -> Tensor:
-        """(B, T), detached: by how much the surrogate's gradient differs from that of -A log π. Overridden
-        together with `surrogate`, so that weights and the ledger know the real force. `marks` None: `tk` is
-        the whole batch."""
-        return clip_factor(tk.logp, tk.old_logp, adv, self.eps_low, self.eps_high, self.dual_clip)
-
-    # -- hooks over a micro-batch, with graph ----------------------------------------------------------------
-
     def surrogate(self, tk: Tokens, plan: Plan) -> Tensor:
         """Place 4. (B, T) loss per token, before weights and aggregation; `plan` has the same rows as tk."""
         return clipped_surrogate(tk.logp, tk.old_logp, plan.adv, self.eps_low, self.eps_high, self.dual_clip)
 
+    def factor(self, tk: Tokens, adv: Tensor, marks: dict[str, Tensor] | None = None) -> Tensor:
+        """(B, T), detached: by how much the surrogate's gradient differs from that of -A log π. Overridden
+        with it, so that weights know the real force. `marks` None: `tk` is the whole batch."""
+        return clip_factor(tk.logp, tk.old_logp, adv, self.eps_low, self.eps_high, self.dual_clip)
+
     def penalty(self, tk: Tokens, plan: Plan) -> Tensor | None:
-        """Place 5. A scalar added to the loss: this micro-batch's share of a sum over `plan.coef_all`, or
-        over `plan.coef` where it is part of the loss of selected tokens."""
-        return None
-
-    # -- state and needs -------------------------------------------------------------------------------------
-
-    def overrides(self, hook: str) -> bool:
-        """Has the method this hook of its own, or is it plain GRPO's?"""
-        return getattr(type(self), hook) is not getattr(Method, hook)
-
-    @property
-    def entropy_grad(self) -> bool:
-        """Does the loss differentiate the entropy?  If not, no entropy graph is ever built."""
-        return False
-
-    @property
-    def loss_norm(self) -> float | None:
-        """K of seq_sum_norm, tokens: the longest response that sampling allows."""
-        return self.progress.max_length
-
-    def coefficients(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, T): the aggregation over a mask of the whole batch."""
-        return aggregation_coefficients(mask, self.aggregation, self.loss_norm, dtype)
+        """Place 5. A scalar to add: this micro-batch's share of a sum over `plan.coef_all`, or over
+        `plan.coef` where it is part of the loss of selected tokens."""
 
     def reset_reference(self, step: int, score: float | None) -> bool:
         """Called after each step with the score of an evaluation made at this step, or None. True: the loop
@@ -593,12 +492,24 @@ class Method:
         """Called once after each optimizer step with the plan of that step: controllers move here."""
 
     def state_dict(self) -> dict[str, Any]:
-        """State that lives across steps, saved with every checkpoint."""
         return {name: getattr(self, name) for name in self.state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
+
+    def overrides(self, hook: str) -> bool:
+        """Has the method this hook of its own, or is it plain GRPO's?"""
+        return getattr(type(self), hook) is not getattr(Method, hook)
+
+    @property
+    def loss_norm(self) -> float | None:
+        """K of seq_sum_norm, tokens: the longest response that sampling allows."""
+        return self.progress.max_length
+
+    def coefficients(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, T): the aggregation over a mask of the whole batch."""
+        return aggregation_coefficients(mask, self.aggregation, self.loss_norm, dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -611,37 +522,37 @@ def plan_update(tokens: Tokens, method: Method) -> Plan:
     `tokens` holds the batch's statistics; a graph, if there is one, is dropped. Order: selection, advantage,
     token mask, weight, marks. Raises ValueError where the method needs a field that is None.
     """
-    tk = tokens.detach().clean()
-    missing = [name for name in method.needs if getattr(tk, name) is None]
-    if missing:
-        raise ValueError(
-            f"method {method.key} needs Tokens.{missing[0]}, which is None: fill it before the update"
-        )
-    tk.response = tokens.mask
+    tk, mask = tokens.detach().clean(), tokens.mask
+    for name in method.needs:
+        if getattr(tk, name) is None:
+            raise ValueError(
+                f"method {method.key} needs Tokens.{name}, which is None: fill it before the update"
+            )
+    tk.response = mask
     if tk.reward is not None:
         tk.correct, tk.reward = tk.solved, method.shape(tk)
     rows = method.select(tk)
     if rows is not None:
-        tk.mask = tk.mask & rows[:, None]
+        tk.mask = mask & rows[:, None]
     adv = torch.where(tk.mask, method.advantage(tk), 0).to(tk.logp.dtype)  # (B, T)
     kept = method.keep(tk, adv)
     if kept is not None:
         tk.mask = tk.mask & kept
         adv = torch.where(tk.mask, adv, 0)
-    entropy = float("nan") if tk.entropy is None else float(masked_mean(tk.entropy, tokens.mask))
+    entropy = float("nan") if tk.entropy is None else float(masked_mean(tk.entropy, mask))
     metrics: dict[str, float] = {"batch_entropy": entropy}  # of all responses, selected or not
     if tk.ref_logp is not None:  # the value estimate (2.15), whatever estimator a method descends
-        metrics["kl_ref"] = float(masked_mean(kl_penalty(tk.logp, tk.ref_logp, "k3"), tokens.mask))
+        metrics["kl_ref"] = float(masked_mean(kl_penalty(tk.logp, tk.ref_logp, "k3"), mask))
     weight = method.weight(tk, adv, metrics)
     marks = method.mark(tk, adv, metrics)
     weight = torch.ones_like(adv) if weight is None else torch.where(tk.mask, weight, 0).to(adv.dtype)
-    w = weight[tk.mask].double() if tk.mask.any() else weight.new_zeros(1).double()
-    metrics["weight_mean"], metrics["weight_std"] = float(w.mean()), float(w.std(correction=0))
-    touched = (tokens.mask & ~tk.mask) | (tk.mask & (weight != 1))  # share of the response tokens:
-    metrics.setdefault("tokens_touched", float(masked_mean(touched.float(), tokens.mask)))
-    dtype = at_least_float32(adv.dtype)
-    coef, coef_all = method.coefficients(tk.mask, dtype), method.coefficients(tokens.mask, dtype)
-    return Plan(adv, weight, coef, coef_all, entropy, int(tokens.mask.sum()), marks, metrics)
+    mean = masked_mean(weight, tk.mask)
+    metrics["weight_mean"] = float(mean)
+    metrics["weight_std"] = float(masked_mean((weight.double() - mean) ** 2, tk.mask).sqrt())
+    touched = (mask & ~tk.mask) | (tk.mask & (weight != 1))  # share of the response tokens:
+    metrics.setdefault("tokens_touched", float(masked_mean(touched.float(), mask)))
+    coef, coef_all = (method.coefficients(m, adv.dtype) for m in (tk.mask, mask))
+    return Plan(adv, weight, coef, coef_all, entropy, int(mask.sum()), marks, metrics)
 
 
 def batch_loss(tokens: Tokens, plan: Plan, method: Method) -> tuple[Tensor, dict[str, float]]:
@@ -654,20 +565,17 @@ def batch_loss(tokens: Tokens, plan: Plan, method: Method) -> tuple[Tensor, dict
         )
     tokens = tokens.clean()
     loss = method.surrogate(tokens, plan) * plan.weight
-    if tokens.mismatch is not None:
-        loss = loss * tokens.mismatch
-    total = weighted_sum(loss, plan.coef)
+    total = weighted_sum(loss if tokens.mismatch is None else loss * tokens.mismatch, plan.coef)
     extra = method.penalty(tokens, plan)
-    if extra is not None:
-        total = total + extra
     metrics = {"clip_fraction": 0.0, "kl_old": 0.0}  # the clip removed the gradient; k3 of KL(π_old || π)
     if tokens.old_logp is not None:
         logp = tokens.logp.detach()
-        share = tokens.mask.to(logp.dtype) / max(plan.tokens, 1)
         clipped = method.factor(tokens, plan.adv, plan.marks) == 0
-        metrics["clip_fraction"] = float(weighted_sum(clipped.to(logp.dtype), share))
-        metrics["kl_old"] = float(weighted_sum(kl_penalty(tokens.old_logp, logp, "k3"), share))  # y ~ π_old
-    return total, metrics
+        share = tokens.mask.sum().double() / max(plan.tokens, 1)
+        metrics["clip_fraction"] = float(share * masked_mean(clipped.float(), tokens.mask))
+        kl = kl_penalty(tokens.old_logp, logp, "k3")  # y ~ π_old
+        metrics["kl_old"] = float(share * masked_mean(kl, tokens.mask))
+    return total if extra is None else total + extra, metrics
 
 
 def policy_loss(tokens: Tokens, method: Method) -> tuple[Tensor, dict[str, float]]:
@@ -679,12 +587,9 @@ def policy_loss(tokens: Tokens, method: Method) -> tuple[Tensor, dict[str, float
 
 
 def token_flow(tokens: Tokens, force: Tensor) -> Tensor:
-    """What the update does to entropy, token by token, if the policy were a table. (B, T), nats per unit
-    learning rate on the scaled logits z/τ; for a step on z itself divide by τ², entropy_math (2.9).
-
-    `force` = -∂loss/∂logp, with ratio, clip, weights, penalties on logp and the aggregation inside. A logit
-    step η · force · (e_y - p) changes the entropy of its own state by η · force · T, entropy_math (2.2).
-    """
+    """What the update does to entropy, token by token, if the policy were a table: a logit step
+    η · force · (e_y - p) changes the entropy of its own state by η · force · T, entropy_math (2.2). (B, T),
+    nats per unit η on the scaled logits z/τ; for a step on z divide by τ² (2.9). `force` = -∂loss/∂logp."""
     return torch.where(tokens.mask, force * exact_score(tokens.stats), 0).detach()
 
 
@@ -693,31 +598,26 @@ def token_flow(tokens: Tokens, force: Tensor) -> Tensor:
 
 
 def main() -> None:
-    """Show on eight numbers what surprises in a training log."""
+    """Two things that surprise in a training log."""
     torch.manual_seed(0)
-    group, reward = torch.tensor([0] * 4 + [1] * 4), torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 1])
-    print("rewards of two groups   ", reward.tolist())
-    for how in ("std", "none", "loo", "batch"):
-        adv = group_advantages(reward, group, how)
-        print(f"  advantages, {how:<11} ", " ".join(f"{a:+.2f}" for a in adv.tolist()))
-    print("  the second group is solved by everybody, so it teaches nothing: exactly 0.\n")
+    reward, logp = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 1]), torch.randn(8, 5, requires_grad=True)
+    ids, mask, group = torch.zeros(8, 5), torch.ones(8, 5, dtype=torch.bool), torch.tensor([0] * 4 + [1] * 4)
+    print("rewards of two groups ", reward.tolist(), "\nadvantages            ", end=" ")
+    print(*(f"{a:+.2f}" for a in group_advantages(reward, group).tolist()))
+    print("the second group is solved by everybody, so it teaches nothing: exactly 0.\n")
 
-    logp = torch.randn(8, 5, requires_grad=True)
-    tokens = Tokens(
-        torch.zeros(8, 5), torch.ones(8, 5, dtype=torch.bool), None, reward, group=group, logp=logp
-    )
-    loss, _ = policy_loss(tokens, Method())
+    loss, _ = policy_loss(Tokens(ids, mask, reward=reward, group=group, logp=logp), Method())
     loss.backward()
     print(f"strictly on-policy: loss = {loss.item():+.1e}, yet |gradient| = {logp.grad.norm():.3f}")
-    print(" the value is minus the mean advantage; watch reward and entropy.\n")
+    print("the value is minus the mean advantage; watch reward and entropy.\n")
 
     print("gradient of the clipped surrogate over the plain policy gradient (eps .2 / .28, dual clip 3)")
     ratios = torch.tensor([0.5, 0.79, 0.9, 1.0, 1.1, 1.29, 2.0, 3.5])
-    print("  r     ", " ".join(f"{r:5.2f}" for r in ratios.tolist()))
+    print("  r   ", *(f"{r:5.2f}" for r in ratios.tolist()))
     for a in (1.0, -1.0):
         factor = clip_factor(ratios.log(), torch.zeros(8), torch.full((8,), a), 0.2, 0.28, 3.0)
-        print(f"  A {a:+.0f}  ", " ".join(f"{x:5.2f}" for x in factor.tolist()))
-    print("  with A > 0 the clip stops the rise, with A < 0 the fall: at r = 1 it does nothing at all.")
+        print(f"  A {a:+.0f}", *(f"{x:5.2f}" for x in factor.tolist()))
+    print("with A > 0 the clip stops the rise, with A < 0 the fall: at r = 1 it does nothing at all.")
 
 
 if __name__ == "__main__":

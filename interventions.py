@@ -4,21 +4,18 @@ Claim. The published interventions look unlike each other, but each multiplies t
 number, drops some responses, or adds one term to the loss. Written on the five hooks of `grpo.Method`, a diff
 between two methods is the lesson.
 
-How to read an entry: what it does, where its formula was read, the formula (3.n) as the code computes it,
-what differs between paper and code, and what holds at the edges. n numbers a catalogue, not the order of
-reading; the tests carry it. Sources carry a tag:
+An entry says what the method does, where its formula was read, the formula (3.n) as the code computes it,
+what differs between paper and code, and what holds at the edges. The tests carry the number n. Sources:
 
     [paper]            read in the paper               [code]            read in the authors' code
     [second-hand]      read in agreeing notes          [reconstruction]  ours, with the published properties
 
 N is the number of response tokens of the update batch. Every statistic obeys grpo's scope rule and is of the
 current policy before the step, detached; the denominator stays N unless an entry says otherwise. `f` is a
-token's predicted entropy change (entropy_math) with the advantage that really acts on it, I_clip r A (STEER's
-released form and PAPO say what they take instead).
+token's predicted entropy change (entropy_math) with the advantage that really acts on it, I_clip r A.
 
 Left out: what the authors' trainers do around a method (critics, several turns, curricula of problems), and
-methods that change the model or the decoding of finished policies. The last sections combine methods (6),
-build them from the words of a command line (7) and hand them to verl (8).
+methods that change the model or the decoding of finished policies.
 
     python interventions.py       what every method does to one batch: a table, and runs/interventions.png
 """
@@ -30,44 +27,23 @@ import difflib
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
-from functools import cache, partial
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from functools import partial
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from entropy_math import entropy_change, set_point_lambda
+
+# isort: off
 from grpo import (
-    Above,
-    Aggregation,
-    AtLeastOne,
-    Count,
-    DualClip,
-    Method,
-    Plan,
-    Positive,
-    Progress,
-    Share,
-    Tokens,
-    batch_loss,
-    clip_factor,
-    clipped_surrogate,
-    convert,  # noqa: F401
-    group_advantages,
-    group_index,
-    group_mean,
-    kl_penalty,
-    log_ratio,
-    masked_mean,
-    mismatch_weight,
-    overlong_penalty,
-    plan_update,
-    policy_loss,
-    token_flow,
-    weighted_sum,
-)
+    Above, Aggregation, AtLeastOne, Count, DualClip, Method, Plan, Positive, Progress, Share, Tokens,
+    batch_loss, clip_factor, clipped_surrogate, group_advantages, group_index, group_mean, group_std,
+    kl_penalty, log_ratio, masked_mean, mismatch_weight, overlong_penalty, plan_update, policy_loss,
+    token_flow, weighted_sum,
+)  # fmt: skip
 
 ENTROPY = ("logp", "entropy")
 FLOW = (*ENTROPY, "p2", "p2logp")  # what the exact entropy change needs
@@ -89,12 +65,9 @@ def top(score: Tensor, mask: Tensor, k: int, keys: Tensor | None = None) -> Tens
 
 
 def token_keys(tk: Tokens, progress: Progress, stream: int = 0) -> Tensor:
-    """(B, T) float64 in [0, 1): one random number per token, from a generator of the run's seed and step over
-    the batch's rows in lexicographic order; 0 where masked. Streams are independent.
-
-    So a key depends on neither the order of the rows nor the padding. Rows with the same ids exchange their
-    keys with their order: no difference for one response to one prompt.
-    """
+    """(B, T) float64 in [0, 1): one random number per token, 0 where masked. Dealt to the rows in the order
+    of their ids, so that a key depends on neither the order of the batch nor the padding (rows with the same
+    ids exchange their keys with their order)."""
     rank = torch.unique(torch.where(tk.mask, tk.ids, -1), dim=0, return_inverse=True)[1]  # (B,)
     order = rank.argsort(stable=True)
     mask = tk.mask[order]
@@ -116,14 +89,15 @@ def covariance(tk: Tokens, adv: Tensor) -> Tensor:
     return centred(adv, tk.mask) * centred(tk.logp, tk.mask)
 
 
-def fraction_count(method: Method, fraction: float, n: int, exact: float | None = None) -> int:
-    """How many of n tokens a fraction selects, at least one (0 for fraction 0). Papers' fractions are made
-    for millions of tokens; where the floor of one decides, that is said once, with the number."""
+def fraction_count(method: Method, fraction: float, mask: Tensor, whole: Callable = math.floor) -> int:
+    """How many tokens of mask a fraction selects, at least one (0 for fraction 0). Where the floor of one
+    decides, that is said once: papers' fractions are made for millions of tokens."""
+    n = int(mask.sum())
     if fraction <= 0 or n == 0:
         return 0
     if fraction * n < 1:
         _tell(method, f"fraction {fraction:g} of {n} tokens is less than one: 1 is selected, {1 / n:.2%}")
-    return max(int(fraction * n if exact is None else exact), 1)
+    return max(whole(fraction * n), 1)
 
 
 def _tell(method: Method, text: str) -> None:
@@ -134,11 +108,9 @@ def _tell(method: Method, text: str) -> None:
 
 
 def acting(method: Method, tk: Tokens, adv: Tensor) -> Tensor:
-    """(B, T): the advantage that really acts, I_clip · r · A times the mismatch weight; 0 where masked."""
+    """(B, T): the advantage that really acts, I_clip · r · A times the mismatch weight."""
     force = adv * method.factor(tk, adv)
-    if tk.mismatch is not None:
-        force = force * tk.mismatch
-    return torch.where(tk.mask, force, 0)
+    return force if tk.mismatch is None else force * tk.mismatch
 
 
 def flow(tk: Tokens, force: Tensor, form: str) -> Tensor:
@@ -156,9 +128,8 @@ class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
         S = {v in TopK(p) : p_v > delta};  y ~ uniform(S);  the first `warm` tokens as usual            (3.26)
 
     Sampling only: the loss is GRPO's on the merged group. p is at temperature 1, whatever the rollout's.
-    Empty S: uniform on TopK, or its arg max, as one note has it. The true ratio of such a token is p_y |S|;
-    the paper accepts that bias, `correct` weighs it away up to 2, from rollout_logp = log `behaviour`, and so
-    refuses a second such weight, Tokens.mismatch.
+    The true ratio of such a token is p_y |S|; the paper accepts that bias, `correct` weighs it away up to 2,
+    from rollout_logp, and so refuses a second such weight, Tokens.mismatch.
     """
 
     k: Count = 5
@@ -170,7 +141,7 @@ class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
     share: Share = 0.5
     """share of each group that explores; 0 is plain GRPO"""
     empty: Literal["topk", "argmax"] = "topk"
-    """when no token exceeds delta: topk (uniform on the K), argmax"""
+    """when no token exceeds delta: topk (uniform on the K), argmax (so one of the notes)"""
     correct: bool = False
     """weight tokens by min(policy / behaviour, 2)"""
 
@@ -190,8 +161,8 @@ class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
             return p
         plain = (logits * self.progress.temperature).softmax(-1)  # at temperature 1
         value, index = plain.topk(min(self.k, p.shape[-1]))  # (B, K)
-        inside = value > self.delta
-        fallback = torch.arange(index.shape[1], device=p.device) < (1 if self.empty == "argmax" else self.k)
+        inside, few = value > self.delta, 1 if self.empty == "argmax" else self.k
+        fallback = torch.arange(index.shape[1], device=p.device) < few
         inside = torch.where(inside.any(-1, keepdim=True), inside, fallback).to(p.dtype)
         cuts = torch.zeros_like(p).scatter(-1, index, inside / inside.sum(-1, keepdim=True))  # (3.26)
         return torch.where(self.exploring(rows)[:, None], cuts, p)
@@ -221,9 +192,8 @@ class DAPO(Method, key="dapo", place="selection", paper="2503.14476", needs=("lo
         R <- R + clip((overlong_max - overlong_cache - len)/overlong_cache, -1, 0)           overlong shaping
         r in [1 - eps_low, 1 + eps_high], eps_high = .28                                     clip-higher
 
-    Groups are filtered by accuracy, not by reward, so a length penalty does not rescue one. verl's shaping
-    has no floor at -1 (the same up to overlong_max). `overlong_filter` is in the paper's ablation, not in
-    verl's recipe. The lengths are the paper's: at shorter limits set them. No usable group: the loss is 0.
+    Groups are filtered by accuracy, so a length penalty does not rescue one. verl's shaping has no floor at
+    -1 and no `overlong_filter`. At length limits below the paper's set both lengths. No usable group: loss 0.
     """
 
     eps_high: Positive = 0.28
@@ -243,10 +213,8 @@ class DAPO(Method, key="dapo", place="selection", paper="2503.14476", needs=("lo
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.overlong and self.overlong_cache > self.overlong_max:
-            raise ValueError(
-                f"dapo: overlong_cache={self.overlong_cache} is above overlong_max={self.overlong_max} and "
-                "punishes even an empty response: give a smaller overlong_cache, or overlong=false"
-            )
+            who = f"overlong_cache={self.overlong_cache} is above overlong_max={self.overlong_max}"
+            raise ValueError(f"dapo: {who}: give a smaller overlong_cache, or overlong=false")
         if self.overlong_filter:
             self.needs = (*self.needs, "truncated")
 
@@ -272,8 +240,7 @@ class Entrocraft(Method, key="entrocraft", place="selection", paper="2604.26326"
 
     H low: only A <= 0 teaches, which raises it; H high: only A >= 0. In the band, edges included, GRPO.
     `released`: the code does not filter but swaps the estimator, H > hi: A = max(R, 0) (RAFT++), H < lo: A =
-    min(R, 0) (NSR), and its rows stay in the denominator. Rewards in {0, 1} would switch its second branch
-    off, so R here is +1 for a correct and -1 for an incorrect response. Paper: (.6, .7) -> (.1, .2), linear.
+    min(R, 0) (NSR), R = ±1, and all rows stay in the denominator. Paper: (.6, .7) -> (.1, .2), linear.
     """
 
     start: float = 0.6
@@ -331,8 +298,7 @@ class WReinforce(Method, key="w_reinforce", place="weight", paper="2506.01347", 
 
         A = lam if the response is correct, -1 if not; no baseline, no division                         (3.11)
 
-    PAR with a fixed lambda and without a baseline; lam = 1 is REINFORCE on rewards ±1. Uses `correct`, so the
-    reward's convention ({0, 1} or ±1) does not matter.
+    PAR with a fixed lambda and without a baseline; lam = 1 is REINFORCE on rewards ±1.
     """
 
     lam: Positive = 0.1
@@ -371,8 +337,7 @@ class DrGRPO(Method, key="dr_grpo", place="weight", paper="2503.20783"):
         A = R - mean of the group,    L = Σ l / (B · norm)                                              (3.21)
 
     Dividing by the group's deviation favours very easy and very hard prompts, by a response's length long
-    wrong answers. With a constant norm a token's gradient depends on neither its response's length nor the
-    padding; verl without `loss_scale_factor` divides by the padded length.
+    wrong answers. verl without `loss_scale_factor` divides by the padded length.
     """
 
     aggregation: Aggregation = "seq_sum_norm"
@@ -409,8 +374,7 @@ class QAE(Method, key="qae", place="weight", paper="2509.22611", needs=("logp", 
         A = (R - Q_K)/(std + 1e-6),   Q_K = inf{x : F(x) >= K} within the group                         (3.23)
 
     Binary rewards: success rate <= 1 - K gives baseline 0, otherwise 1. Paper: K = .4 with clip-higher, .6
-    when entropy collapses. Its README interpolates the quantile (`linear`), which gives a fractional baseline
-    near the switch. A does not sum to 0. Equal rewards: A = 0.
+    when entropy collapses. Its README interpolates the quantile. A does not sum to 0. Equal rewards: A = 0.
     """
 
     K: Share = 0.4
@@ -420,11 +384,8 @@ class QAE(Method, key="qae", place="weight", paper="2509.22611", needs=("logp", 
 
     def advantage(self, tk: Tokens) -> Tensor:
         r = tk.reward if tk.reward.dtype == torch.float64 else tk.reward.float()
-        index, size = group_index(tk.group)
-        n = size[index].to(r.dtype)
-        var = group_mean((r - group_mean(r, tk.group)) ** 2, tk.group) * n / (n - 1).clamp(min=1)
-        gap = r - group_quantile(r, tk.group, self.K, self.interpolation)  # (3.23)
-        return (gap / (var.sqrt() + 1e-6))[:, None].expand(tk.mask.shape)
+        gap = r - group_quantile(r, tk.group, self.K, self.interpolation)
+        return (gap / (group_std(r, tk.group) + 1e-6))[:, None].expand(tk.mask.shape)  # (3.23)
 
 
 class PAR(Method, key="par", place="weight", paper="2511.05993", needs=ENTROPY):
@@ -436,8 +397,7 @@ class PAR(Method, key="par", place="weight", paper="2511.05993", needs=ENTROPY):
         epoch     λ = (e - 1)/(E - 1) in epoch e = 1..E;  1 if E = 1
         constant  λ = lam
 
-    Positive-advantage reweighting holds the rewarded tokens back: λ = 1 is GRPO, λ = 0 learns from failures
-    only. The paper recommends `entropy`, with target .2, delta .05, λ_0 = 0.
+    λ = 1 is GRPO, λ = 0 learns from failures only. The paper recommends `entropy`, with the values below.
     """
 
     schedule: Literal["entropy", "stage", "epoch", "constant"] = "entropy"
@@ -482,7 +442,7 @@ class RandPosClip(Method, key="rand_pos_clip", place="weight", paper="2511.05993
     """
 
     ratio: Share = 2e-4
-    """share of the batch's tokens that is dropped (the paper does not say)"""
+    """share of the batch's tokens that is dropped; small batches need more, about .02"""
 
     def eligible(self, tk: Tokens, adv: Tensor) -> Tensor:
         """(B, T) bool: the tokens that are drawn from."""
@@ -490,7 +450,7 @@ class RandPosClip(Method, key="rand_pos_clip", place="weight", paper="2511.05993
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
         left = 1 - self.progress.step / max(self.progress.total, 1) if getattr(self, "anneal", False) else 1.0
-        n, eligible = fraction_count(self, self.ratio * left, int(tk.mask.sum())), self.eligible(tk, adv)
+        n, eligible = fraction_count(self, self.ratio * left, tk.mask), self.eligible(tk, adv)
         picked = top(token_keys(tk, self.progress), eligible, n)
         metrics.update(eligible=int(eligible.sum()), selected=int(picked.sum()))
         return torch.where(picked, 0.0, 1.0)
@@ -504,13 +464,11 @@ class ClipCov(RandPosClip, key="clip_cov", paper="2505.22617"):
         w = 0 on min(n, |E|) tokens of E drawn uniformly, 1 elsewhere
 
     High c means confident positives and rare negatives: both lower H, so dropping some slows the collapse.
-    lb and ub are absolute numbers. Released code (verl) takes means and draws per micro-batch and rank, with
-    a floor of one token *each*; its scripts set eps_low = eps_high = 1. Paper: eq. 10-12, ratio 2e-4, which
-    needs a batch of 5,000 tokens to mean anything. All A equal: nothing happens.
+    Released code (verl) takes means and draws per micro-batch and rank, with a floor of one token *each*; its
+    scripts set eps_low = eps_high = 1. Paper: eq. 10-12, ratio 2e-4, one token of 5,000. All A equal: nothing
+    happens.
     """
 
-    ratio: Share = 2e-4
-    """share of the batch's tokens that is dropped; small batches need more, about .02"""
     lb: float = 1.0
     """only tokens with a covariance above lb can be dropped"""
     ub: float = 5.0
@@ -529,16 +487,14 @@ class HighEntropyTokens(Method, key="high_entropy_tokens", place="weight", paper
         S = the k = max(1, ⌈rho · N⌉) tokens of largest H, ties drawn at random;  L = Σ_S l / |S|      (3.9)
 
     Penalties still see every token. Ties are common: all responses to a prompt begin in one state. Released
-    code selects per micro-batch, ties to the lower index. TRL and ms-swift keep H >= an interpolated quantile
-    and divide by N: a smaller loss.
+    code selects per micro-batch. TRL and ms-swift keep H >= a quantile and divide by N: a smaller loss.
     """
 
     rho: Annotated[float, (1e-9, 1)] = 0.2
     """share of tokens that is kept; 1 is plain GRPO"""
 
     def keep(self, tk: Tokens, adv: Tensor) -> Tensor:
-        n = int(tk.mask.sum())
-        k = fraction_count(self, self.rho, n, math.ceil(self.rho * n))
+        k = fraction_count(self, self.rho, tk.mask, math.ceil)
         return top(tk.entropy, tk.mask, k, token_keys(tk, self.progress))
 
 
@@ -547,8 +503,8 @@ class EntropyAdvantage(Method, key="entropy_advantage", place="weight", paper="2
 
         A' = A + min(alpha · H, |A| / kappa),   as a weight  w = A'/A                                   (3.12)
 
-    Always added: amplifies A > 0, weakens A < 0; kappa >= 1 keeps the sign. It rewards reasoning at forks and
-    does not aim at more entropy (the reported end entropy is below the baseline's). Paper: alpha .4 for GRPO.
+    Amplifies A > 0, weakens A < 0; kappa >= 1 keeps the sign. It rewards reasoning at forks and does not aim
+    at more entropy (the reported end entropy is below the baseline's).
     """
 
     alpha: Positive = 0.4
@@ -569,10 +525,9 @@ class STEER(Method, key="steer", place="weight", paper="2510.10150", needs=ENTRO
         exp      w = exp(-a |Ω| / max |Ω|),  a = -ln(lambda_min)
         linear   w = w_max - (M - min M)/(max M - min M) (w_max - lambda_min);  all equal: the midpoint
 
-    Released code divides by max(max M, .02), has lambda_min = .8 (paper .7; the default follows), takes min
-    and max over micro-batches of 8 responses and H from the old policy. `exact` puts the true first-order
-    change A T in the place of Ω. With one outlier as the maximum, most weights lie within 1 % of 1: watch
-    weight_std. Where max |Ω| = 0, w = 1.
+    Released code divides by max(max M, .02), takes min and max over micro-batches of 8 responses and H from
+    the old policy. `exact` puts the true first-order change A T in the place of Ω. With one outlier as the
+    maximum, most weights lie within 1 % of 1: watch weight_std. Where max |Ω| = 0, w = 1.
     """
 
     form: Literal["theorem", "released", "exact"] = "theorem"
@@ -589,15 +544,10 @@ class STEER(Method, key="steer", place="weight", paper="2510.10150", needs=ENTRO
         if self.form == "exact":
             self.needs = FLOW
 
-    def omega(self, tk: Tokens, adv: Tensor) -> Tensor:
-        """|Ω|, (B, T)."""
-        if self.form == "released":  # A/π_old · p (1-p) u = r A (1-p) u
-            return flow(tk, adv * log_ratio(tk.logp, tk.old_logp).exp(), "steer_released").abs()
-        name = {"theorem": "steer_theorem", "exact": "exact"}[self.form]
-        return flow(tk, acting(self, tk, adv), name).abs()
-
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
-        omega, released = self.omega(tk, adv), self.form == "released"  # (B, T)
+        released = self.form == "released"  # A/π_old · p (1-p) u = r A (1-p) u, without the clip
+        force = adv * log_ratio(tk.logp, tk.old_logp).exp() if released else acting(self, tk, adv)
+        omega = flow(tk, force, "exact" if self.form == "exact" else "steer_" + self.form).abs()  # (B, T)
         lowest = self.lambda_min or (0.8 if released or self.map == "linear" else 0.7)
         high = float(omega.max()) if omega.numel() else 0.0
         if self.map == "exp":
@@ -621,12 +571,11 @@ class OPEFO(Method, key="opefo", place="weight", paper="2605.11491", needs=FLOW)
         w = 1 + λ where f > 0,  1 - λ where f < 0,  1 where f = 0      =>     Σ w f = 0 without a target
 
     The paper's f keeps only the diagonal of the softmax Jacobian and one factor p too few: rare tokens
-    dominate it, and on the embedded task it drives entropy up until the reward is gone (λ about .5); hence
-    `exact` is the default. Balance alone has no memory of where entropy should be and drifts; a target gives
-    it one, entropy_math (6.2). No code is released; the per-token reading of Eq. 6 is inferred.
-    `sides`, `lam` and `shuffled_sign` are controls. P + Q = 0 gives λ = 0; one empty side gives λ = ±1, which
-    switches the other side off. While λ is clamped, Σ takes up no error that pushes further. λ is invariant
-    to A -> sA, s > 0, and changes sign with A.
+    dominate it, and on the embedded task it drives entropy up until the reward is gone; hence `exact` is the
+    default. Balance alone has no memory of where entropy should be and drifts; a target gives it one,
+    entropy_math (6.2). No code is released; the per-token reading of Eq. 6 is inferred. `sides`, `lam` and
+    `shuffled_sign` are controls. P + Q = 0 gives λ = 0; one empty side gives λ = ±1, which switches the other
+    off. While λ is clamped, Σ takes up no error that pushes further.
     """
 
     form: Literal["exact", "paper", "theorem"] = "exact"
@@ -650,20 +599,10 @@ class OPEFO(Method, key="opefo", place="weight", paper="2605.11491", needs=FLOW)
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.integral and (self.target_entropy is None or self.gain == 0):
-            raise ValueError(
-                f"opefo: integral={self.integral} sums errors to target_entropy={self.target_entropy} at "
-                f"gain={self.gain}: give a target_entropy and a gain above 0"
-            )
+            who = f"integral={self.integral}, target_entropy={self.target_entropy}, gain={self.gain}"
+            raise ValueError(f"opefo: {who}: give a target_entropy and a gain above 0, or integral=0")
         if self.form != "exact":
             self.needs = ENTROPY
-
-    def flow(self, tk: Tokens, adv: Tensor) -> Tensor:
-        """f of (3.14), (B, T), times each token's share in the aggregation: the flow of the real loss."""
-        name = {"exact": "exact", "paper": "opefo", "theorem": "steer_theorem"}[self.form]
-        f = flow(tk, acting(self, tk, adv), name)
-        if self.aggregation in ("token_mean", "token_sum"):
-            return f
-        return f * self.coefficients(tk.mask, f.dtype)
 
     def _lambda(self, f: Tensor, entropy: float) -> float:
         if self.lam is not None:
@@ -671,22 +610,22 @@ class OPEFO(Method, key="opefo", place="weight", paper="2605.11491", needs=FLOW)
         rising, falling = f.clamp(min=0).sum(dtype=torch.float64), -f.clamp(max=0).sum(dtype=torch.float64)
         if self.target_entropy is None or self.gain == 0:
             return set_point_lambda(rising, falling)
-        past = self.integral * self.error_sum / self.gain  # adds integral · Σ errors to λ
-        entropy -= self.target_entropy * past
-        return set_point_lambda(rising, falling, entropy, self.target_entropy, self.gain)
+        past = self.target_entropy * self.integral * self.error_sum / self.gain  # adds integral · Σ to λ
+        return set_point_lambda(rising, falling, entropy - past, self.target_entropy, self.gain)
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
-        f = self.flow(tk, adv)
+        name = {"exact": "exact", "paper": "opefo", "theorem": "steer_theorem"}[self.form]
+        f = flow(tk, acting(self, tk, adv), name)  # (3.14)
+        if self.aggregation not in ("token_mean", "token_sum"):
+            f = f * self.coefficients(tk.mask, f.dtype)  # each token's share: the flow of the real loss
         metrics["lam"] = lam = self._lambda(f, metrics["batch_entropy"])
         w = 1 + lam * f.sign()  # (B, T)
         if self.sides != "both":
             w = torch.where(f > 0 if self.sides == "plus" else f < 0, w, 1)
         if self.shuffled_sign:  # the values of w on the mask, dealt out anew
-            where = tk.mask.flatten().nonzero()[:, 0]
-            source, target = (
-                where[token_keys(tk, self.progress, i).flatten()[where].argsort(stable=True)] for i in (0, 1)
-            )
-            w = w.flatten().index_copy(0, target, w.flatten()[source]).view(w.shape)
+            values, keys = w[tk.mask], (token_keys(tk, self.progress, i)[tk.mask] for i in (0, 1))
+            source, target = (key.argsort(stable=True) for key in keys)
+            w[tk.mask] = values.index_copy(0, target, values[source])
         return w
 
     def after_step(self, plan: Plan) -> None:
@@ -703,15 +642,14 @@ class PAPO(Method, key="papo", place="weight", paper="2605.11775", needs=FLOW):
         P_t = A T  (the first-order change; A, not I_clip r A);   phi = clip((e_ref - e)/e_ref, -1, 1)  (3.15)
         w = 1 + lam phi where P_t > 0,  1 - lam phi where P_t < 0,  1 where P_t = 0
 
-    phi > 0 says that entropy e has fallen below its reference: raising tokens count more, lowering ones less.
-    What is published: the product A T, both branches kept, the empirical entropy trajectory as the signal;
-    the rest is ours. The first update has phi = 0. w > 0, so no sign flips.
+    phi > 0: entropy e has fallen below its reference. Published are the product A T, both branches kept, and
+    the empirical entropy trajectory as the signal; the rest is ours. The first update has phi = 0.
     """
 
     lam: Annotated[float, (0, 0.999)] = 0.3
     """largest change of a weight, below 1"""
-    reference: Literal["ema", "first", "target"] = "ema"
-    """what entropy is compared with: ema (.9), first (the first batch), target"""
+    reference: Literal["ema", "target"] = "ema"
+    """what entropy is compared with: ema (its own, .9), target"""
     target: Above = 0.5
     """the reference of reference=target, nats"""
 
@@ -728,10 +666,8 @@ class PAPO(Method, key="papo", place="weight", paper="2605.11775", needs=FLOW):
         return 1 + self.lam * phi * flow(tk, adv, "exact").sign()  # (3.15)
 
     def after_step(self, plan: Plan) -> None:
-        if self.e_ref is None:
-            self.e_ref = plan.entropy
-        elif self.reference == "ema":
-            self.e_ref = 0.9 * self.e_ref + 0.1 * plan.entropy
+        if self.reference == "ema":
+            self.e_ref = plan.entropy if self.e_ref is None else 0.9 * self.e_ref + 0.1 * plan.entropy
 
 
 class CWGRPO(
@@ -742,9 +678,8 @@ class CWGRPO(
 
         c = (log p - mean log p)(A - mean A);   w = exp(-c²/(2 σ²)),  σ = std of c;   w <- w N / Σ w    (3.16)
 
-    The paper's one group is its batch, so the scope of the means is ambiguous; σ is the population deviation
-    (not stated). σ² below 1e-6 of the mean of c² counts as 0 (two tokens have equal c, up to rounding); then,
-    and where N = 1, w = 1.
+    The paper's one group is its batch, so the scope of the means is ambiguous. σ² below 1e-6 of the mean of
+    c² counts as 0 (two tokens have equal c, up to rounding); then, and where N = 1, w = 1.
     """
 
     scope: Literal["batch", "group"] = "batch"
@@ -773,7 +708,7 @@ class STARE(Method, key="stare", place="weight", paper="2606.19236", needs=ENTRO
         w = W on L+,  M on L- (variant C2 only),  1 elsewhere;  all 1 if the gate is closed
         adaptive: W <- clip(W + rate s, 1, 1.5),  M <- clip(M - rate s, .5, 1),  s = sgn(target - e), after
 
-    Released code selects per micro-batch. 14B and 32B models: 1.05 and .95. Default: O1, not adaptive.
+    Released code selects per micro-batch. 14B and 32B models: 1.05 and .95.
     """
 
     fraction: Share = 0.1
@@ -793,20 +728,17 @@ class STARE(Method, key="stare", place="weight", paper="2606.19236", needs=ENTRO
 
     state = {"W": "up", "M": "down"}
 
-    def _surprising(self, tk: Tokens, side: Tensor) -> Tensor:
-        n = int(side.sum())
-        k = fraction_count(self, self.fraction, n, math.ceil(self.fraction * n))
-        return top(-tk.logp, side, k, token_keys(tk, self.progress))
-
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor | None:
         gate = metrics["batch_entropy"] < self.target
         metrics.update(gate=float(gate), W=self.W, M=self.M)
         if not gate:
             return None
-        w = torch.where(self._surprising(tk, tk.mask & (adv > 0)), self.W, torch.ones_like(adv))
-        if self.variant == "O1":
-            return w
-        return torch.where(self._surprising(tk, tk.mask & (adv < 0)), self.M, w)
+        w, keys = torch.ones_like(adv), token_keys(tk, self.progress)
+        sides = [(adv > 0, self.W), (adv < 0, self.M)]
+        for side, value in sides if self.variant == "C2" else sides[:1]:
+            k = fraction_count(self, self.fraction, side & tk.mask, math.ceil)
+            w = torch.where(top(-tk.logp, side & tk.mask, k, keys), value, w)
+        return w
 
     def after_step(self, plan: Plan) -> None:
         if self.adaptive:
@@ -821,11 +753,10 @@ class EntroPIC(Method, key="entropic", place="weight", paper="2511.15248", needs
         e = H - target;   alpha = clip(kp e + ki S, -1, 1),  S the sum of all earlier e                 (3.19)
         L = agg(clipped surrogate) + alpha · mean over {p > threshold} of (-r |A|)
 
-    Among confident tokens that weighs A > 0 by 1 + alpha and A < 0 by 1 - alpha: too little entropy, alpha <
-    0, damps confident successes and amplifies confident failures. The extra term is unclipped. Released code
-    has alpha and S per micro-batch and divides by the confident tokens' own number (`own`): alpha counts
-    N / N_confident times, and where few tokens are confident it turns their sign. With `all` (by N) the
-    weights are exactly 1 ± alpha, in [0, 2]. Target: .1 in the script; -1, the config's default, means off.
+    Too little entropy, alpha < 0, damps confident successes and amplifies confident failures. The extra term
+    is unclipped. With the denominator `all` it weighs A > 0 by 1 + alpha and A < 0 by 1 - alpha, in [0, 2].
+    Released code has alpha and S per micro-batch and divides by the confident tokens' own number: alpha
+    counts N / N_confident times, and where few tokens are confident it turns their sign.
     """
 
     kp: Positive = 1.0
@@ -865,8 +796,8 @@ class AEM(Method, key="aem", place="weight", paper="2605.00425", needs=ENTROPY):
 
         h_i = mean H of response i, min-max scaled over the batch;  g_i = exp(-k h_i)/mean exp(-k h)  (3.25)
 
-    In the style of EMPG (2509.09265); the paper's scaling is not known. Pushing confident failures harder
-    raises H, confident successes lowers it: exploring while failures dominate. All h equal: g = 1.
+    In the style of EMPG (2509.09265); the paper's scaling is not known. Explores while failures dominate:
+    pushing confident failures harder raises H. All h equal: g = 1.
     """
 
     k: Positive = 1.0
@@ -910,9 +841,8 @@ class CISPO(Method, key="cispo", place="ratio", paper="2506.13585", on_policy=Fa
 
         l = -sg(clip(r, 1 - eps_low, 1 + eps_high)) A log π                                             (3.20)
 
-    The paper has no lower bound in practice (eps_low = 1 here) and does not disclose eps_high; TRL's example
-    caps r at 5, our default (TRL's epsilon_high *is* the cap, verl's is cap - 1). Inside the range the
-    gradient is PPO's, the value not.
+    The paper has no lower bound in practice and does not disclose eps_high; TRL's example caps r at 5, our
+    default (TRL's epsilon_high *is* the cap, verl's is cap - 1). Inside the range the gradient is PPO's.
     """
 
     eps_low: Positive = 1.0
@@ -932,10 +862,9 @@ class GSPO(Method, key="gspo", place="ratio", paper="2507.18071", on_policy=Fals
 
         s_i = exp(mean_t log r_it),   l_i = max(-s_i A, -clip(s_i, 1 - eps_low, 1 + eps_high) A)        (3.22)
 
-    Written per token, log s_it = log π - sg(log π) + sg(log s_i) (at most 10), it has the same gradient, -s_i
-    A/(B len_i) per token, under the sequence aggregation, and all tokens of a response are clipped together.
-    s_i is of the whole response, also where a method of the composition keeps only some of its tokens.
-    Strictly on-policy only that aggregation differs from GRPO.
+    Written per token, log s_it = log π - sg(log π) + sg(log s_i) (at most 10), it has the same gradient under
+    the sequence aggregation, and all tokens of a response are clipped together. s_i is of the whole response,
+    also where another method keeps only some of its tokens. On-policy only the aggregation differs from GRPO.
     """
 
     eps_low: Positive = 3e-4
@@ -965,8 +894,8 @@ class CEGPPO(FromFactor, key="ce_gppo", place="ratio", paper="2509.20712", on_po
         A > 0, r > 1 + eps_high:  l = -b2 (1 + eps_high) (r/sg r) A     rare successes: raises H
         else:                     l = -r A;    then dual clip
 
-    b1 = b2 = 0 has PPO's gradient (the values differ); b2 = 1 makes the gradient continuous at 1 + eps_high.
-    (b1, b2) = (.75, 1) for 7B, (.5, 1) for 1.5B, the config has (.25, 1).
+    b1 = b2 = 0 has PPO's gradient; b2 = 1 makes it continuous at 1 + eps_high. (b1, b2) = (.75, 1) for 7B,
+    (.5, 1) for 1.5B, the config has (.25, 1).
     """
 
     b1: Positive = 0.75
@@ -987,9 +916,7 @@ def dual_clip_factor(f: Tensor, adv: Tensor, c: float | None) -> Tensor:
     return f if c is None else torch.where((adv < 0) & (f > c), 0, f)
 
 
-class HTPO(
-    FromFactor, key="htpo", place="ratio", paper="2605.08283", needs=("logp", "entropy", "reward", "group")
-):
+class HTPO(FromFactor, key="htpo", place="ratio", paper="2605.08283", needs=(*ENTROPY, "reward", "group")):
     """Other clip rules by difficulty of the prompt, correctness and entropy of the token. [code] xcyao00/HTPO
     `core_algos.py`.
 
@@ -1002,10 +929,9 @@ class HTPO(
         easy, correct, high    PPO; drop the max(⌊high_drop · n⌋, 1) tokens with the largest H
         all others             PPO;    then dual clip everywhere
 
-    1/r, as in the code, grows up to e^20, where `log_ratio` clamps. In the code the second row's r < 1 -
-    eps_low branch has a plus sign, which lowers a successful token further and looks like a slip:
-    `released_sign` restores it. The `low` drop is strict, so it removes one token fewer than the `high` one.
-    On-policy only the drops act. Here a PPO-clipped token has loss 0, not a constant.
+    In the code the second row's r < 1 - eps_low branch has a plus sign, which lowers a successful token
+    further and looks like a slip: `released_sign` restores it. Its 1/r grows up to e^20, where `log_ratio`
+    clamps. The `low` drop is strict: one token fewer than `high`. On-policy only the drops act.
     """
 
     hard: Share = 0.6
@@ -1032,13 +958,12 @@ class HTPO(
         m = self.mark(tk, adv, metrics)
         low = (m["hard"] & m["correct"])[:, None] & tk.mask & ~m["high"]
         high = (~m["hard"] & m["correct"])[:, None] & m["high"]
+        few, many = (max(int(x * int(s.sum())), 1) for x, s in ((self.low_drop, low), (self.high_drop, high)))
         drop = torch.zeros_like(tk.mask)
         if self.low_drop > 0 and low.any():
-            k = max(int(self.low_drop * int(low.sum())), 1)
-            drop = low & (tk.entropy < tk.entropy[low].sort().values[k - 1])
+            drop = low & (tk.entropy < tk.entropy[low].sort().values[few - 1])
         if self.high_drop > 0:
-            k = max(int(self.high_drop * int(high.sum())), 1)
-            drop = drop | top(tk.entropy, high, k, token_keys(tk, self.progress))
+            drop = drop | top(tk.entropy, high, many, token_keys(tk, self.progress))
         metrics["selected"] = int(drop.sum())
         return torch.where(drop, 0.0, 1.0)
 
@@ -1066,8 +991,8 @@ class EntropyBonus(Method, key="entropy_bonus", place="penalty", paper="verl, TR
         L = L_pg - alpha · mean H,     ∂(-alpha H)/∂z_v = alpha p_v (log p_v + H)                        (3.2)
 
     z are the scaled logits. Pushes every state towards uniform, however certain it should be. On a 7B model
-    (2505.22617) alpha 1e-4 and 1e-3 did little, 5e-3 stabilised without gain, 1e-2 exploded. Early verl has
-    .001, later ones 0. It costs one more backward pass through the vocabulary, which alpha = 0 saves.
+    (2505.22617) alpha 1e-4 and 1e-3 did little, 5e-3 stabilised without gain, 1e-2 exploded. It costs one
+    more backward pass through the vocabulary, which alpha = 0 saves.
     """
 
     alpha: Positive = 0.001
@@ -1088,8 +1013,7 @@ class AdaptiveEntropy(Method, key="adaptive_entropy", place="penalty", paper="25
         alpha = c I[e <= target];   c <- c + delta if e < target,  c - delta if e > target;  from 0   (3.3)
 
     c is clipped to [c_min, c_max]. `released` gates with the previous step's entropy (open at the start),
-    strictly, and counts equality as above; its scripts have delta .0001 and c in [0, .005]. Its e is the
-    sampled -mean log p, ours exact.
+    strictly, and counts equality as above; its scripts have delta .0001, c in [0, .005] and a sampled e.
     """
 
     target: float = 0.2
@@ -1142,11 +1066,10 @@ class RefKL(Method, key="ref_kl", place="penalty", paper="2402.03300", needs=("l
         L = L_pg + beta · mean kl(log π, log π_ref)                                                      (3.4)
 
     Our default k2 has the gradient of KL(π||π_ref); the paper's k3 has that of the reverse KL, grpo (2.13) to
-    (2.16). k1 does not know the reference: its gradient is E[∇log π(y)], which is 0 for y ~ π; in the later
-    updates of a rollout y ~ π_old and it is -∇KL(π_old||π), which drives the policy away from the one that
-    sampled. abs: while π is π_ref, x is rounding, and so is its sign. Metric kl_ref is the mean k3. beta: .04
-    GRPO, .001 DeepSeek-R1 and verl, .05 open-instruct, 0 DAPO and TRL. 2505.22617 saw entropy stay and
-    accuracy fall.
+    (2.16). k1 does not know the reference: its gradient E[∇log π(y)] is 0 for y ~ π; in the later updates of
+    a rollout y ~ π_old and it is -∇KL(π_old||π), away from the policy that sampled. abs: while π is π_ref, x
+    and its sign are rounding. Metric kl_ref is the mean k3. beta: .04 GRPO, .001 DeepSeek-R1 and verl, .05
+    open-instruct, 0 DAPO and TRL. 2505.22617 saw entropy stay and accuracy fall.
     """
 
     beta: Positive = 0.04
@@ -1166,9 +1089,8 @@ class ProRL(RefKL, key="prorl", paper="2505.24864"):
 
         L = L_pg + beta KL(π||π_ref);   at a reset  π_ref <- π,  optimizer state <- 0                    (3.5)
 
-    The paper resets when the validation score stagnates and gives neither number, beta nor estimator (verl's:
-    .001, k3; v2: 1e-4, k2). It also has clip-higher at .4 and dynamic sampling: `prorl+dapo:eps_high=.4`.
-    TRL's and open-instruct's resets keep the optimizer.
+    The paper resets when the validation score stagnates and does not give beta nor estimator (v2: 1e-4, k2).
+    It also has clip-higher at .4 and dynamic sampling: `prorl+dapo:eps_high=.4`. TRL keeps the optimizer.
     """
 
     beta: Positive = 0.001
@@ -1213,10 +1135,10 @@ class KLCov(OnPicked, key="kl_cov", place="penalty", paper="2505.22617", on_poli
         l = -r A (no clip);  l += beta · d(π, π_old) on the max(1, ⌊ratio · N⌋) tokens of top c (3.7)    (3.8)
 
     d: abs |log r| (released, default), k2, k3 = r - 1 - log r (estimates KL(π_old||π), as in the paper).
-    **Strictly on-policy log r is 0 and so is every d's gradient: nothing happens.** With an old_logp from a
-    second forward pass, abs would turn rounding noise into gradients ±beta/N of random sign; so before a
-    rollout's first step leave old_logp None, as the loop does. All A or all log p equal: nobody is picked.
-    Paper: ratio 2e-3 (7B), 2e-4 (32B), beta 1. PRIME's 0.2 is in percent; verl has ratio 2e-4, beta 0.1.
+    **Strictly on-policy log r is 0 and so is every d's gradient: nothing happens.** Leave old_logp None then,
+    as the loop does: abs would turn the rounding of a second forward pass into gradients ±beta/N of random
+    sign. All A or all log p equal: nobody is picked. Paper: ratio 2e-3 (7B), 2e-4 (32B), beta 1. PRIME's 0.2
+    is in percent; verl has ratio 2e-4, beta 0.1.
     """
 
     ratio: Share = 2e-3
@@ -1230,7 +1152,7 @@ class KLCov(OnPicked, key="kl_cov", place="penalty", paper="2505.22617", on_poli
 
     def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
         cov = covariance(tk, adv)
-        k = fraction_count(self, self.ratio, int(tk.mask.sum())) if cov.any() else 0
+        k = fraction_count(self, self.ratio, tk.mask) if cov.any() else 0
         return self.pick(tk, top(cov, tk.mask, k, token_keys(tk, self.progress)), metrics)
 
     def factor(self, tk: Tokens, adv: Tensor, marks: dict[str, Tensor] | None = None) -> Tensor:
@@ -1261,8 +1183,8 @@ class LpReg(OnPicked, key="lp_reg", place="penalty", paper="2510.03222", needs=(
         among A < 0 tokens the k = ⌊fraction · n⌋ of lowest log p, none if k <= 1; of these, if log p < log q:
         l = -r A + beta · k3(log p - log q),  unclipped;   all others: clipped with eps (1, 9)
 
-    Filtered tokens (log q = -inf) are noise and left alone. On-policy every selected survivor has q > p and a
-    push of 1/S - 1 on its log-probability, S the kept mass: upwards. Costs one more pass for log q.
+    Filtered tokens (log q = -inf) are noise and left alone. On-policy the others get a push of 1/S - 1 on
+    their log-probability, S the kept mass: upwards. Costs one more pass for log q.
     """
 
     fraction: Share = 0.01
@@ -1295,17 +1217,13 @@ class LpReg(OnPicked, key="lp_reg", place="penalty", paper="2510.03222", needs=(
 # ------------------------------------------------------------------------------------------------------------
 # 6. Composition: opefo+clip_higher
 
-
-EXCLUSIVE = {  # what does not override the same hook and still makes no sense together: first with second
-    "entropy_bonus": (("adaptive_entropy",), "both put a coefficient on the same entropy term"),
-    "ref_kl": (("prorl",), "prorl contains the KL term of ref_kl"),
-    "psr": (("clip_cov", "kl_cov", "cw_grpo"), "psr leaves one advantage, whose covariance is 0"),
-    "nsr": (
-        ("clip_cov", "kl_cov", "cw_grpo", "par", "rand_pos_clip"),
-        "nsr leaves one negative advantage, no positive one to weigh, and a covariance of 0",
-    ),
-}
 SHARED = ("eps_low", "eps_high", "dual_clip", "aggregation")
+EXCLUSIVE = (  # one of the first with one of the second: no hook is overridden twice, and yet it has no sense
+    ({"entropy_bonus"}, {"adaptive_entropy"}, "both put a coefficient on the same entropy term"),
+    ({"ref_kl"}, {"prorl"}, "prorl contains the KL term of ref_kl"),
+    ({"psr", "nsr"}, {"clip_cov", "kl_cov", "cw_grpo"}, "one advantage is left, whose covariance is 0"),
+    ({"nsr"}, {"par", "rand_pos_clip"}, "nsr leaves no positive advantage to weigh"),
+)
 
 
 def _owner(members: list[Method], hook: str) -> Method:
@@ -1317,44 +1235,42 @@ def _owner(members: list[Method], hook: str) -> Method:
     return owners[0] if owners else members[0]
 
 
-def _shared_values(members: list[Method], surrogate: Method) -> dict[str, Any]:
-    """Clip range and aggregation: of the members for which they were set, or whose default is not GRPO's."""
-    values = {}
-    for name in SHARED:
-        default = getattr(Method, name)
-        users = [m for m in members if name not in m.without]
-        set_by = {m.key: getattr(m, name) for m in users if name in m.given or getattr(m, name) != default}
-        if len(set(set_by.values())) > 1:
-            text = ", ".join(f"{k} has {v}" for k, v in set_by.items())
-            who = "+".join(m.key for m in members)
-            raise ValueError(f"{who}: conflicting {name}: {text}; set {name} explicitly")
-        values[name] = next(iter(set_by.values()), default)
-        if values[name] != default and name in surrogate.without:
-            who = f"{next(iter(set_by))} sets {name}, which the surrogate of {surrogate.key} does not use"
-            raise ValueError(f"{who}: leave it out, or give {name}={default}")
-    return values
+def _shared_value(name: str, members: list[Method], surrogate: Method) -> Any:
+    """A clip bound or the aggregation: of the members that were given one, or whose default is not GRPO's."""
+    default = getattr(Method, name)
+    own = {m.key: getattr(m, name) for m in members if name not in m.without}
+    set_by = {m.key: own[m.key] for m in members if name in m.given or own.get(m.key, default) != default}
+    if len(set(set_by.values())) > 1:
+        text = ", ".join(f"{k} has {v}" for k, v in set_by.items())
+        who = "+".join(m.key for m in members)
+        raise ValueError(f"{who}: conflicting {name}: {text}; set {name} explicitly")
+    value = next(iter(set_by.values()), default)
+    if value != default and name in surrogate.without:
+        who = f"{next(iter(set_by))} sets {name}, which the surrogate of {surrogate.key} does not use"
+        raise ValueError(f"{who}: leave it out, or give {name}={default}")
+    return value
 
 
 class Composite(Method):
     """Several methods as one. Responses must be selected by all, weights multiply, penalties add, controllers
     move each on its own; sampling, advantage and surrogate belong to at most one member. A weight hook sees
     the advantage times the weights of the members before it, and a member with `last` (opefo) comes last: it
-    balances the flow of the real surrogate. What penalties add on top, those of ref_kl, kl_cov, lp_reg,
-    entropic and the entropy terms, is not in its balance."""
+    balances the flow of the real surrogate, without what penalties add on top."""
 
     def __init__(self, members: list[Method]) -> None:
         keys = [m.key for m in members]
-        if len(set(keys)) < len(keys):
-            raise ValueError(f"{'+'.join(keys)}: a method appears twice; name each once")
-        for one, (others, reason) in EXCLUSIVE.items():
-            for other in set(others) & set(keys) if one in keys else ():
-                raise ValueError(f"{one} and {other} cannot be combined: {reason}")
-        self.members = sorted(members, key=lambda m: getattr(m, "last", False))
         self.key, self.place = "+".join(keys), "+".join(dict.fromkeys(m.place for m in members))
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"{self.key}: a method appears twice; name each once")
+        for some, others, reason in EXCLUSIVE:
+            if (one := some & set(keys)) and (other := others & set(keys)):
+                raise ValueError(f"{one.pop()} and {other.pop()} cannot be combined: {reason}")
+        self.members = sorted(members, key=lambda m: getattr(m, "last", False))
         owner = {hook: _owner(self.members, hook) for hook in ("sample", "advantage", "surrogate")}
-        values = _shared_values(self.members, owner["surrogate"])
+        owner["factor"] = owner["surrogate"]
+        values = {name: _shared_value(name, self.members, owner["surrogate"]) for name in SHARED}
         super().__init__(**values)
-        for hook, m in (*owner.items(), ("factor", owner["surrogate"])):
+        for hook, m in owner.items():
             setattr(self, hook, getattr(m, hook))
         for m in self.members:
             m.__dict__.update({k: v for k, v in values.items() if k not in m.without})
@@ -1377,7 +1293,14 @@ class Composite(Method):
 
     def select(self, tk: Tokens) -> Tensor | None:
         asked = [m for m in self.members if m.refill or tk.logp is not None]  # not scored: it is being drawn
-        kept = [rows for m in asked if (rows := m.select(tk)) is not None]
+        return self._all(m.select(tk) for m in asked)
+
+    def keep(self, tk: Tokens, adv: Tensor) -> Tensor | None:
+        return self._all(m.keep(tk, adv) for m in self.members)
+
+    @staticmethod
+    def _all(votes: Iterable[Tensor | None]) -> Tensor | None:
+        kept = [vote for vote in votes if vote is not None]
         return torch.stack(kept).all(0) if kept else None
 
     def shape(self, tk: Tokens) -> Tensor:
@@ -1385,31 +1308,27 @@ class Composite(Method):
             tk = replace(tk, reward=m.shape(tk))
         return tk.reward
 
-    def keep(self, tk: Tokens, adv: Tensor) -> Tensor | None:
-        kept = [tokens for m in self.members if (tokens := m.keep(tk, adv)) is not None]
-        return torch.stack(kept).all(0) if kept else None
-
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
         total = torch.ones_like(adv)
-        for m in self.members:
-            w = m.weight(tk, adv * total, own := dict(metrics))
-            self._merge(metrics, own, m)
+        for m, own in self._metrics(metrics):
+            w = m.weight(tk, adv * total, own)
             total = total if w is None else total * w.to(adv.dtype)
         return total
 
     def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
         marks = {}  # of different names: two methods that mark the same could not share a surrogate
-        for m in self.members:
-            marks |= m.mark(tk, adv, own := dict(metrics))
-            self._merge(metrics, own, m)
+        for m, own in self._metrics(metrics):
+            marks |= m.mark(tk, adv, own)
         metrics.pop("tokens_touched", None)  # of one member only
         return marks
 
-    @staticmethod
-    def _merge(metrics: dict[str, float], own: dict[str, float], m: Method) -> None:
-        for name, value in own.items():
-            if metrics.setdefault(name, value) != value:
-                metrics[f"{m.key}.{name}"] = value
+    def _metrics(self, metrics: dict[str, float]) -> Iterator[tuple[Method, dict[str, float]]]:
+        """Each member with a dict for its metrics; where two use a name, the second's is "par.lam"."""
+        for m in self.members:
+            yield m, (own := dict(metrics))
+            for name, value in own.items():
+                if metrics.setdefault(name, value) != value:
+                    metrics[f"{m.key}.{name}"] = value
 
     def penalty(self, tk: Tokens, plan: Plan) -> Tensor | None:
         parts = [m.penalty(tk, plan) for m in self.members]
@@ -1440,29 +1359,53 @@ class Composite(Method):
             m.load_state_dict(state[m.key])
 
 
-def compose(methods: list[Method]) -> Method:
-    """Several methods as one (`Composite`). Raises ValueError, with the reason, where that makes no sense."""
-    return methods[0] if len(methods) == 1 else Composite(methods)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 7. Names: building a method from the words of a command line
 
-
-# fmt: off
 METHODS: dict[str, type[Method]] = {c.key: c for c in (
     Method, EntropyBonus, AdaptiveEntropy, RefKL, ProRL, DAPO, ClipHigher, ClipCov, KLCov, HighEntropyTokens,
     PAR, RandPosClip, WReinforce, PSR, NSR, EntropyAdvantage, STEER, OPEFO, PAPO, CWGRPO, Entrocraft, STARE,
     EntroPIC, CISPO, DrGRPO, GSPO, QAE, HTPO, AEM, MixedCUTS, CEGPPO, LpReg,
-)}
-# fmt: on
+)}  # fmt: skip
 
 
-def used_fields(cls: type[Method]) -> list[Any]:
-    return [f for f in fields(cls) if f.name not in cls.without]
+def convert(key: str, name: str, value: Any, kind: Any) -> Any:
+    """A value, often a word, in the type of its field: bool, int, float, str, Literal, Annotated with a
+    range; None for "none" where that is allowed. ValueError names the field, the value and what is allowed.
+    """
+    word, optional, low, high = str(value).strip().lower(), type(None) in get_args(kind), -math.inf, math.inf
+    if optional and word == "none":
+        return None
+    kind = get_args(kind)[0] if optional else kind
+    if get_origin(kind) is Literal:
+        if value in (words := get_args(kind)):
+            return value
+        raise ValueError(f"{key}: {name}={value!r} is unknown: choose one of {', '.join(words)}")
+    if get_origin(kind) is Annotated:
+        kind, (low, high) = get_args(kind)
+    if kind is str and isinstance(value, str):
+        return value
+    if kind is bool and word in ("true", "1", "yes", "on", "false", "0", "no", "off"):
+        return word in ("true", "1", "yes", "on")
+    if kind in (int, float) and not isinstance(value, bool):
+        try:
+            number = kind(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if number < low or number > high:
+            raise ValueError(f"{key}: {name}={value} is out of range: give a value from {low} to {high}")
+        if number == number and (isinstance(value, str) or number == value):
+            return number
+    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}[kind]
+    raise ValueError(f"{key}: {name}={value!r} does not fit: give {wanted}{' or none' * optional}")
 
 
-@cache
+def _types(cls: type[Method]) -> dict[str, Any]:
+    """The hyperparameters that a method uses, with their types."""
+    kinds = get_type_hints(cls, include_extras=True)
+    return {f.name: kinds[f.name] for f in fields(cls) if f.name not in cls.without}
+
+
 def hyperparameters(cls: type[Method]) -> list[tuple[str, Any, Any, str]]:
     """(name, type, default, help) of a method's hyperparameters; help is the docstring under the field."""
     import docstring_parser
@@ -1471,12 +1414,7 @@ def hyperparameters(cls: type[Method]) -> list[tuple[str, Any, Any, str]]:
     for base in reversed(cls.__mro__[:-1]):
         found = docstring_parser.parse_from_object(base).params
         helps |= {p.arg_name: p.description for p in found if p.description}
-    kinds = get_type_hints(cls, include_extras=True)
-    return [(f.name, kinds[f.name], f.default, helps.get(f.name, "")) for f in used_fields(cls)]
-
-
-def _nearest(word: str, words: Iterable[str]) -> str:
-    return next(iter(difflib.get_close_matches(word, list(words), 1, 0)), "")
+    return [(name, kind, getattr(cls, name), helps.get(name, "")) for name, kind in _types(cls).items()]
 
 
 def parse(spec: str) -> tuple[str, dict[str, str]]:
@@ -1484,21 +1422,13 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
     name, _, rest = spec.partition(":")
     options: dict[str, str] = {}
     for item in filter(None, rest.split(",")):
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if not (key and equals and value):
+        key, _, value = (part.strip() for part in item.partition("="))
+        if not (key and value):
             raise ValueError(f"method {spec!r}: {item!r} is not an option: write name=value,name=value")
         if key in options:
             raise ValueError(f"method {spec!r}: {key} is given twice: give it once")
         options[key] = value
     return name.strip(), options
-
-
-def lookup(name: str) -> type[Method]:
-    """The class of one method's key. Raises ValueError with the nearest key."""
-    if name not in METHODS:
-        near = _nearest(name, METHODS)
-        raise ValueError(f"method {name!r} is unknown: did you mean {near}? ({', '.join(METHODS)})")
-    return METHODS[name]
 
 
 def build(name: str, **hyperparameter: Any) -> Method:
@@ -1508,24 +1438,30 @@ def build(name: str, **hyperparameter: Any) -> Method:
     to all; "clip_cov.ratio" names the member. Raises ValueError on an unknown method or hyperparameter
     (naming the nearest), a value of the wrong type or range, and a composition without sense.
     """
-    members = name.split("+")
-    known = {m: [f.name for f in used_fields(lookup(m))] for m in members}
-    given: dict[str, dict[str, Any]] = {member: {} for member in members}
+    types, members = {}, []
+    for key in name.split("+"):
+        if key not in METHODS:
+            (near,) = difflib.get_close_matches(key, METHODS, 1, 0)
+            raise ValueError(f"method {key!r} is unknown: did you mean {near}? ({', '.join(METHODS)})")
+        types[key] = _types(METHODS[key])
+    given: dict[str, dict[str, Any]] = {key: {} for key in types}
     for full, value in hyperparameter.items():
         prefix, _, n = full.rpartition(".")
-        having = [m for m in members if n in known[m] and prefix in ("", m)]
+        having = [key for key in types if n in types[key] and prefix in ("", key)]
         if not having:
-            words = dict.fromkeys(x for m in members for x in known[m])
-            text = f"did you mean {_nearest(n, words)}? ({', '.join(words)})"
-            raise ValueError(f"{name} has no hyperparameter {full!r}: {text}")
+            words = dict.fromkeys(x for kinds in types.values() for x in kinds)
+            (near,) = difflib.get_close_matches(n, words, 1, 0)
+            raise ValueError(
+                f"{name} has no hyperparameter {full!r}: did you mean {near}? ({', '.join(words)})"
+            )
         if len(having) > 1 and n not in SHARED:
             raise ValueError(f"{name}: {n} belongs to {' and '.join(having)}: write {having[0]}.{n}={value}")
-        for m in having:
-            given[m][n] = value
-    made = [METHODS[m](**given[m]) for m in members]
-    for method in made:
-        method.given = tuple(given[method.key])
-    return compose(made)
+        for key in having:
+            given[key][n] = convert(key, n, value, types[key][n])
+    for key in name.split("+"):
+        members.append(METHODS[key](**given[key]))
+        members[-1].given = tuple(given[key])
+    return members[0] if len(members) == 1 else Composite(members)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1617,7 +1553,6 @@ def verl_loss(
 class Effect(NamedTuple):
     """What one method does to one batch, per token (B, T)."""
 
-    key: str
     force: Tensor  # -∂loss/∂logp
     change: Tensor  # predicted entropy change, nats per unit learning rate
     touched: Tensor  # bool: treated unlike plain GRPO
@@ -1630,107 +1565,78 @@ def effect(method: Method, tokens: Tokens, entropy_slope: Tensor) -> Effect:
     """
     logp, h = (x.detach().clone().requires_grad_() for x in (tokens.logp, tokens.entropy))
 
-    def slopes(m: Method) -> tuple[Tensor, Tensor]:
+    def push(m: Method) -> tuple[Tensor, Tensor]:
         loss, _ = policy_loss(replace(tokens, logp=logp, entropy=h), m)
-        return torch.autograd.grad(loss, (logp, h), allow_unused=True, materialize_grads=True)
+        return torch.autograd.grad(-loss, (logp, h), allow_unused=True, materialize_grads=True)
 
-    force, pull = (-g for g in slopes(method))
+    (force, pull), (plain, _) = push(method), push(Method())
     change = token_flow(tokens, force) + torch.where(tokens.mask, pull * entropy_slope, 0)
-    plain = -slopes(Method())[0]
-    return Effect(method.key, force, change, ((force - plain).abs() > 1e-6 * plain.abs()) | (pull != 0))
+    return Effect(force, change, ((force - plain).abs() > 1e-6 * plain.abs()) | (pull != 0))
 
 
 def demonstration_methods(tokens: Tokens) -> dict[str, Method]:
     """Every method under its spec, which departs from the defaults where a batch of some thousand tokens, or
     of this entropy, would not switch the method on."""
     entropy = float(masked_mean(tokens.entropy, tokens.mask))
-    above = f"target={1.5 * entropy:.2g}"
-    options = {
-        **{"clip_cov": "ratio=.02,lb=.5", "kl_cov": "ratio=.02", "rand_pos_clip": "ratio=.02"},
-        **{"lp_reg": "fraction=.1", "adaptive_entropy": above, "stare": above, "entropic": above},
-        **{"par": f"target={0.8 * entropy:.2g}", "entrocraft": f"start={1.2 * entropy:.2g}"},
-        **{"papo": "reference=target," + above},
-    }
+    options = dict.fromkeys(("clip_cov", "kl_cov", "rand_pos_clip"), "ratio=.02") | {"lp_reg": "fraction=.1"}
+    options |= dict.fromkeys(("stare", "entropic"), above := f"target={1.5 * entropy:.2g}")
+    options |= {"papo": "reference=target," + above, "adaptive_entropy": f"{above},c_min=.005"}
+    options |= {"par": f"target={0.8 * entropy:.2g}", "entrocraft": f"start={1.2 * entropy:.2g}"}
+    options["clip_cov"] += ",lb=.5"
     methods = {}
     for spec in (f"{key}:{options.get(key, '')}" for key in METHODS):
         name, given = parse(spec)
         methods[spec] = build(name, **given)
         methods[spec].progress = Progress(max_length=tokens.mask.shape[1])
-        if name == "adaptive_entropy":
-            methods[spec].c = 0.005  # as after one step below its target
     return methods
 
 
-def show_batch(
-    tokens: Tokens,
-    entropy_slope: Tensor,
-    methods: dict[str, Method] | None = None,
-    path: str | None = "runs/interventions.png",
-) -> list[Effect]:
-    """Print what every method does to one batch, and draw it.
-
-    tokens: logp, entropy, p2, p2logp, reward, group; ref_logp, proxy_logp, old_logp for the methods that need
-    them. entropy_slope: as in `effect`. methods: by their specs; None: all.
-    """
+def show_batch(tokens: Tokens, entropy_slope: Tensor, path: str | None = None) -> None:
+    """Print what the methods do to one batch: all, or those that act on the ratio where the batch is
+    off-policy; and draw it into `path`. entropy_slope: as in `effect`."""
     import pandas
 
     mask, on_policy = tokens.mask, tokens.old_logp is None
-    entropy = float(masked_mean(tokens.entropy, mask))
     adv = torch.where(mask, Method().advantage(tokens), 0)
-    base = effect(Method(), tokens, entropy_slope)
-    rows, effects = [], []
-    for spec, m in (methods or demonstration_methods(tokens)).items():
-        effects.append(e := effect(m, tokens, entropy_slope))
-        share, inert = float(masked_mean(e.touched.double(), mask)), on_policy and not m.on_policy
+    base, rows, effects = effect(Method(), tokens, entropy_slope), [], {}
+    for spec, m in demonstration_methods(tokens).items():
+        if not on_policy and m.on_policy and m.place not in ("none", "ratio"):
+            continue
+        e = effects[m.key] = effect(m, tokens, entropy_slope)
         up, down = (float(e.force[s].abs().sum() / base.force[s].abs().sum()) for s in (adv > 0, adv < 0))
-        change = float(e.change.sum() / base.change.abs().sum())
-        note = "acts with several updates per rollout only" if inert else spec.partition(":")[2]
+        share, change = masked_mean(e.touched.double(), mask), e.change.sum() / base.change.abs().sum()
+        inert = "acts with several updates per rollout only" if on_policy and not m.on_policy else ""
         numbers = (f"{share:.1%}", f"{up:.2f}", f"{down:.2f}", f"{change:+.3f}")
-        rows.append((m.key, m.place, *numbers, note))
-    kind = "on-policy" if on_policy else "off-policy"
-    print(f"{int(mask.sum())} tokens of {len(adv)} responses, {kind}, entropy {entropy:.3f} nats")
+        rows.append((m.key, m.place, *numbers, inert or spec.partition(":")[2]))
+    print(f"{int(mask.sum())} tokens, entropy {masked_mean(tokens.entropy, mask):.3f} nats")
     print("touched: tokens treated unlike GRPO;  A > 0, A < 0: sum of |force| there, GRPO = 1")
     print("dH: predicted change of entropy, as a share of all flow (up and down) that GRPO causes\n")
     names = ["method", "place", "touched", "A > 0", "A < 0", "dH", "options"]
     print(pandas.DataFrame(rows, columns=names).to_string(index=False, justify="left"))
     if path:
-        draw(tokens, adv, base, effects, path)
+        draw(tokens, adv, effects, path)
         print(f"\nfigure: {path}")
-    return effects
 
 
-def draw(tokens: Tokens, adv: Tensor, base: Effect, effects: list[Effect], path: str) -> None:
-    """Per method its tokens on the plane (log p, A), darker where they count more, and its flows."""
+def draw(tokens: Tokens, adv: Tensor, effects: dict[str, Effect], path: str) -> None:
+    """Per method the tokens that it touches on the plane (log p, A), darker where they count more."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    m, rows = tokens.mask, (len(effects) + 1) // 2
-    jitter = torch.rand(adv.shape, generator=torch.Generator().manual_seed(0)).to(adv) - 0.5
-    x, y = tokens.logp.detach()[m], (adv + 0.3 * jitter)[m]
-    scale = float(base.change.abs().sum())
-    reach = 1.05 * max(float(e.change.abs().sum()) for e in effects) / scale
-    size = {"figsize": (15, 0.95 * rows + 1), "width_ratios": (3, 2, 3, 2), "layout": "constrained"}
-    fig, axes = plt.subplots(rows, 4, sharex="col", squeeze=False, **size)
-    for (plane, bars), e in zip([*axes[:, :2], *axes[:, 2:]], effects, strict=False):  # down, then right
-        weight = torch.where(base.force == 0, 1, e.force / base.force)[m].clamp(0, 2)
-        order = e.touched[m].long().argsort(stable=True)  # touched tokens on top, and larger
-        look = {"cmap": "YlGnBu", "vmin": -0.3, "vmax": 2, "linewidths": 0, "rasterized": True}
-        dots = plane.scatter(x[order], y[order], 2 + 5 * e.touched[m][order].float(), weight[order], **look)
-        plane.set_ylabel(e.key + "\nA", rotation=0, ha="right", va="center", fontsize=9)
-        up, down = (float(part.sum()) / scale for part in (e.change.clamp(min=0), e.change.clamp(max=0)))
-        bars.barh([1, 0], [up, down], color=["0.7", "0.3"], height=0.7)
-        bars.plot([up + down] * 2, [-0.5, 1.5], color="black", lw=2)
-        bars.axvline(0, color="black", lw=0.5)
-        bars.set(xlim=(-reach, reach), yticks=[1, 0], yticklabels=["up", "down"])
-    for axis in axes.flat[-2:] if len(effects) % 2 else ():
+    jitter = 0.3 * torch.rand(adv.shape, generator=torch.Generator().manual_seed(0)).to(adv)
+    fig, axes = plt.subplots(-(-len(effects) // 4), 4, figsize=(15, 16), sharex=True, layout="constrained")
+    for axis in axes.flat[len(effects) :]:
         axis.axis("off")
-    for plane, bars in (axes[-1, :2], axes[-1, 2:]):
-        plane.set_xlabel("log p of the sampled token, nats")
-        bars.set_xlabel("entropy flow over GRPO's; line: net")
-    label = "weight relative to GRPO: 0 pale, 1 medium, 2 or more dark"
-    fig.colorbar(dots, ax=axes[0, :], label=label, location="top", aspect=60, fraction=0.3)
+    for axis, (key, e) in zip(axes.flat, effects.items()):
+        weight = torch.where(effects["grpo"].force == 0, 1, e.force / effects["grpo"].force).clamp(0, 2)
+        axis.set(title=key, ylabel="A")
+        for some, size in ((tokens.mask & ~e.touched, 2), (tokens.mask & e.touched, 7)):
+            x, y, color = tokens.logp[some], (adv + jitter)[some], weight[some]
+            dots = axis.scatter(x, y, size, color, cmap="YlGnBu", vmin=-0.3, vmax=2, rasterized=True)
+    fig.supxlabel("log p of the sampled token, nats; large: touched")
+    fig.colorbar(dots, ax=axes, label="weight relative to GRPO", aspect=90)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     fig.savefig(path, dpi=110)
     plt.close(fig)
@@ -1744,18 +1650,17 @@ def embedded_batches(steps: int = 20) -> list[tuple[Tokens, Tensor]]:
 
     (model, tokenizer), task = warm_policy(WarmStart()), chain_task()
     generator = torch.Generator().manual_seed(0)
-    policy, reference, method = Policy(model), Policy(copy.deepcopy(model)), Method()
+    policy, reference = Policy(model), Policy(copy.deepcopy(model))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.0)
 
     def rollout() -> Tokens:
-        chosen = torch.randperm(len(task.train), generator=generator)[:32].tolist()
-        how = Sampling(16, task.max_new_tokens)
-        engine, problems = TorchEngine(model, tokenizer), [task.train[i] for i in chosen]
+        problems = [task.train[i] for i in torch.randperm(len(task.train), generator=generator)[:32]]
+        engine, how = TorchEngine(model, tokenizer), Sampling(16, task.max_new_tokens)
         tokens, _ = answer(engine, task, problems, how, generator)
         return replace(tokens, reward=tokens.correct.float())
 
     def update(tokens: Tokens) -> None:
-        loss, _ = policy_loss(replace(tokens, **policy(tokens)), method)
+        loss, _ = policy_loss(replace(tokens, **policy(tokens)), Method())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -1768,9 +1673,8 @@ def embedded_batches(steps: int = 20) -> list[tuple[Tokens, Tensor]]:
 
     @torch.no_grad()
     def scored(tokens: Tokens) -> tuple[Tokens, Tensor]:
-        proxy = policy(tokens, of_logits=proxy_log_prob)["of_logits"]
-        tokens = replace(tokens, **policy(tokens), ref_logp=reference(tokens)["logp"], proxy_logp=proxy)
-        return tokens, policy(tokens, of_logits=slope)["of_logits"]
+        proxy, slopes = (policy(tokens, of_logits=f)["of_logits"] for f in (proxy_log_prob, slope))
+        return replace(tokens, **policy(tokens), ref_logp=reference(tokens)["logp"], proxy_logp=proxy), slopes
 
     for _ in range(steps):
         update(rollout())
@@ -1785,10 +1689,9 @@ def main(out: str = "runs/interventions.png") -> None:
     """All methods on one strictly on-policy batch of the embedded world, as a table and as a figure (`out`);
     then those that act on the ratio on a later one."""
     now, later = embedded_batches()
-    show_batch(*now, None, out)
+    show_batch(*now, out)
     print("\nThe same responses four updates later, for the methods that act on the ratio:\n")
-    methods = demonstration_methods(later[0]).items()
-    show_batch(*later, {s: m for s, m in methods if not m.on_policy or m.place in ("none", "ratio")}, None)
+    show_batch(*later)
 
 
 if __name__ == "__main__":

@@ -89,19 +89,13 @@ def make(seed, B=24, T=6, V=7, G=4, off=False, dtype=F64, low=1):
     return logits, tokens
 
 
-def gradient(logits, tokens, method, slices=None):
+def gradient(logits, tokens, method, slices=(slice(None),)):
     """Gradient of the objective on the logits, in one piece or accumulated over slices of rows."""
-    if slices is None:
-        loss, _ = policy_loss(tokens, method)
-        return (
-            torch.autograd.grad(loss, logits, retain_graph=True)[0]
-            if loss.requires_grad
-            else 0 * logits.detach()
-        )
     plan, total = plan_update(tokens, method), torch.zeros_like(logits)
     for rows in slices:
         loss, _ = batch_loss(tokens.rows(rows), plan.rows(rows), method)
-        total += torch.autograd.grad(loss, logits, retain_graph=True)[0]
+        if loss.requires_grad:
+            total += torch.autograd.grad(loss, logits, retain_graph=True)[0]
     return total
 
 
@@ -253,29 +247,27 @@ def test_u5_weights_and_selections_carry_no_gradient(key, off):
 
 def _degenerate(kind):
     logits, tokens = make(7, B={"one row": 1}.get(kind, 8))
-    tk = tokens()
-    if kind == "all rewards equal":
-        tk = replace(tk, reward=torch.ones(8, dtype=F64), correct=torch.ones(8, dtype=torch.bool))
-    elif kind == "all wrong":
-        tk = replace(tk, reward=torch.zeros(8, dtype=F64), correct=torch.zeros(8, dtype=torch.bool))
-    elif kind == "one token":
-        mask = torch.zeros_like(tk.mask)
-        mask[2, 0] = True
-        tk = replace(tk, mask=mask)
-    elif kind == "an empty row":
-        tk = replace(tk, mask=tk.mask & (torch.arange(8) != 3)[:, None])
-    elif kind == "nothing":
-        tk = replace(tk, mask=torch.zeros_like(tk.mask))
+    tk, rows = tokens(), torch.arange(8)[:, None]
+    if kind in ("all right", "all wrong"):
+        right = torch.full((8,), kind == "all right")
+        tk = replace(tk, reward=right.to(F64), correct=right)
+    elif kind in ("one token", "an empty row", "nothing"):
+        kept = {
+            "one token": (rows == 2) & (torch.arange(6) == 0),
+            "an empty row": rows != 3,
+            "nothing": rows < 0,
+        }
+        tk = replace(tk, mask=tk.mask & kept[kind])
     elif kind == "equal log-probs":  # sigma of the covariance is 0
         tk = replace(tk, logp=tk.logp * 0 - 1.0, entropy=tk.entropy * 0 + 1.0)
     return logits, tk
 
 
+KINDS = ("all right", "all wrong", "one row", "one token", "an empty row", "nothing", "equal log-probs")
+
+
 @every_method
-@pytest.mark.parametrize(
-    "kind",
-    ["all rewards equal", "all wrong", "one row", "one token", "an empty row", "nothing", "equal log-probs"],
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_u6_degenerate_batches_are_finite(key, kind):
     logits, tk = _degenerate(kind)
     method = active(key)
@@ -283,14 +275,8 @@ def test_u6_degenerate_batches_are_finite(key, kind):
     grad = gradient(logits, tk, method)
     assert math.isfinite(loss.item()) and grad.isfinite().all()
     assert all(math.isfinite(v) for v in metrics.values())
-    without_baseline = key in ("w_reinforce", "psr", "nsr")
-    if kind == "nothing":
-        assert loss.item() == 0 and (grad == 0).all()
-    if (
-        kind in ("all rewards equal", "all wrong", "one row")
-        and not without_baseline
-        and method.place != "penalty"
-    ):
+    assert kind != "nothing" or (loss.item() == 0 and (grad == 0).all())
+    if kind in KINDS[:3] and key not in ("w_reinforce", "psr", "nsr") and method.place != "penalty":
         assert (grad == 0).all(), "no contrast, no gradient"
     method.after_step(plan_update(tk, method))
 
@@ -311,13 +297,10 @@ def test_u7_seed_and_step_determine_the_gradient_and_computing_it_changes_nothin
     "key", ["adaptive_entropy", "par", "papo", "stare", "entropic", "opefo", "prorl", "opefo+par"]
 )
 def test_u8_controller_state_survives_save_and_restore(key):
-    options = {
-        "opefo": {"target_entropy": 1.0, "integral": 0.1},
-        "opefo+par": {"target_entropy": 1.0, "integral": 0.1},
-        "par": {"target": 1.2},
-        "stare": {"adaptive": True, "target": 9.0},
-        "adaptive_entropy": {"target": 9.0},
-    }.get(key, {})
+    integral = {"target_entropy": 1.0, "integral": 0.1}
+    options = {"opefo": integral, "opefo+par": integral, "par": {"target": 1.2}}
+    options |= {"stare": {"adaptive": True, "target": 9.0}, "adaptive_entropy": {"target": 9.0}}
+    options = options.get(key, {})
 
     def run(method, batches):
         trace = []
@@ -336,9 +319,7 @@ def test_u8_controller_state_survives_save_and_restore(key):
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert all(torch.equal(a, b) for a, b in zip(run(second, range(4, 7)), whole[3:], strict=True))
     assert second.state_dict() == method.state_dict()
-    assert build(key, **options).state_dict() != method.state_dict(), (
-        "the state moved, or this test shows nothing"
-    )
+    assert build(key, **options).state_dict() != method.state_dict(), "the state moved"
 
 
 @every_method
@@ -366,30 +347,21 @@ def test_top_selects_k_largest_with_ties_to_the_lower_index(seed, k):
     assert iv.top(score, mask, k).flatten().nonzero()[:, 0].tolist() == sorted(want)
 
 
-def test_token_keys_are_uniform_and_independent_of_place_and_padding():
-    ids = torch.randint(0, 50, (4000, 10), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    keys = iv.token_keys(Tokens(ids, mask), Progress(seed=3))
-    assert 0 <= keys.min() and keys.max() < 1
-    counts = torch.histc(keys, 20, 0, 1)
-    assert ((counts - 2000) ** 2 / 2000).sum() < 45  # chi², 19 degrees of freedom, p about .0007
-    flat = keys.flatten()
-    assert abs(torch.corrcoef(torch.stack([flat[:-1], flat[1:]]))[0, 1]) < 0.02
-    other = iv.token_keys(Tokens(ids, mask), Progress(seed=4))
-    assert abs(torch.corrcoef(torch.stack([flat, other.flatten()]))[0, 1]) < 0.02
-    wide = torch.cat([ids.flip(0), torch.full((4000, 2), 9)], 1)
-    wide_mask = torch.cat([mask, torch.zeros(4000, 2, dtype=torch.bool)], 1)
-    assert torch.equal(iv.token_keys(Tokens(wide, wide_mask), Progress(seed=3))[:, :10].flip(0), keys)
+def test_token_keys_are_uniform_and_differ_between_steps_streams_and_equal_rows():
+    ids = torch.randint(0, 2, (4000, 10), generator=torch.Generator().manual_seed(0))  # many rows are equal
+    tk = Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
+    drawn = [iv.token_keys(tk, Progress(step=step), i).flatten() for step, i in ((0, 0), (1, 0), (0, 1))]
+    for keys in drawn:
+        assert 0 <= keys.min() and keys.max() < 1 and len(keys.unique()) == 40_000
+        counts = torch.histc(keys, 20, 0, 1)
+        assert ((counts - 2000) ** 2 / 2000).sum() < 45, "chi², 19 degrees of freedom, p about .0007"
+    apart = torch.corrcoef(torch.stack([*drawn, drawn[0].roll(1)])) - torch.eye(4)
+    assert apart.abs().max() < 0.02
 
 
-def test_token_keys_of_equal_rows_differ_and_each_is_drawn_as_often():
+def test_each_of_equal_responses_is_drawn_as_often():
     ids = torch.arange(6).expand(16, 6) // 3  # one response, sixteen times
     tk = Tokens(ids, torch.ones(16, 6, dtype=torch.bool), logp=-torch.ones(16, 6, dtype=F64))
-    assert len(iv.token_keys(tk, Progress(seed=5)).unique()) == 16 * 6
-    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
-    mixed = Tokens(torch.cat([ids, ids + 9])[torch.cat([order, order + 16])], tk.mask.repeat(2, 1))
-    keys = iv.token_keys(mixed, Progress(seed=5))
-    assert torch.equal(keys[:16], iv.token_keys(tk, Progress(seed=5))), "numbered in their order"
     hits, method = torch.zeros(16), build("rand_pos_clip", ratio=0.05)
     positive = torch.where(torch.arange(16) % 2 == 0, 1.0, -1.0)[:, None].expand(16, 6).to(F64)
     for step in range(600):
@@ -430,33 +402,8 @@ def test_fractions_that_select_nobody_are_reported_once_with_the_number(key):
         plan_update(tokens(), method)
 
 
-def test_pitfall_15_fractions_are_fractions_not_percent():
-    _, tokens = make(12, B=512)
-    n = int(tokens().mask.sum())
-    for key, option, want in (
-        ("kl_cov", {"ratio": 0.02}, int(0.02 * n)),
-        ("rand_pos_clip", {"ratio": 0.02}, int(0.02 * n)),
-        ("clip_cov", {"ratio": 0.02, "lb": 0}, int(0.02 * n)),
-    ):
-        assert plan_update(tokens(), build(key, **option)).metrics["selected"] == want
-    plan = plan_update(tokens(), build("high_entropy_tokens"))
-    assert int((plan.coef > 0).sum()) == math.ceil(0.2 * n)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # grpo, 3.2 - 3.5
-
-
-@given(seeds, st.floats(0.1, 5))
-def test_strict_grpo_is_reinforce_and_homogeneous_in_the_advantage(seed, s):
-    logits, tokens = make(seed)
-    tk = tokens()
-    adv = plan_update(tk, Method()).adv
-    reinforce = -(torch.where(tk.mask, adv * tk.logp, 0).sum() / tk.mask.sum())
-    want = torch.autograd.grad(reinforce, logits, retain_graph=True)[0]
-    assert close(gradient(logits, tk, Method()), want)
-    assert close(gradient(logits, replace(tk, adv=s * adv), Method()), s * want)
-    assert (want[(adv == 0) | ~tk.mask] == 0).all()
 
 
 def test_eq_3_2_entropy_bonus_matches_finite_differences_and_raises_entropy():
@@ -1548,17 +1495,6 @@ def test_eq_3_28_one_token_is_too_few():
 # Names, hyperparameters, composition
 
 
-def test_every_method_is_described():
-    assert len(METHODS) == 32
-    for key, cls in METHODS.items():
-        assert cls.key == key and cls.idea and cls.paper and cls.__doc__
-        assert cls.place in ("none", "sampling", "selection", "weight", "ratio", "penalty")
-        for name, _, _, text in iv.hyperparameters(cls):
-            assert text, f"{key}.{name} has no docstring"
-    for key in ("papo", "aem"):
-        assert "reconstruction" in METHODS[key].idea and "[reconstruction]" in METHODS[key].__doc__
-
-
 def test_words_become_values():
     m = build("clip_cov", ratio=".02", dual_clip="none", anneal="true")
     assert (m.ratio, m.dual_clip, m.anneal) == (0.02, None, True)
@@ -1576,10 +1512,8 @@ def test_words_become_values():
         ("clip_cov", {"ratio": "nan"}, ["ratio", "nan"]),
         ("clip_cov", {"ratio": 2}, ["ratio=2", "from 0 to 1"]),
         ("clip_cov", {"anneal": "perhaps"}, ["anneal", "true or false"]),
-        ("opefo", {"form": "exakt"}, ["form='exakt'", "exact, paper, theorem"]),
         ("opefo", {"gain": True}, ["gain=True", "number"]),
         ("grpo", {"aggregation": "mean"}, ["aggregation='mean'", "token_mean"]),
-        ("grpo", {"eps_low": -0.1}, ["eps_low=-0.1"]),
         ("mixed_cuts", {"k": "2.5"}, ["k='2.5'", "whole number"]),
         ("par", {"lam": "none"}, ["lam='none'", "number"]),
         ("kl_cov", {"eps_low": 0.1}, ["kl_cov", "eps_low"]),
@@ -1587,11 +1521,6 @@ def test_words_become_values():
         ("opefo", {"integral": 0.5}, ["integral=0.5", "target_entropy=None", "give a target_entropy"]),
         ("opefo", {"integral": 0.5, "target_entropy": 1, "gain": 0}, ["integral=0.5", "gain=0"]),
         ("entropic", {"target": -1}, ["target=-1"]),
-        ("entropic", {"kp": -1}, ["kp=-1"]),
-        ("entropic", {"ki": -1}, ["ki=-1"]),
-        ("entropy_bonus", {"alpha": -1}, ["alpha=-1"]),
-        ("aem", {"k": -3}, ["k=-3"]),
-        ("par", {"target": -1}, ["target=-1"]),
         ("dapo", {"overlong_max": 10}, ["overlong_cache=4096", "overlong_max=10", "overlong=false"]),
         ("grpo", {"dual_clip": 1}, ["dual_clip=1"]),
     ],
@@ -1715,18 +1644,14 @@ def test_eq_3_11_and_3_17_methods_of_raw_rewards_name_the_field_that_is_missing(
         plan_update(tk, build(key, **options))
 
 
-@pytest.mark.parametrize(
-    "pair", ["opefo+grpo", "grpo+opefo", "grpo+kl_cov", "grpo+lp_reg", "grpo+htpo", "grpo+entropic"]
-)
-@both_policies
-def test_composition_with_grpo_changes_nothing(pair, off):
-    logits, tokens = make(26, off=off, B=64)
-    alone = pair.replace("grpo+", "").replace("+grpo", "")
-    options = {"ratio": 0.1} if alone == "kl_cov" else {"fraction": 0.3} if alone == "lp_reg" else {}
-    assert close(
-        gradient(logits, tokens(), build(pair, **options)),
-        gradient(logits, tokens(), build(alone, **options)),
-    )
+@every_method
+def test_composition_with_grpo_changes_nothing(key):
+    if key != "grpo":
+        logits, tokens = make(26, off=True)
+        pair = build(f"grpo+{key}", **ACTIVE.get(key, {}))
+        assert close(
+            gradient(logits, tokens(), pair), gradient(logits, tokens(), build(key, **ACTIVE.get(key, {})))
+        )
 
 
 @pytest.mark.parametrize(
@@ -1740,10 +1665,7 @@ def test_composition_with_grpo_changes_nothing(pair, off):
         ("entropy_bonus+adaptive_entropy", "same entropy term"),
         ("nsr+par", "no positive"),
         ("psr+clip_cov", "covariance"),
-        ("kl_cov+nsr", "covariance"),
-        ("cw_grpo+psr", "covariance"),
         ("opefo+opefo", "twice"),
-        ("opefo+", "unknown"),
         ("cispo+clip_higher", "eps_high"),
     ],
 )
@@ -1757,14 +1679,6 @@ def test_ambiguous_hyperparameters_are_refused_and_can_be_addressed():
         build("opefo+par", lam=0.5)
     method = build("opefo+par", **{"par.lam": "0.5"})
     assert {m.key: m.lam for m in method.members} == {"opefo": None, "par": 0.5}
-
-
-@pytest.mark.parametrize("key", ["opefo", "ref_kl", "lp_reg", "entropy_bonus"])
-def test_missing_fields_are_named(key):
-    _, tokens = make(27)
-    need = METHODS[key].needs[-1]
-    with pytest.raises(ValueError, match=need):
-        plan_update(replace(tokens(), **{need: None}), build(key))
 
 
 @every_method
@@ -1802,9 +1716,9 @@ def test_demonstration_measures_the_real_entropy_change(tmp_path, capsys):
         with torch.no_grad():
             measured = (total(logits + step) - total(logits - step)) / 2e-4
         assert predicted == pytest.approx(measured, rel=1e-4, abs=1e-8), key
-    effects = iv.show_batch(tk.detach(), slope, None, str(tmp_path / "figure.png"))
+    iv.show_batch(tk.detach(), slope, str(tmp_path / "figure.png"))
     text = capsys.readouterr().out
-    assert len(effects) == 32 and all(key in text for key in METHODS)
+    assert all(key in text for key in METHODS)
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
