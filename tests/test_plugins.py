@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 import interventions
 from grpo import Progress, Tokens, batch_loss, concat_padded, policy_loss
-from interventions import METHODS, build, parse
+from interventions import METHODS, build, parse, trl_trainer
 from rollout import Policy, TinyModel, tiny_tokenizer
-from train import Ranks, Settings, Update, score_batch, trl_trainer
+from train import Ranks, Settings, Update, score_batch
 
 PROMPTS = ["3 5 7 9 -> 41", "2 3 -> 5", "4 4 9 -> 1", "8 -> 8"]  # of different lengths: TRL pads on the left
 TINY = TinyModel(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=1)
