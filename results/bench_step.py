@@ -24,8 +24,20 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import interventions  # noqa: E402
+from grpo import Progress, Tokens, batch_loss  # noqa: E402
 from rollout import chain_task, warm_policy  # noqa: E402
-from train import Progress, Run, Settings, accumulate_gradient, parse_spec, set_threads  # noqa: E402
+from train import (  # noqa: E402
+    Run,
+    Settings,
+    Update,
+    draw_responses,
+    make_run,
+    parse_spec,
+    proxy_logp,
+    reference_logp,
+    set_threads,
+    train,
+)
 
 
 def clock(work) -> float:
@@ -35,9 +47,21 @@ def clock(work) -> float:
 
 
 def new_run(spec: str, folder: Path) -> Run:
-    settings, method = parse_spec(spec, Settings())
-    model, tokenizer = warm_policy()
-    return Run(settings, method, folder, chain_task(), model, tokenizer)
+    settings, method = parse_spec(spec, Settings(eval_every=10**6))
+    run = make_run(settings, method, folder, chain_task(), *warm_policy())
+    run.rows = [{"step": 0}]  # no evaluation of the first policy
+    return run
+
+
+def update(run: Run, batch: Tokens) -> None:
+    """Loss, gradient and metrics of one update, without the optimizer's step."""
+    run.policy.zero_grad(set_to_none=True)
+    made = Update(run.policy, batch, run.method, run.settings, run.ranks)
+    for part, plan in made.micro_batches():
+        loss, metrics = batch_loss(part, plan, run.method)
+        loss.backward()
+        made.collect(part, loss, metrics)
+    made.close()
 
 
 def parts(folder: Path) -> None:
@@ -46,12 +70,8 @@ def parts(folder: Path) -> None:
     for spec in ("grpo", "opefo", "opefo:ledger=off"):
         for _ in range(3):
             run = new_run(spec, folder)
-            rollout, whole = [], []
-            for _ in range(24):
-                position = run.position
-                rollout.append(clock(run.rollout))
-                run.position = position
-                whole.append(run.train_step()["seconds"])
+            rows = [row for _, row in zip(range(24), train(run))]
+            rollout, whole = ([row[key] for row in rows] for key in ("seconds_rollout", "seconds"))
             plain = [w for i, w in enumerate(whole) if i % 10][3:]
             booked = [w for i, w in enumerate(whole) if i % 10 == 0 and i]
             ms = [1e3 * statistics.median(x) for x in (rollout, plain, booked)]
@@ -63,8 +83,8 @@ def parts(folder: Path) -> None:
 def methods(folder: Path, repeats: int = 15) -> None:
     """What each method adds to an update, as a share of plain GRPO's step."""
     run = new_run("grpo", folder)
-    step = statistics.median(run.train_step()["seconds"] for _ in range(11))
-    batch = run.rollout()
+    step = statistics.median(row["seconds"] for _, row in zip(range(11), train(run)))
+    batch, _ = draw_responses(run)
     print(
         f"\nadded by each method to a step of {1e3 * step:.0f} ms (medians of {repeats} interleaved updates)"
     )
@@ -72,18 +92,16 @@ def methods(folder: Path, repeats: int = 15) -> None:
         other = new_run(key, folder)
         other.method.progress = Progress(3, 300, 0, 11)
         times: dict[str, list[float]] = {"grpo": [], key: []}
-        passes = statistics.median(clock(lambda r=other: r._parts(batch)) for _ in range(5))
+        extra, tokens = "", replace(batch)
+        for name, scores in (("ref_logp", reference_logp), ("proxy_logp", proxy_logp)):
+            if name in other.method.needs:
+                setattr(tokens, name, scores(other, batch))
+                passes = statistics.median(clock(lambda f=scores, r=other: f(r, batch)) for _ in range(5))
+                extra += f" and {passes / step:+.1%} for the pass of {name}"
         for _ in range(repeats):
             for name, r in (("grpo", run), (key, other)):
-                tokens = replace(batch.tokens, old_logp=None)
-                part = other._parts(replace(batch, tokens=tokens))[0]
-                r.model.zero_grad()
-                times[name].append(
-                    clock(lambda r=r, p=part: accumulate_gradient(r.model, p, r.method, r.settings))
-                )
+                times[name].append(clock(lambda r=r, t=tokens: update(r, t)))
         added = statistics.median(times[key]) - statistics.median(times["grpo"])
-        another = {"ref_logp", "proxy_logp"} & set(other.method.needs)
-        extra = f" and {passes / step:+.1%} for a pass of another policy" if another else ""
         print(f"  {key:<22} {1e3 * added:+6.1f} ms  {added / step:+6.1%}{extra}")
 
 

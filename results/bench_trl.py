@@ -21,6 +21,7 @@ import argparse
 import itertools
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -30,7 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from interventions import build  # noqa: E402
 from rollout import TinyModel, WarmStart, chain_task, tiny_tokenizer, warm_policy  # noqa: E402
-from train import ALONE, Settings, make_run, set_threads  # noqa: E402
+from train import Settings, make_run, set_threads, train  # noqa: E402
 
 PROMPTS, GROUP, WARM_UP = 32, 16, 3
 MODELS = {
@@ -73,9 +74,10 @@ def measure(name, steps, tuned, dtype):
 
     task = chain_task()
     model, tokenizer = policy(name)
-    settings = Settings(prompts=PROMPTS, group_size=GROUP, ledger="off", dtype=dtype)
-    where = (None, torch.device("cpu"), ALONE)
-    ours = make_run(settings, build("grpo"), Path("."), task, model, tokenizer, *where)
+    settings = Settings(prompts=PROMPTS, group_size=GROUP, ledger="off", eval_every=10**6, dtype=dtype)
+    ours = make_run(settings, build("grpo"), Path(tempfile.mkdtemp()), task, model, tokenizer)
+    ours.rows = [{"step": 0}]  # no evaluation of the first policy
+    rows = train(ours)
     times = {who: {"rollout": [], "update": [], "step": []} for who in ("trl", "ours")}
     tokens = []
 
@@ -88,7 +90,7 @@ def measure(name, steps, tuned, dtype):
         def on_step_end(self, *_, **__):
             times["trl"]["step"].append(time.perf_counter() - self.begin)
             begin = time.perf_counter()
-            row = ours.train_step()
+            row = next(rows)
             times["ours"]["step"].append(time.perf_counter() - begin)
             times["ours"]["rollout"].append(row["seconds_rollout"])
             tokens.append(row["tokens"])

@@ -22,6 +22,8 @@ curvature. Predictors: the exact tabular score and the published proxies (entrop
 import copy
 import statistics
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +49,9 @@ from entropy_math import (  # noqa: E402
     second_order_change,
     token_stats,
 )
-from grpo import masked_mean  # noqa: E402
-from rollout import WarmStart, chain_task, warm_policy  # noqa: E402
-from train import Ledger, Run, Settings, accumulate_gradient, scored  # noqa: E402
+from grpo import Tokens, batch_loss, masked_mean  # noqa: E402
+from rollout import Policy, WarmStart, chain_task, warm_policy  # noqa: E402
+from train import Ledger, Run, Settings, Update, draw_responses, make_run, train  # noqa: E402
 
 STEPS, PROBES = 60, (5, 25, 45)  # real steps; those at which single tokens and halves are probed
 TOKENS, HALVES = 60, 20  # of each probe
@@ -131,30 +133,31 @@ def tabular_honesty(optimizer: str, steps: int = 80, seed: int = 0) -> dict[str,
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. The embedded transformer. `begin`, `score` and `force_of` are all that knows how train.py runs a step
+# 2. The embedded transformer. `begin` and `force_of` are all that knows how train.py runs a step
 # ------------------------------------------------------------------------------------------------------------
 
 
-def begin(optimizer: str, lr: float = Settings.lr) -> Run:
+def begin(optimizer: str, lr: float = Settings.lr, folder: str = ".") -> Run:
     """Plain GRPO on the embedded task."""
     model, tokenizer = warm_policy(WarmStart(seed=0))
-    run = Run(
-        Settings(method="grpo", lr=lr), interventions.build("grpo"), Path("."), chain_task(), model, tokenizer
-    )
+    settings, method = Settings(lr=lr, eval_every=10**6), interventions.build("grpo")
+    run = make_run(settings, method, Path(folder), chain_task(), model, tokenizer)
+    run.rows = [{"step": 0}]  # no evaluation of the first policy
     if optimizer == "sgd":
         run.optimizer = torch.optim.SGD(model.parameters(), lr)
     return run
 
 
-def score(model: nn.Module, batch) -> Any:
-    """The batch's tokens with the statistics of `model`."""
-    return scored(model, batch, Settings.temperature)
-
-
-def force_of(run: Run, batch) -> Tensor:
+def force_of(run: Run, batch: Tokens) -> Tensor:
     """(B, T) F_t of the method's loss, whose gradient it leaves in the parameters."""
     run.optimizer.zero_grad(set_to_none=True)
-    return accumulate_gradient(run.model, batch, run.method, run.settings).force
+    update = Update(run.policy, batch, run.method, run.settings, run.ranks)
+    for part, plan in update.micro_batches():
+        loss, metrics = batch_loss(part, plan, run.method)
+        loss.backward()
+        update.collect(part, loss, metrics)
+    update.close()
+    return update.force
 
 
 def transformer_honesty(optimizer: str) -> dict[str, dict[str, Agreement]]:
@@ -164,19 +167,19 @@ def transformer_honesty(optimizer: str) -> dict[str, dict[str, Agreement]]:
     generator = torch.Generator().manual_seed(0)
     norms = []
     for run.step in range(STEPS):
-        batch = run.rollout()
-        ledger = Ledger.open(run.model, batch, run.settings)
-        before = copy.deepcopy(run.model)
+        batch, _ = draw_responses(run)
+        ledger = Ledger.open(run.policy, batch, run.settings, run.ranks)
+        before = copy.deepcopy(run.policy)
         with torch.no_grad():
-            tk = score(run.model, batch)
+            tk = replace(batch, **run.policy(batch))
         force = force_of(run, batch)
-        norms.append(float(nn.utils.clip_grad_norm_(run.model.parameters(), run.settings.grad_clip)))
+        norms.append(float(nn.utils.clip_grad_norm_(run.policy.parameters(), run.settings.grad_clip)))
         run.optimizer.step()
         flows = {form: entropy_change(tk.stats, force, form) for form in FORMS}
-        flows["network flow"] = ledger.network_flow(run.model, run.optimizer, force)
+        flows["network flow"] = ledger.network_flow(run.policy, run.optimizer, force)
         rate = RATE[optimizer] * SHARE[optimizer]
         flows = {k: torch.where(tk.mask, v, 0) * rate for k, v in flows.items()}
-        closed = ledger.close(run.model)
+        closed = ledger.close(run.policy)
         row = {k: float(v.sum()) for k, v in flows.items()} | {"<grad H, step>": closed["dH_predicted"]}
         cases["step"].append(row | {"measured": closed["dH_measured"]})
         if run.step in PROBES:
@@ -185,24 +188,26 @@ def transformer_honesty(optimizer: str) -> dict[str, dict[str, Agreement]]:
     return against_measured(cases)
 
 
-def probe(before: nn.Module, run: Run, batch, mask: Tensor, force: Tensor, flows, cases: Cases, generator):
+def probe(
+    before: Policy, run: Run, batch: Tokens, mask: Tensor, force: Tensor, flows, cases: Cases, generator
+):
     """Single tokens and random halves: steps P Σ F_t ∇log π(y_t) from `before`, in float64."""
     P = adam_preconditioner(run.optimizer)
-    scale = [P[p].double() for p in run.model.parameters()]
+    scale = [P[p].double() for p in run.policy.parameters()]
     double = copy.deepcopy(before).double()
     params = list(double.parameters())
     start = [p.detach().clone() for p in params]
     with torch.no_grad():
-        h0 = score(double, batch).entropy
+        h0 = double(batch)["entropy"]
 
     def change(on: Tensor, rows: slice) -> Tensor:
         """(B, T) change of H by the update of the tokens in `on`, which lie in `rows`."""
-        logp = score(double, batch.rows(rows)).logp
+        logp = double(batch.rows(rows))["logp"]
         grads = torch.autograd.grad(torch.where(on[rows], force[rows] * logp, 0).sum(), params)
         with torch.no_grad():
             for p, s, g in zip(params, scale, grads):
                 p += s * g
-            after = score(double, batch).entropy
+            after = double(batch)["entropy"]
             for p, old in zip(params, start):
                 p.copy_(old)
         return after - h0
@@ -251,19 +256,20 @@ def second_order_facts() -> None:
 
 def network_facts() -> None:
     """After 25 steps of the transformer: how alike two batches' ∇H are; the finite difference (5.4)."""
-    run = begin("adamw")
-    for _ in range(25):
-        run.train_step()
-    batches = [run.rollout(), run.rollout()]
-    ledgers = [Ledger.open(run.model, b, run.settings) for b in batches]
+    with tempfile.TemporaryDirectory() as folder:
+        run = begin("adamw", folder=folder)
+        for _ in zip(range(25), train(run)):
+            pass
+    batches = [draw_responses(run)[0] for _ in range(2)]
+    ledgers = [Ledger.open(run.policy, b, run.settings, run.ranks) for b in batches]
     a, b = (torch.cat([g.flatten() for g in x.grads]).double() for x in ledgers)
     cosine = float(nn.functional.cosine_similarity(a, b, dim=0))
     print(f"\ncosine of the entropy gradients of two fresh batches: {cosine:.2f}")
-    mask = batches[0].tokens.mask
-    exact = ledgers[0].network_flow(run.model, run.optimizer, mask.float())[mask]
+    mask = batches[0].mask
+    exact = ledgers[0].network_flow(run.policy, run.optimizer, mask.float())[mask]
     for step in (1e-5, 1e-4, 1e-3, 1e-2):
         how = {"mode": "difference", "rel_step": step}
-        near = ledgers[0].network_flow(run.model, run.optimizer, mask.float(), **how)[mask]
+        near = ledgers[0].network_flow(run.policy, run.optimizer, mask.float(), **how)[mask]
         error = float((near - exact).norm() / exact.norm())
         print(f"central difference, float32, relative step {step:g}: relative error of the flow {error:.1e}")
 

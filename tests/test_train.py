@@ -1,10 +1,9 @@
-"""Chapter 5: one update, the ledger, checkpoints and resuming, bad input, and every method end to end."""
+"""Chapter 5: one update, the ledger, a run's numbers and files, and going on after it was stopped."""
 
 import contextlib
 import json
 import math
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -16,25 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PNG, TINY, complains, contents, process, rows_of, without_clock
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 import grpo
 import rollout
 import train
-from grpo import Progress, Tokens
+from grpo import Progress, concat_padded
 from interventions import METHODS, build
-from rollout import TinyModel, chain_task, tiny_tokenizer
-from train import (
-    Ledger,
-    Run,
-    Settings,
-    accumulate_gradient,
-    make_batch,
-    prompts_at,
-    scored,
-    seeded,
-)
+from rollout import Policy, Sampling, TinyModel, TorchEngine, answer, chain_task, tiny_tokenizer
+from train import Ledger, Ranks, Run, Settings, Update, prompts_at, score_batch, seeded
 
-REPO = Path(__file__).resolve().parent.parent
+ALONE = Ranks()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -51,11 +42,10 @@ def luck(texts, problems):
 
 
 def small_world(double=True, seed=0):
-    """Tokenizer, a task in which random weights get rewards, and a random-weight policy of one layer."""
+    """A random-weight policy of one layer, its tokenizer, and a task in which it gets rewards."""
     tokenizer = tiny_tokenizer()
     task = replace(chain_task(), verify=luck)
-    shape = TinyModel(32, 32, 1, 1)
-    model = shape.build(tokenizer, seed).eval()
+    model = TinyModel(32, 32, 1, 1).build(tokenizer, seed).eval()
     # `nn.Embedding` gives its padding row no gradient.  A random policy says <pad> now and then, so that its
     # gradient would not be the derivative.
     model.get_input_embeddings().padding_idx = None
@@ -73,29 +63,45 @@ def short_answers(logits, position, rows, generator):
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def draw_batch(world, prompts=32, group=16):
+def draw_batch(world, prompts=32, group=16, first=0, limit=11, hook=short_answers):
+    """Rewarded responses."""
     model, tokenizer, task = world
-    drawn = rollout.answer(
-        rollout.TorchEngine(model, tokenizer),
-        task,
-        task.train[:prompts],
-        group,
-        generator=torch.Generator().manual_seed(0),
-        hook=short_answers,
-    )
-    return make_batch([drawn], tokenizer.pad_token_id)
-
-
-def gradient(model):
-    return torch.cat(
-        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()]
-    )
+    how = Sampling(group, limit, hook=hook)
+    problems, generator = task.train[first : first + prompts], torch.Generator().manual_seed(first)
+    tokens, _ = answer(TorchEngine(model, tokenizer), task, problems, how, generator)
+    return replace(tokens, reward=tokens.correct.float())
 
 
 def make_run(world, method, folder=None, **settings):
     model, tokenizer, task = world
     s = replace(Settings(prompts=8, group_size=8, grad_clip=0.0, ledger="off"), **settings)
-    return Run(s, method, Path(folder or "."), task, model, tokenizer)
+    run = train.make_run(s, method, Path(folder or "."), task, model, tokenizer)
+    run.rows = [{"step": 0}]  # as if the first policy had been evaluated
+    return run
+
+
+def update(policy, batch, method, settings=None, ranks=ALONE):
+    """The part of `train` that makes the gradient: (Update, its numbers)."""
+    policy.zero_grad(set_to_none=True)
+    made = Update(policy, batch, method, settings or Settings(), ranks)
+    for part, plan in made.micro_batches():
+        loss, metrics = grpo.batch_loss(part, plan, method)
+        (loss * ranks.world).backward()
+        made.collect(part, loss, metrics)
+    return made, made.close()
+
+
+def gradient(policy):
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters()]
+    return torch.cat([g.flatten() for g in parts])
+
+
+def weights_of(policy):
+    return [p.detach().clone() for p in policy.parameters()]
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -108,104 +114,133 @@ def world():
 
 
 @pytest.fixture(scope="module")
+def policy(world):
+    return Policy(world[0])
+
+
+@pytest.fixture(scope="module")
 def batch(world):
     """512 responses of 32 prompts, unequal in length."""
     out = draw_batch(world)
-    assert len(out.start) == 512 and len(set(out.tokens.lengths.tolist())) >= 8
-    assert 0.2 < float(out.tokens.reward.mean()) < 0.5
+    assert len(out.start) == 512 and len(set(out.lengths.tolist())) >= 8
+    assert 0.2 < float(out.reward.mean()) < 0.5
     return out
 
 
-def supplied(world, batch, name, off_policy, **options):
-    """Method and batch with what `Run` supplies: reference, proxy; off-policy also old log-probs."""
-    method = build(name, **options)
+def supplied(world, batch, name, off_policy):
+    """Method and batch with what `train` supplies: reference, proxy; off-policy also old log-probs."""
+    method, tokens = build(name), replace(batch)
     run = make_run(world, method)
     if run.reference is not None:
         with torch.no_grad():  # a reference that differs, else the penalty is nothing
             for p in run.reference.parameters():
                 p.mul_(1.1)
+        tokens.ref_logp = train.reference_logp(run, tokens)
+    if "proxy_logp" in method.needs:
+        tokens.proxy_logp = train.proxy_logp(run, tokens)
     method.progress = Progress(step=3, total=10, seed=0, max_length=11)
-    (part,) = run._parts(train.Batch(replace(batch.tokens), batch.full_ids, batch.start))
     if off_policy:
         g = torch.Generator().manual_seed(1)
-        now = train.scored_in_slices(world[0], part, Settings()).logp
-        part.tokens.old_logp = now + 0.2 * torch.randn(now.shape, generator=g, dtype=now.dtype)
-    return method, part
+        now = score_batch(run.policy, tokens, Settings(), ALONE)["logp"]
+        tokens.old_logp = now + 0.2 * torch.randn(now.shape, generator=g, dtype=now.dtype)
+    return method, tokens
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("off_policy", [False, True], ids=["strict", "off-policy"])
-def test_the_gradient_does_not_depend_on_micro_batches(world, batch, name, off_policy):
-    """512 responses at once against 8 x 64, through the model itself, in float64."""
-    model, grads, totals, moved = world[0], [], [], 0.0
-    for micro in (0, 64):
-        method, part = supplied(world, batch, name, off_policy)
-        model.zero_grad(set_to_none=True)
-        done = accumulate_gradient(model, part, method, Settings(micro_batch=micro))
-        grads.append(gradient(model))
-        totals.append(done)
-        moved = float(grads[0].norm())
+AS_MEANT = [(name, not cls.on_policy) for name, cls in METHODS.items()]
+THE_OTHER = [pytest.param(name, not off, marks=pytest.mark.slow) for name, off in AS_MEANT]
+
+
+@pytest.mark.parametrize("name, off_policy", AS_MEANT + THE_OTHER)
+def test_the_gradient_does_not_depend_on_micro_batches(world, policy, batch, name, off_policy):
+    """512 responses at once against 4 x 128, through the model itself, in float64."""
+    grads, flows, totals = [], [], []
+    for micro in (0, 128):
+        method, tokens = supplied(world, batch, name, off_policy)
+        made, numbers = update(policy, tokens, method, Settings(micro_batch=micro))
+        grads.append(gradient(policy))
+        flows.append(made.flow)
+        totals.append(numbers)
+    moved = float(grads[0].norm())
     assert moved > 1e-6, "no gradient: the test says nothing"
     assert float((grads[0] - grads[1]).norm()) <= 1e-5 * moved
-    assert torch.allclose(totals[0].flow, totals[1].flow, rtol=1e-4, atol=1e-9)
-    for key, value in totals[0].metrics.items():
-        assert totals[1].metrics[key] == pytest.approx(value, rel=1e-4, abs=1e-7), key
+    assert torch.allclose(flows[0], flows[1], rtol=1e-4, atol=1e-9)
+    for key, value in totals[0].items():
+        assert totals[1][key] == pytest.approx(value, rel=1e-4, abs=1e-7), key
 
 
-def test_the_float32_gradient_does_not_depend_on_micro_batches_either(batch):
-    world = small_world(double=False)
-    grads = []
-    for micro in (0, 64):
-        method, part = supplied(world, batch, "opefo", False)
-        world[0].zero_grad(set_to_none=True)
-        accumulate_gradient(world[0], part, method, Settings(micro_batch=micro))
-        grads.append(gradient(world[0]))
+@pytest.mark.parametrize("bounds", [{"micro_batch": 64}, {"tokens_per_micro_batch": 700}], ids=str)
+def test_the_float32_gradient_does_not_depend_on_micro_batches_either(batch, bounds):
+    policy, grads = Policy(small_world(double=False)[0]), []
+    for how in ({}, bounds):
+        made, _ = update(policy, batch, build("opefo"), Settings(**how))
+        grads.append(gradient(policy))
+    assert len(made.slices) >= 8
     assert float((grads[0] - grads[1]).norm()) <= 1e-5 * float(grads[0].norm())
 
 
-def test_the_order_of_the_responses_does_not_matter(world, batch):
-    model, grads = world[0], []
-    order = torch.randperm(512, generator=torch.Generator().manual_seed(3))
-    for index in (slice(None), order):
-        model.zero_grad(set_to_none=True)
-        accumulate_gradient(model, batch.rows(index), build("opefo"), Settings(micro_batch=0))
-        grads.append(gradient(model))
+def test_the_order_of_the_responses_does_not_matter(policy, batch):
+    grads = []
+    for index in (slice(None), torch.randperm(512, generator=torch.Generator().manual_seed(3))):
+        update(policy, batch.rows(index), build("opefo"))
+        grads.append(gradient(policy))
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-6, atol=1e-9)
 
 
-def test_a_strict_step_has_ratio_one_and_the_gradient_of_reinforce(world, batch):
+def group_normalised(reward):
+    """(512, 1) advantages of plain GRPO."""
+    reward = reward.view(32, 16).double()
+    return ((reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-6)).view(-1, 1)
+
+
+def test_a_strict_step_has_ratio_one_and_the_gradient_of_reinforce(policy, batch):
     """The loss value is -Σ coef A, which says nothing; its gradient is that of -Σ coef A log π."""
-    model = world[0]
-    method, part = supplied(world, batch, "grpo", False)
-    assert part.tokens.old_logp is None, "on a strict step the old policy is the current forward pass"
-    model.zero_grad(set_to_none=True)
-    done = accumulate_gradient(model, part, method, Settings())
-    got = gradient(model)
-    tk = scored(model, part, 1.0)
-    count = tk.mask.sum()
-    reward = tk.reward.view(32, 16).double()
-    adv = ((reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-6)).view(-1, 1)
-    model.zero_grad(set_to_none=True)
-    (-(torch.where(tk.mask, tk.logp, 0) * adv).sum() / count).backward()
-    torch.testing.assert_close(got, gradient(model), rtol=1e-5, atol=1e-7)
-    value = float(-(adv * tk.mask).sum() / count)
-    assert done.metrics["loss"] == pytest.approx(value, abs=1e-6) and abs(value) < 0.2
-    assert done.metrics["clip_fraction"] == done.metrics["kl_old"] == 0
+    assert batch.old_logp is None, "on a strict step the old policy is the current forward pass"
+    _, numbers = update(policy, batch, build("grpo"))
+    got, adv, count = gradient(policy), group_normalised(batch.reward), batch.mask.sum()
+    policy.zero_grad(set_to_none=True)
+    (-(policy(batch)["logp"] * adv).sum() / count).backward()
+    torch.testing.assert_close(got, gradient(policy), rtol=1e-5, atol=1e-7)
+    value = float(-(adv * batch.mask).sum() / count)
+    assert numbers["loss"] == pytest.approx(value, abs=1e-6) and abs(value) < 0.2
+    assert numbers["clip_fraction"] == numbers["kl_old"] == 0
+
+
+@pytest.mark.parametrize("kind", ["tis", "icepop"])
+def test_eq_2_17_mismatch_weights_multiply_the_gradient_of_a_step(policy, batch, kind):
+    """Against the engine's own probabilities, 0.3 nats off: the gradient of -Σ w A log π, and the share of an
+    ideal sample that is left."""
+    logp = score_batch(policy, batch, Settings(), ALONE)["logp"]
+    off = 0.3 * torch.randn(logp.shape, generator=torch.Generator().manual_seed(2), dtype=logp.dtype)
+    tokens, ratio = replace(batch, rollout_logp=logp - off), off.exp()
+    w = ratio.clamp(max=1.2) if kind == "tis" else torch.where((ratio >= 0.9) & (ratio <= 1.2), ratio, 0)
+    how = Settings(mismatch=kind, mismatch_low=0.9, mismatch_high=1.2)
+    for settings in (how, replace(how, micro_batch=128)):
+        _, numbers = update(policy, tokens, build("grpo"), settings)
+        got = gradient(policy)
+        policy.zero_grad(set_to_none=True)
+        adv = group_normalised(batch.reward)
+        (-(policy(batch)["logp"] * adv * w).sum() / batch.mask.sum()).backward()
+        torch.testing.assert_close(got, gradient(policy), rtol=1e-5, atol=1e-7)
+        rho = ratio[batch.mask]
+        assert numbers["mismatch_ess"] == pytest.approx(float(rho.mean() ** 2 / rho.square().mean()))
 
 
 def test_several_updates_start_at_ratio_one_and_then_leave_it(monkeypatch, tmp_path):
     run = make_run(small_world(), build("grpo"), tmp_path, updates_per_rollout=4, lr=1e-3)
-    seen = []
-    real = train.batch_loss
+    seen, real = [], train.batch_loss
 
     def spy(tk, plan, method):
-        far = (grpo.log_ratio(tk.logp, tk.old_logp) * tk.mask).abs().max()
+        far = (
+            0
+            if tk.old_logp is None
+            else (grpo.log_ratio(tk.logp.detach(), tk.old_logp) * tk.mask).abs().max()
+        )
         loss, metrics = real(tk, plan, method)
-        seen.append((float(far.detach()), tk.group.unique().tolist(), metrics["kl_old"]))
+        seen.append((float(far), tk.group.unique().tolist(), metrics["kl_old"]))
         return loss, metrics
 
     monkeypatch.setattr(train, "batch_loss", spy)
-    row = run.train_step()
+    row = next(train.train(run))
     assert len(seen) == 4 and seen[0][0] == 0 < 1e-3 < seen[1][0] < seen[3][0]
     groups = [g for _, gs, _ in seen for g in gs]
     assert sorted(groups) == list(range(8)), "every prompt is in exactly one update, whole"
@@ -216,72 +251,39 @@ def test_several_updates_start_at_ratio_one_and_then_leave_it(monkeypatch, tmp_p
 @pytest.mark.parametrize("skip", [False, True], ids=["first", "after a skipped update"])
 def test_before_a_rollouts_first_step_rounding_gives_a_kink_no_gradient(monkeypatch, tmp_path, skip):
     """float32, kl_cov's |log r|: the pass that scores the rollout is sliced unlike that of its update."""
-    run = make_run(
-        small_world(double=False),
-        build("kl_cov", ratio=0.2),
-        tmp_path,
-        updates_per_rollout=2,
-        tokens_per_micro_batch=100,
-    )
-    real, off = train.accumulate_gradient, []
+    method, off = build("kl_cov", ratio=0.2), []
+    how = {"updates_per_rollout": 2, "tokens_per_micro_batch": 100}
+    run = make_run(small_world(double=False), method, tmp_path, **how)
 
-    def spy(model, part, method, settings, ranks):
-        unsliced = replace(part, tokens=replace(part.tokens, old_logp=None))
-        real(model, unsliced, method, Settings())
-        want = gradient(model)
-        model.zero_grad(set_to_none=True)
-        done = real(model, part, method, settings, ranks)
-        off.append(float((gradient(model) - want).norm() / want.norm()))
-        if skip and len(off) == 1:
-            next(model.parameters()).grad.fill_(math.nan)
-        return done
+    class Spy(Update):
+        def close(self):
+            own = [p.grad.clone() for p in self.policy.parameters()]
+            got = gradient(self.policy)
+            update(self.policy, replace(self.batch, old_logp=None), method)
+            off.append(float((got - gradient(self.policy)).norm() / got.norm()))
+            for p, g in zip(self.policy.parameters(), own):
+                p.grad = g * math.nan if skip and len(off) == 1 else g
+            return super().close()
 
-    monkeypatch.setattr(train, "accumulate_gradient", spy)
-    assert run.train_step()["skipped"] == skip and off[skip] <= 1e-5
-
-
-def test_the_rollout_is_drawn_before_the_step_and_numbers_are_logged(tmp_path):
-    run = make_run(small_world(), build("opefo"), tmp_path, ledger="step", ledger_every=2)
-    rows = [run.train_step() for _ in range(3)]
-    must = {
-        "step",
-        "reward",
-        "entropy",
-        "flow_up",
-        "flow_down",
-        "lam",
-        "grad_norm",
-        "tokens",
-        "seconds",
-        "skipped",
-    }
-    assert must <= set(rows[0]) and [r["step"] for r in rows] == [1, 2, 3]
-    assert ["dH_measured" in r for r in rows] == [True, False, True], "every second step, the first included"
-    assert rows[0]["tokens"] == round(rows[0]["length"] * 64)
-    for row in rows:
-        assert row["flow_up"] >= 0 and row["flow_down"] >= 0 and 0 <= row["reward"] <= 1
+    monkeypatch.setattr(train, "Update", Spy)
+    assert next(train.train(run))["skipped"] == skip and off[skip] <= 1e-5
 
 
 # Batches
 
 
-def test_a_batch_of_several_rollouts_scores_like_its_parts():
+def test_a_batch_of_several_rollouts_scores_like_its_parts(world, policy):
     """Rollouts of different widths and prompt lengths, put together: same statistics, groups kept apart."""
-    model, tokenizer, task = world = small_world()
-    engine, drawn = rollout.TorchEngine(model, tokenizer), []
-    for i, (hook, limit) in enumerate([(None, 4), (short_answers, 11), (None, 11)]):
-        t = replace(task, max_new_tokens=limit)
-        g = torch.Generator().manual_seed(i)
-        drawn.append(rollout.answer(engine, t, task.train[3 * i : 3 * i + 3], 2, generator=g, hook=hook))
-    batch = make_batch(drawn, tokenizer.pad_token_id)
-    assert batch.tokens.group.tolist() == [i // 2 for i in range(18)]
-    whole = train.scored_in_slices(world[0], batch, Settings())
-    for i, r in enumerate(drawn):
-        part = train.scored_in_slices(model, make_batch([r], tokenizer.pad_token_id), Settings(micro_batch=5))
-        rows, width = slice(6 * i, 6 * i + 6), r.ids.shape[1]
-        assert torch.equal(whole.mask[rows, :width], r.mask) and not whole.mask[rows, width:].any()
-        torch.testing.assert_close(whole.logp[rows, :width], part.logp, rtol=0, atol=1e-9)
-        torch.testing.assert_close(whole.entropy[rows, :width], part.entropy, rtol=0, atol=1e-9)
+    draws = enumerate([(None, 4), (short_answers, 11), (None, 11)])
+    parts = [draw_batch(world, 3, 2, first=3 * i, limit=limit, hook=hook) for i, (hook, limit) in draws]
+    batch = concat_padded(parts, world[1].pad_token_id)
+    whole = score_batch(policy, batch, Settings(), ALONE)
+    for i, part in enumerate(parts):
+        alone = score_batch(policy, part, Settings(micro_batch=5), ALONE)
+        rows, width = slice(6 * i, 6 * i + 6), part.ids.shape[1]
+        assert torch.equal(batch.mask[rows, :width], part.mask) and not batch.mask[rows, width:].any()
+        for key in ("logp", "entropy", "p2", "p2logp"):
+            torch.testing.assert_close(whole[key][rows, :width], alone[key], rtol=0, atol=1e-9)
 
 
 def test_the_prompts_order_is_an_endless_sequence_of_whole_shuffles():
@@ -309,17 +311,16 @@ def test_dynamic_sampling_refills_and_gives_up_in_the_end(tmp_path):
     drawn, nothing is learned, and the run goes on."""
     model, tokenizer, task = small_world()
     odd = lambda t, p: [a and int(q.prompt[0]) % 2 == 0 for a, q in zip(luck(t, p), p)]  # noqa: E731
-    hard = replace(task, verify=odd)
-    run = make_run((model, tokenizer, hard), build("dapo"), tmp_path)
-    got = run.rollout()
-    rate = got.tokens.reward.view(8, 8).mean(1)
-    assert ((rate > 0) & (rate < 1)).all() and run.position > 8 and run.position % 8 == 0
+    run = make_run((model, tokenizer, replace(task, verify=odd)), build("dapo"), tmp_path)
+    tokens, row = train.draw_responses(run)
+    rate = tokens.reward.view(8, 8).mean(1)
+    assert ((rate > 0) & (rate < 1)).all() and tokens.group.view(8, 8).eq(tokens.group[::8, None]).all()
+    assert row["draws"] > 1 and run.prompts_used == 8 * row["draws"]
     never = replace(task, verify=lambda texts, p: [False] * len(texts))
     run = make_run((model, tokenizer, never), build("dapo"), tmp_path, ledger="step")
-    before = gradient_free(model)
-    row = run.train_step()
-    assert run.position == 8 * train.MAX_DRAWS and run.step == 1
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    before = weights_of(model)
+    row = next(train.train(run))
+    assert run.prompts_used == 8 * train.MAX_DRAWS and run.step == 1 and equal(before, model.parameters())
     assert row["tokens"] == 0 and row["skipped"] == 0
     assert row["reward"] == 0 and row["length"] >= 1, "of all responses drawn"
     assert row["draws"] == train.MAX_DRAWS and row["no_contrast"] == 1
@@ -331,7 +332,7 @@ def test_groups_without_contrast_are_counted(tmp_path):
     known = {p.prompt for p in prompts_at(task.train, 0, 0, 3)}
     even = lambda texts, problems: [p.prompt in known and i % 2 == 0 for i, p in enumerate(problems)]  # noqa: E731
     run = make_run((model, tokenizer, replace(task, verify=even)), build("grpo"), tmp_path)
-    row = run.train_step()
+    _, row = train.draw_responses(run)
     assert row["no_contrast"] == 5 / 8 and row["draws"] == 1 and row["reward"] == 3 / 16
 
 
@@ -346,14 +347,10 @@ def test_a_run_that_learns_nothing_says_so_once(cli, home, monkeypatch):
     "reward, cut, words", [(0.0, 0.97, "--max-new-tokens above 11"), (0.0, 0.1, "--prompt-template"),
                            (1.0, 0.0, "too easy")]
 )  # fmt: skip
-def test_the_likely_cause_follows_from_the_numbers(reward, cut, words):
-    run = make_run(small_world(), build("grpo"), model="x")
+def test_the_likely_cause_follows_from_the_numbers(world, reward, cut, words):
+    run = make_run(world, build("grpo"), model="x")
     run.rows = [{"reward": reward, "truncated": cut}] * 10
     assert words in run._nothing_learned() and f"{cut:.0%}" in run._nothing_learned()
-
-
-def gradient_free(model):
-    return [p.detach().clone() for p in model.parameters()]
 
 
 def test_sampling_knows_the_progress_of_its_own_step(tmp_path, monkeypatch):
@@ -365,59 +362,57 @@ def test_sampling_knows_the_progress_of_its_own_step(tmp_path, monkeypatch):
 
     monkeypatch.setattr(METHODS["mixed_cuts"], "sample", sample)
     run = make_run(small_world(), build("mixed_cuts"), tmp_path, temperature=0.8, steps=7)
-    for step in range(2):
-        run.train_step()
+    for step, _ in zip(range(2), train.train(run)):
         assert set(seen) == {(step, 7, 0.8)}
         seen.clear()
 
 
-def test_the_reference_is_the_starting_policy_in_its_own_precision():
+def test_prorl_moves_the_reference_and_clears_the_optimizer(tmp_path):
+    """The reference is the starting policy in its own precision, frozen; then that of every second step."""
     world = small_world()
-    run = make_run(world, build("ref_kl"))
-    assert all(torch.equal(a, b) for a, b in zip(run.reference.parameters(), world[0].parameters()))
-    assert not any(p.requires_grad for p in run.reference.parameters())
+    run = make_run(world, build("prorl", every=2), tmp_path)
+    start = weights_of(run.reference)
+    assert equal(start, world[0].parameters()) and not any(
+        p.requires_grad for p in run.reference.parameters()
+    )
+    rows = train.train(run)
+    next(rows)
+    assert run.optimizer.state and equal(start, run.reference.parameters())
+    assert not equal(start, run.policy.parameters())
+    next(rows)
+    assert not run.optimizer.state and equal(run.reference.parameters(), run.policy.parameters())
     assert make_run(world, build("grpo")).reference is None
-
-
-def test_a_reset_moves_the_reference_and_clears_the_optimizer(tmp_path):
-    run = make_run(small_world(), build("prorl", every=2), tmp_path)
-    run.train_step()
-    run.maybe_reset(None)
-    assert run.optimizer.state and not torch.equal(run.reference.lm_head.weight, run.model.lm_head.weight)
-    run.train_step()
-    run.maybe_reset(None)
-    assert not run.optimizer.state and torch.equal(run.reference.lm_head.weight, run.model.lm_head.weight)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The entropy ledger
 
 
-def test_eq_5_1_and_5_2_agree_for_a_small_step(world, batch):
+def test_eq_5_1_and_5_2_agree_for_a_small_step(batch):
     """dH_predicted is the first-order term of dH_measured: halving the step quarters their difference."""
-    model = small_world()[0]
-    start = gradient_free(model)
+    policy = Policy(small_world()[0])
+    start = weights_of(policy)
     g = torch.Generator().manual_seed(0)
     direction = [torch.randn(p.shape, generator=g, dtype=p.dtype) for p in start]
     gaps = []
     for size in (2e-4, 1e-4):
-        ledger = Ledger.open(model, batch, Settings(micro_batch=128))
+        ledger = Ledger.open(policy, batch, Settings(micro_batch=128), ALONE)
         with torch.no_grad():
-            for p, d in zip(model.parameters(), direction):
+            for p, d in zip(policy.parameters(), direction):
                 p.add_(size * d)
-        got = ledger.close(model)
+        got = ledger.close(policy)
         assert got["dH_predicted"] == pytest.approx(got["dH_measured"], rel=0.05)
         assert abs(got["dH_measured"]) > 1e-6
         gaps.append(abs(got["dH_predicted"] - got["dH_measured"]))
         with torch.no_grad():
-            for p, old in zip(model.parameters(), start):
+            for p, old in zip(policy.parameters(), start):
                 p.copy_(old)
     assert gaps[0] / gaps[1] == pytest.approx(4, rel=0.25)
 
 
-def test_the_ledger_of_no_step_is_exactly_zero(world, batch):
+def test_the_ledger_of_no_step_is_exactly_zero(policy, batch):
     for settings in (Settings(), Settings(micro_batch=64)):
-        got = Ledger.open(world[0], batch, settings).close(world[0])
+        got = Ledger.open(policy, batch, settings, ALONE).close(policy)
         assert got["dH_predicted"] == 0.0 and abs(got["dH_measured"]) < 1e-12
 
 
@@ -425,73 +420,62 @@ def test_the_ledger_does_not_touch_the_run(tmp_path):
     """The same steps with and without it give the same policy, bit for bit."""
     weights = []
     for ledger in ("off", "step", "full"):
-        world = small_world(double=False)
-        run = make_run(world, build("opefo"), tmp_path, ledger=ledger, ledger_every=1)
-        for _ in range(2):
-            run.train_step()
-        weights.append(gradient_free(world[0]))
-    for other in weights[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(weights[0], other))
+        run = make_run(small_world(double=False), build("opefo"), tmp_path, ledger=ledger, ledger_every=2)
+        rows = [row for _, row in zip(range(3), train.train(run))]
+        booked = [ledger != "off" and step % 2 == 0 for step in range(3)]
+        assert ["dH_measured" in r for r in rows] == booked, "every second step, the first included"
+        assert ["net_flow_up" in r for r in rows] == [b and ledger == "full" for b in booked]
+        weights.append(weights_of(run.policy))
+    assert equal(weights[0], weights[1]) and equal(weights[0], weights[2])
 
 
 def test_the_ledger_of_a_real_step_holds_momentum_too(tmp_path):
     """Second step of AdamW, float64: prediction and measurement agree to first order in the step taken."""
     run = make_run(small_world(), build("grpo"), tmp_path, ledger="step", ledger_every=1, lr=1e-6)
-    for row in (run.train_step(), run.train_step()):
+    for _, row in zip(range(2), train.train(run)):
         assert row["dH_measured"] != 0
         assert row["dH_predicted"] == pytest.approx(row["dH_measured"], rel=0.02)
 
 
-def test_eq_5_3_flows_are_force_times_score_and_balance_as_the_method_says(world, batch):
+def test_eq_5_3_flows_are_force_times_score_and_balance_as_the_method_says(policy, batch):
     """Up minus down is the change of mean entropy on a table, per unit step, by an independent formula; plain
     GRPO has no force where all responses agree."""
-    model = world[0]
-    method, part = supplied(world, batch, "grpo", False)
-    model.zero_grad(set_to_none=True)
-    done = accumulate_gradient(model, part, method, Settings())
-    tk = train.scored_in_slices(model, part, Settings())
-    reward = tk.reward.view(32, 16).double()
-    adv = ((reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-6)).view(-1, 1)
-    p = tk.logp.exp()
-    score = tk.p2logp + tk.entropy * tk.p2 - p * (tk.logp + tk.entropy)
-    flow = torch.where(tk.mask, adv / tk.mask.sum() * score, 0)
-    torch.testing.assert_close(done.flow, flow, rtol=1e-6, atol=1e-10)
-    assert done.metrics["flow_up"] == pytest.approx(float(flow[flow > 0].sum()), rel=1e-6)
-    assert done.metrics["flow_down"] == pytest.approx(float(-flow[flow < 0].sum()), rel=1e-6)
+    made, numbers = update(policy, batch, build("grpo"))
+    tk = replace(batch, **score_batch(policy, batch, Settings(), ALONE))
+    score = tk.p2logp + tk.entropy * tk.p2 - tk.logp.exp() * (tk.logp + tk.entropy)
+    flow = torch.where(tk.mask, group_normalised(tk.reward) / tk.mask.sum() * score, 0)
+    torch.testing.assert_close(made.flow, flow, rtol=1e-6, atol=1e-10)
+    assert numbers["flow_up"] == pytest.approx(float(flow[flow > 0].sum()), rel=1e-6)
+    assert numbers["flow_down"] == pytest.approx(float(-flow[flow < 0].sum()), rel=1e-6)
 
 
-def test_opefo_exact_balances_the_flows_that_the_ledger_books(world, batch):
-    model = world[0]
+def test_opefo_exact_balances_the_flows_that_the_ledger_books(policy, batch):
     nets = []
     for name in ("grpo", "opefo"):
-        method, part = supplied(world, batch, name, False)
-        model.zero_grad(set_to_none=True)
-        m = accumulate_gradient(model, part, method, Settings()).metrics
-        nets.append(abs(m["flow_up"] - m["flow_down"]))
-    assert nets[1] < 1e-6 < 1e-4 * nets[0] or nets[1] < 1e-3 * nets[0]
+        _, numbers = update(policy, batch, build(name))
+        nets.append(abs(numbers["flow_up"] - numbers["flow_down"]))
+    assert nets[1] < 1e-3 * nets[0]
+
+
+def test_the_network_flow_sums_to_what_the_books_of_a_first_step_predict(tmp_path):
+    """Σ_t of lr times the flow is <∇H̄, θ' - θ> where the step has no carry-over: Adam's first, whose 1 - β₁
+    its bias correction takes back."""
+    run = make_run(small_world(), build("grpo"), tmp_path, ledger="full", lr=1e-7)
+    row = next(train.train(run))
+    assert run.settings.lr * (row["net_flow_up"] - row["net_flow_down"]) == pytest.approx(
+        row["dH_predicted"], rel=1e-3
+    )
+    booked = [json.loads(line) for line in (tmp_path / "flows.jsonl").read_text().splitlines()]
+    assert len(booked) == 4 and all(len(b["tokens"]) == len(b["network_flow"]) for b in booked)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # A run, end to end
 
 
-KEYS = {
-    "step",
-    "reward",
-    "entropy",
-    "flow_up",
-    "flow_down",
-    "grad_norm",
-    "tokens",
-    "seconds",
-    "skipped",
-    "length",
-}
+KEYS = {"step", "reward", "entropy", "flow_up", "flow_down", "grad_norm", "tokens", "seconds", "skipped"}
+KEYS |= {"length", "no_contrast", "loss"}
 AT_EVALUATIONS = {"pass@1", "pass@k", "distinct_correct", "k", "hard_pass@k", "eval_entropy"}
-
-
-RUN_FILES = {"config.json", "metrics.jsonl", "samples.jsonl", "checkpoint", "checkpoint-previous"}
-RUN_FILES |= {"checkpoint-best", "entropy.png", "summary.txt"}
 
 
 def check_folder(folder, steps):
@@ -502,20 +486,17 @@ def check_folder(folder, steps):
     assert config["settings"]["steps"] == steps and config["specs"] == [config["settings"]["method"]]
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == list(range(steps + 1))
-    assert all(set(r) >= KEYS for r in rows[1:]) and all(
-        set(r) >= AT_EVALUATIONS for r in (rows[0], rows[-1])
-    )
-    assert "dH_measured" in rows[1] and "dH_predicted" in rows[1]
+    assert all(set(r) >= KEYS for r in rows[1:]) and all(AT_EVALUATIONS <= set(rows[i]) for i in (0, -1))
+    assert {"dH_measured", "dH_predicted"} <= set(rows[1])
     assert (folder / "entropy.png").read_bytes().startswith(PNG)
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert {s["step"] for s in samples} >= {0, steps} and all(isinstance(s["response"], str) for s in samples)
-    assert all(s["reward"] == s["correct"] for s in samples)
     model = AutoModelForCausalLM.from_pretrained(folder / "checkpoint")
     tokenizer = AutoTokenizer.from_pretrained(folder / "checkpoint")
     ids = torch.tensor([tokenizer("1 2 3 4 -> 10", add_special_tokens=False)["input_ids"]])
     assert model(ids).logits.shape == (1, 6, len(tokenizer))
-    left = {p.name for p in folder.iterdir()} - RUN_FILES
-    assert not left, f"left lying about: {left}"
+    hidden = [p.name for p in folder.iterdir() if p.name.startswith(".")]
+    assert not hidden, f"left lying about: {hidden}"
     return rows
 
 
@@ -530,35 +511,18 @@ def test_the_first_command_writes_what_it_promises(home):
     a, b = (check_folder(home / "out" / name, 3) for name in ("grpo", "opefo-form=exact"))
     assert without_clock(a[0]) == without_clock(b[0])
     assert a[1]["reward"] == b[1]["reward"], "both start from the same policy with the same prompts and draws"
-    assert "lam" in b[1]
-    table = out.splitlines()
-    assert any(line.startswith("grpo ") for line in table) and any(
-        "opefo:form=exact" in line for line in table
-    )
+    assert a[1]["tokens"] == round(a[1]["length"] * 64) and "lam" in b[1]
+    assert all(any(line.startswith(f"{spec} ") for line in out.splitlines()) for spec in methods)
     assert "entropy.png" in out and "pass@2" in out
 
 
-def test_a_run_repeats_itself_and_depends_on_its_seed(cli, home):
-    for name, more in (("a", []), ("b", []), ("c", ["--temperature", ".9"])):
+def test_a_run_repeats_itself_whenever_it_is_evaluated_and_depends_on_its_settings(cli, home):
+    for name, more in (("a", []), ("b", []), ("c", ["--eval-every", 1]), ("d", ["--temperature", ".9"])):
         code, _, err = cli("--method", "grpo", "--steps", 2, "--out", name, *more, *TINY)
         assert code == 0, err
-    assert rows_of("a") == rows_of("b") != rows_of("c")
-    assert rows_of("a", "samples.jsonl") == rows_of("b", "samples.jsonl")
-
-
-def test_the_micro_batch_hardly_changes_a_run(cli):
-    for name, micro in (("a", 0), ("b", 16)):
-        assert cli("--method", "opefo", "--steps", 1, "--micro-batch", micro, "--out", name, *TINY)[0] == 0
-    a, b = rows_of("a")[1], rows_of("b")[1]
-    for key in ("reward", "entropy", "flow_up", "flow_down", "lam", "grad_norm", "dH_predicted"):
-        assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-6), key
-
-
-def test_evaluating_more_often_does_not_change_the_run(cli):
-    for name, every in (("a", 1), ("b", 3)):
-        assert cli("--method", "grpo", "--steps", 3, "--eval-every", every, "--out", name, *TINY)[0] == 0
-    for a, b in zip(rows_of("a")[1:], rows_of("b")[1:]):
-        assert all(a[k] == b[k] for k in KEYS if not k.startswith("seconds"))
+    assert rows_of("a") == rows_of("b") and rows_of("a", "samples.jsonl") == rows_of("b", "samples.jsonl")
+    a, c, d = ([{k: r[k] for k in KEYS & set(r)} for r in rows_of(name)] for name in "acd")
+    assert a == c != d
 
 
 def test_a_method_that_does_nothing_on_policy_says_so(cli):
@@ -578,7 +542,7 @@ def test_the_checkpoint_is_the_policy_that_was_evaluated(cli, home, capsys):
     assert cli("--method", "grpo", "--steps", 2, "--out", "a", *TINY)[0] == 0
     model = AutoModelForCausalLM.from_pretrained(home / "a" / "checkpoint").eval()
     seed = seeded(0, 2, "evaluate").initial_seed()
-    again = evaluate(rollout.TorchEngine(model, tiny_tokenizer()), chain_task(), 2, seed=seed)
+    again = evaluate(TorchEngine(model, tiny_tokenizer()), chain_task(), 2, seed=seed)
     last = rows_of("a")[-1]
     assert all(again[k] == last[k] for k in AT_EVALUATIONS)
     assert eval_main(["a", "--k", "2", "--seed", str(seed)]) == 0
@@ -605,9 +569,7 @@ def test_every_method_runs_end_to_end(home):
     assert len([line for line in out.splitlines() if "→" in line]) == len(ALL)
 
 
-@pytest.mark.parametrize(
-    "spec", ["steer", "clip_cov:ratio=.02,updates_per_rollout=2", "ref_kl", "lp_reg", "dapo"]
-)
+@pytest.mark.parametrize("spec", ["clip_cov:ratio=.02,updates_per_rollout=2", "ref_kl", "lp_reg", "dapo"])
 def test_methods_of_each_place_run_through_the_command_line(cli, home, spec):
     code, _, err = cli("--method", spec, "--steps", 2, "--micro-batch", 16, "--out", "a", *TINY)
     assert code == 0, err
@@ -620,8 +582,9 @@ def test_methods_of_each_place_run_through_the_command_line(cli, home, spec):
 # Going on after an interruption
 
 SIX = ["--steps", "6", "--eval-every", "2", "--ledger-every", "2"]
-# State that lives across steps: a controller, a reference, the optimizer, the position in the data (dapo).
-STATEFUL = ["par:schedule=entropy", "prorl:every=2", "dapo", "opefo:target_entropy=.9"]
+PAR = "par:schedule=entropy"
+# State that lives across steps: a reference, the position in the data (dapo), a controller.
+STATEFUL = ["prorl:every=2", "dapo", "opefo:target_entropy=.9"]
 
 
 class Killed(BaseException):
@@ -632,9 +595,10 @@ def kill_at(patch, moment, count):
     """Make the run die the `count`-th time that it reaches a moment."""
     reached = []
 
-    def now():
+    def now(spoil=lambda: None):
         reached.append(1)
         if len(reached) == count:
+            spoil()
             raise Killed
 
     def before(owner, name, ours=lambda *_, **__: True):
@@ -647,6 +611,9 @@ def kill_at(patch, moment, count):
 
         patch.setattr(owner, name, wrapped)
 
+    def cut(path, size):
+        path.write_bytes(path.read_bytes()[:size])
+
     if moment == "before the optimizer's step":
         before(torch.optim.AdamW, "step")
     elif moment == "in the middle of an evaluation":
@@ -658,26 +625,21 @@ def kill_at(patch, moment, count):
 
         def half(state, path):
             real(state, path)
-            if not isinstance(path, Path):  # a tensor of training/
-                return
-            if len(reached) == count - 1:
-                Path(path).write_bytes(Path(path).read_bytes()[:1000])
-            now()
+            if isinstance(path, Path):  # else a tensor of training/
+                now(lambda: cut(path, 1000))
 
         patch.setattr(torch, "save", half)
     elif moment == "between metrics and checkpoint":
         before(Run, "save")
     elif moment == "in the middle of a line":
-        real_append = Run._append
+        real_append = Run.append
 
-        def cut(self, name, row):
-            real_append(self, name, row)
-            if name == "metrics.jsonl" and len(reached) == count - 1:
-                path = self.folder / name
-                path.write_bytes(path.read_bytes()[:-25])
-            now()
+        def torn(self, name, rows):
+            real_append(self, name, rows)
+            if name == "metrics.jsonl":
+                now(lambda: cut(self.folder / name, -25))
 
-        patch.setattr(Run, "_append", cut)
+        patch.setattr(Run, "append", torn)
     elif moment == "before a rename":
         before(Path, "rename", lambda path, _: "checkpoint" in path.name)
     else:
@@ -690,22 +652,13 @@ MOMENTS = [
     ("with half of the weights written", 3),
     ("in the middle of state.pt", 2),
     ("between metrics and checkpoint", 3),
-    ("in the middle of a line", 20),
+    ("in the middle of a line", 5),
     ("before a rename", 3),  # between the two renames of a checkpoint: only the previous one is there
-    ("before a rename", 4),
-    ("before a rename", 5),
     ("while the old checkpoint is removed", 4),
 ]
-EARLY = [  # and the same at the start of a run
-    ("before the optimizer's step", 1),
-    ("in the middle of an evaluation", 1),
-    ("with half of the weights written", 1),
-    ("in the middle of state.pt", 1),
-    ("between metrics and checkpoint", 1),
-    ("in the middle of a line", 7),
-    ("before a rename", 1),
-    ("before a rename", 2),
-    ("while the old checkpoint is removed", 1),
+EARLY = [  # and the same at the start of a run, and around other renames
+    *((moment, 1) for moment in dict.fromkeys(moment for moment, _ in MOMENTS)),
+    *(("before a rename", count) for count in (2, 4, 5)),
 ]
 
 
@@ -714,75 +667,72 @@ def uninterrupted(warm_cache, tmp_path_factory):
     """Rows of runs that nobody stopped, by method."""
     folder, known = tmp_path_factory.mktemp("whole"), {}
 
-    def rows(*specs):
-        for spec in specs:
-            if spec not in known:
-                with pytest.MonkeyPatch.context() as patch:
-                    patch.setenv("ENTROPY_FLOW_CACHE", str(warm_cache))
-                    out = folder / train.label_of(spec)
-                    assert train.main(["--method", spec, "--out", str(out), *SIX, *TINY]) == 0
-                known[spec] = rows_of(out), rows_of(out, "samples.jsonl")
-                learned = [r["grad_norm"] > 0 and 0.05 < r["reward"] < 0.95 for r in known[spec][0][1:]]
-                assert all(learned), "a policy that stands still says nothing about resuming"
-        return [known[s] for s in specs]
+    def rows(spec):
+        if spec not in known:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("ENTROPY_FLOW_CACHE", str(warm_cache))
+                out = folder / train.label_of(spec)
+                assert train.main(["--method", spec, "--out", str(out), *SIX, *TINY]) == 0
+            known[spec] = rows_of(out), rows_of(out, "samples.jsonl")
+            learned = [r["grad_norm"] > 0 and 0.05 < r["reward"] < 0.95 for r in known[spec][0][1:]]
+            assert all(learned), "a policy that stands still says nothing about resuming"
+        return known[spec]
 
     return rows
+
+
+@pytest.fixture()
+def goes_on(home, cli, uninterrupted):
+    """Resume `a`, and find the numbers of a run that nobody stopped."""
+
+    def check(spec=PAR, folder="a"):
+        code, _, err = cli("--resume", "a", "--quiet")
+        assert code == 0, err
+        assert (rows_of(folder), rows_of(folder, "samples.jsonl")) == uninterrupted(spec)
+
+    return check
 
 
 @pytest.mark.parametrize(
     "moment, count", MOMENTS + [pytest.param(*early, marks=pytest.mark.slow) for early in EARLY]
 )
-def test_a_run_killed_at_any_moment_goes_on_with_the_same_numbers(cli, home, uninterrupted, moment, count):
-    spec = "par:schedule=entropy"
+def test_a_run_killed_at_any_moment_goes_on_with_the_same_numbers(cli, home, goes_on, moment, count):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, moment, count)
-        cli("--method", spec, "--out", "a", *SIX, *TINY)
-    code, _, err = cli("--resume", "a", "--quiet")
-    assert code == 0, err
-    ((metrics, samples),) = uninterrupted(spec)
-    assert rows_of("a") == metrics and rows_of("a", "samples.jsonl") == samples
+        cli("--method", PAR, "--out", "a", *SIX, *TINY)
+    goes_on()
     check_folder(home / "a", 6)
 
 
 @pytest.mark.parametrize("spec", STATEFUL)
-def test_the_state_of_a_method_lives_through_a_kill(cli, home, uninterrupted, spec):
+def test_the_state_of_a_method_lives_through_a_kill(cli, goes_on, spec):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, "in the middle of an evaluation", 3)  # two steps after the last checkpoint
         cli("--method", spec, "--out", "a", *SIX, *TINY)
-    assert cli("--resume", "a", "--quiet")[0] == 0
-    ((metrics, _),) = uninterrupted(spec)
-    assert rows_of("a") == metrics
+    goes_on(spec)
 
 
-def test_a_comparison_killed_in_its_second_method_goes_on(cli, home, uninterrupted):
-    specs = ["par:schedule=entropy", "opefo:target_entropy=.9"]
+def test_a_comparison_killed_in_its_second_method_goes_on(cli, home, goes_on, uninterrupted):
+    specs = [PAR, "opefo:target_entropy=.9"]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, "before the optimizer's step", 9)
         cli("--method", *specs, "--out", "a", *SIX, *TINY)
-    before = (home / "a" / train.label_of(specs[0]) / "metrics.jsonl").read_text()
-    code, out, err = cli("--resume", "a", "--quiet")
-    assert code == 0, err
-    for spec, (metrics, _) in zip(specs, uninterrupted(*specs)):
-        assert rows_of(home / "a" / train.label_of(spec)) == metrics
-    assert (home / "a" / train.label_of(specs[0]) / "metrics.jsonl").read_text() == before, (
-        "the first was done"
-    )
-    assert all(spec in out for spec in specs) and (home / "a" / "entropy.png").exists()
+    first = home / "a" / train.label_of(specs[0]) / "metrics.jsonl"
+    before = first.read_text()
+    goes_on(specs[1], home / "a" / train.label_of(specs[1]))
+    assert first.read_text() == before, "the first was done"
+    assert rows_of(first.parent) == uninterrupted(PAR)[0] and (home / "a" / "entropy.png").exists()
 
 
-def test_resuming_a_finished_run_changes_no_number(cli, home):
-    assert cli("--method", "grpo", "--steps", 2, "--out", "a", *TINY)[0] == 0
+def test_more_steps_on_resume_give_the_numbers_of_a_longer_run(cli, home, goes_on):
+    """Resuming a finished run changes no number; with more steps it becomes the longer run."""
+    steps = ["--steps", "2", "--eval-every", "2", "--ledger-every", "2"]
+    assert cli("--method", PAR, "--out", "a", *steps, *TINY)[0] == 0
     text = (home / "a" / "metrics.jsonl").read_text()
-    assert cli("--resume", "a", "--quiet")[0] == 0
-    assert (home / "a" / "metrics.jsonl").read_text() == text
-
-
-def test_more_steps_on_resume_give_the_numbers_of_a_longer_run(cli, home):
-    for name, steps in (("short", 2), ("long", 4)):
-        assert cli("--method", "grpo", "--steps", steps, "--eval-every", 2, "--out", name, *TINY)[0] == 0
-    assert cli("--resume", "short", "--steps", 4, "--quiet")[0] == 0
-    assert rows_of("short") == rows_of("long")
-    assert json.loads((home / "short" / "config.json").read_text())["settings"]["steps"] == 4
+    assert cli("--resume", "a", "--quiet")[0] == 0 and (home / "a" / "metrics.jsonl").read_text() == text
+    assert cli("--resume", "a", "--steps", 6, "--quiet")[0] == 0
+    goes_on()
+    check_folder(home / "a", 6)
 
 
 def test_resume_finds_the_newest_run_and_checkpoint_previous(cli, home):
@@ -807,23 +757,10 @@ def wait_for(path, lines, run):
 
 
 @pytest.mark.slow
-def test_kill_9_of_the_process_itself(home, cli, uninterrupted):
-    spec = "par:schedule=entropy"
-    run = process("--method", spec, "--out", "a", *SIX, *TINY, cwd=home)
-    wait_for(home / "a" / "metrics.jsonl", 4, run)
-    run.kill()
-    run.communicate()
-    assert run.returncode == -signal.SIGKILL
-    code, _, err = cli("--resume", "a", "--quiet")
-    assert code == 0, err
-    assert rows_of("a") == uninterrupted(spec)[0][0]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_kill_9_at_random_moments_until_it_is_done(home, uninterrupted, seed):
     """Several deaths in a row, at moments nobody chose, evaluations and checkpoints at every second step."""
-    draw, specs, kills = random.Random(seed), ["par:schedule=entropy", "prorl:every=2"], 0
+    draw, specs, kills = random.Random(seed), [PAR, "prorl:every=2"], 0
     command = ["--method", *specs, "--out", "a", *SIX, *TINY]
     for attempt in range(40):
         run = process(*command, cwd=home)
@@ -839,15 +776,14 @@ def test_kill_9_at_random_moments_until_it_is_done(home, uninterrupted, seed):
         if (home / "a" / "config.json").exists():
             command = ["--resume", "a", "--quiet"]
     assert run.returncode == 0 and kills >= 1
-    for spec, (metrics, samples) in zip(specs, uninterrupted(*specs)):
-        assert rows_of(home / "a" / train.label_of(spec)) == metrics
-        assert rows_of(home / "a" / train.label_of(spec), "samples.jsonl") == samples
+    for spec in specs:
+        folder = home / "a" / train.label_of(spec)
+        assert (rows_of(folder), rows_of(folder, "samples.jsonl")) == uninterrupted(spec)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(home, cli, uninterrupted, number):
-    spec = "par:schedule=entropy"
-    run = process("--method", spec, "--out", "a", *SIX, *TINY, cwd=home)
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(home, goes_on, number):
+    run = process("--method", PAR, "--out", "a", *SIX, *TINY, cwd=home)
     wait_for(home / "a" / "metrics.jsonl", 4, run)
     run.send_signal(number)
     out, err = run.communicate()
@@ -856,46 +792,22 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(home, cli, uninterrupt
     assert (home / "a" / "entropy.png").exists()
     state = torch.load(home / "a" / "checkpoint" / "state.pt", weights_only=True)
     assert state["step"] == rows_of("a")[-1]["step"] < 6, "not one step is lost"
-    code, _, err = cli("--resume", "a", "--quiet")
-    assert code == 0, err
-    assert rows_of("a") == uninterrupted(spec)[0][0]
+    goes_on()
 
 
-def interrupted(*_, **__):
-    """Ctrl-C, as the terminal sends it."""
+def full_disk():
+    raise OSError(28, "No space left on device")
+
+
+def two_ctrl_c():
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # the tests run in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT), signal.raise_signal(signal.SIGINT)
 
 
-def test_a_second_ctrl_c_in_a_checkpoint_leaves_the_last_one(cli, home, monkeypatch, uninterrupted):
-    """torch wraps it in an exception of its own, which once was told as a full disk."""
-    from torch.distributed.checkpoint import FileSystemWriter
-
-    spec, real, saved = "par:schedule=entropy", FileSystemWriter.write_data, []
-
-    def write(*args):
-        saved.append(1)
-        if len(saved) == 3:
-            interrupted(), interrupted()
-        return real(*args)
-
-    monkeypatch.setattr(FileSystemWriter, "write_data", write)
-    code, _, err = cli("--method", spec, "--out", "a", *SIX, *TINY)
-    assert code == 130 and err.endswith("stopped at once; go on from the last checkpoint: --resume a\n"), err
-    assert not (home / "a" / ".checkpoint.part").exists()
-    assert torch.load(home / "a" / "checkpoint" / "state.pt", weights_only=True)["step"] == 2
-    code, _, err = cli("--resume", "a", "--quiet")
-    assert code == 0, err
-    assert rows_of("a") == uninterrupted(spec)[0][0]
-
-
-def test_a_second_ctrl_c_in_the_middle_of_a_write_is_no_full_disk(cli, home, monkeypatch):
-    """torch's writer then ends with "unexpected pos", which is also what it says on a full disk."""
-    from contextlib import contextmanager
-
-    from torch.distributed.checkpoint.filesystem import FileSystem
-
+@pytest.mark.parametrize("trouble", [full_disk, two_ctrl_c])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(cli, home, monkeypatch, goes_on, trouble):
+    """In the middle of a file: torch's writer ends with "unexpected pos", whatever it was."""
     real, opened = FileSystem.create_stream, []
 
     class Stream:
@@ -905,41 +817,30 @@ def test_a_second_ctrl_c_in_the_middle_of_a_write_is_no_full_disk(cli, home, mon
         def write(self, data):
             self.writes += 1
             if self.writes == 2:
-                interrupted(), interrupted()
+                trouble()
             return self.stream.write(data)
 
         def __getattr__(self, name):
             return getattr(self.stream, name)
 
-    @contextmanager
+    @contextlib.contextmanager
     def create(*args):
         opened.append(str(args[1]))
         with real(*args) as stream:
-            yield Stream(stream) if opened[-1].endswith(".distcp") and len(opened) > 3 else stream
+            third = opened[-1].endswith(".distcp") and len(opened) > 4
+            yield Stream(stream) if third else stream
 
-    monkeypatch.setattr(FileSystem, "create_stream", create)
-    code, _, err = cli("--method", "grpo", "--out", "a", *SIX, *TINY)
-    assert code == 130 and err.endswith("stopped at once; go on from the last checkpoint: --resume a\n"), err
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Bad input: one or two lines that name flag, value and remedy; exit code 2; nothing overwritten
-
-
-@pytest.mark.slow
-def test_a_disk_that_is_full_in_the_end_leaves_the_last_checkpoint(home, cli, uninterrupted):
-    """The files of a checkpoint may not grow beyond 300 kB: the libraries report that as they like."""
-    spec = "par:schedule=entropy"
-    run = process("--method", spec, "--out", "a", *SIX, *TINY, cwd=home)
-    wait_for(home / "a" / "metrics.jsonl", 3, run)
-    with contextlib.suppress(ProcessLookupError):
-        resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (300_000, 300_000))
-    out, err = run.communicate()
-    complains((run.returncode, out, err), "--out a", "checkpoint", "--resume a")
-    assert (home / "a" / "checkpoint" / "state.pt").exists()
-    code, _, err = cli("--resume", "a", "--quiet")
-    assert code == 0, err
-    assert rows_of("a") == uninterrupted(spec)[0][0]
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSystem, "create_stream", create)
+        result = cli("--method", PAR, "--out", "a", *SIX, *TINY)
+    if trouble is full_disk:
+        complains(result, "a: no checkpoint could be written", "make room", "--resume a")
+    else:
+        end = "stopped at once; go on from the last checkpoint: --resume a\n"
+        assert result[0] == 130 and result[2].endswith(end), result
+    assert not (home / "a" / ".checkpoint.part").exists()
+    assert torch.load(home / "a" / "checkpoint" / "state.pt", weights_only=True)["step"] == 2
+    goes_on()
 
 
 @pytest.fixture(scope="module")
@@ -952,42 +853,22 @@ def finished(warm_cache, tmp_path_factory):
     return folder
 
 
-FILES = [
-    "config.json", "generation_config.json", "model.safetensors", "sha256.json", "state.pt", "tokenizer.json",
-    "tokenizer_config.json", "training/.metadata", "training/__0_0.distcp",
-]  # fmt: skip
-
-
-def test_every_file_of_a_checkpoint_is_tested_below(finished):
-    folder = finished / "checkpoint"
-    assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) == FILES
-
-
-@pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "one bit", "garbage"])
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["half", "empty", "missing", "garbage"])
+@pytest.mark.parametrize("name", ["state.pt", "training/.metadata", "training/__0_0.distcp"])
 def test_a_damaged_checkpoint_is_named_and_nothing_is_overwritten(cli, home, finished, name, damage):
     shutil.copytree(finished, home / "a")
     path = home / "a" / "checkpoint" / name
     data = path.read_bytes()
+    path.write_bytes({"half": data[: len(data) // 2], "garbage": b"\xff" * 64}.get(damage, b""))
     if damage == "missing":
         path.unlink()
-    else:
-        flipped = data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
-        damaged = {
-            "truncated": data[: len(data) // 2],
-            "empty": b"",
-            "one bit": flipped,
-            "garbage": b"\xff" * 64,
-        }
-        path.write_bytes(damaged[damage])
     before = contents(home)
-    complains(
-        cli("--resume", "a", "--quiet", "--steps", "3"), "--resume a", "checkpoint", "damaged", "remove"
-    )
+    result = cli("--resume", "a", "--quiet", "--steps", "3")
+    complains(result, "--resume a", "checkpoint", "damaged", "remove a/checkpoint")
     assert contents(home) == before
 
 
-@pytest.mark.parametrize("tail", [b'{"step": 3, "rew', b"\xff\xfe\x00", b"7\n", b"{}\n", b"\n"])
+@pytest.mark.parametrize("tail", [b'{"step": 3, "rew', b"\xff\xfe\x00", b"\n"])
 def test_a_damaged_last_line_of_metrics_is_dropped(cli, home, finished, tail):
     shutil.copytree(finished, home / "a")
     before = rows_of("a")
@@ -1016,38 +897,40 @@ def poison(patch, bad):
 
 def test_a_non_finite_update_is_skipped_counted_and_reported(cli, home, monkeypatch):
     poison(monkeypatch, {1, 2})
-    code, _, err = cli("--method", "opefo:target_entropy=.9", "--steps", 4, "--out", "a", *TINY)
+    how = ["--steps", 4, "--ledger-every", 1, "--out", "a"]
+    code, _, err = cli("--method", "opefo:target_entropy=.9", *how, *TINY)
     assert code == 0
     rows = rows_of("a")
     assert [r["skipped"] for r in rows[1:]] == [0, 1, 1, 0]
     assert rows[2]["loss"] is None and rows[2]["grad_norm"] is None, "null, since NaN is not JSON"
-    assert rows[2]["dH_measured"] == 0 if "dH_measured" in rows[2] else True
+    assert rows[2]["dH_measured"] == rows[3]["dH_measured"] == 0 != rows[4]["dH_measured"]
     assert all(math.isfinite(rows[i]["entropy"]) for i in range(1, 5))
     assert "2 updates skipped" in err
-    check_folder(home / "a", 4)
 
 
 def test_a_skipped_update_leaves_weights_optimizer_and_controller(monkeypatch, tmp_path):
     run = make_run(small_world(), build("entropic"), tmp_path)
-    row = run.train_step()
+    rows = train.train(run)
+    row = next(rows)
     assert run.method.error_sum == pytest.approx(row["entropy"] - 0.1), "the controller saw the good update"
-    weights, state = gradient_free(run.model), json.dumps(run.method.state_dict(), default=str)
-    moments = [v.clone() for s in run.optimizer.state.values() for v in s.values()]
-    poison(monkeypatch, {0})
-    assert run.train_step()["skipped"] == 1 and run.skipped_in_row == 1
-    assert all(torch.equal(a, b) for a, b in zip(weights, run.model.parameters()))
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(moments, (v for s in run.optimizer.state.values() for v in s.values()))
-    )
-    assert json.dumps(run.method.state_dict(), default=str) == state
-    run.train_step()
-    assert run.skipped_in_row == 0, "a good update ends the row"
+
+    def state():
+        moments = [v.clone() for s in run.optimizer.state.values() for v in s.values()]
+        return weights_of(run.policy) + moments, json.dumps(run.method.state_dict(), default=str)
+
+    before = state()
+    with monkeypatch.context() as patch:
+        poison(patch, {0})
+        assert next(rows)["skipped"] == 1 and run.skipped_in_row == 1
+    after = state()
+    assert equal(before[0], after[0]) and before[1] == after[1]
+    next(rows)
+    assert run.skipped_in_row == 0 and not equal(after[0], state()[0]), "a good update ends the row"
 
 
 def test_ten_non_finite_updates_in_a_row_stop_the_run_with_a_checkpoint(cli, home, monkeypatch):
     poison(monkeypatch, set(range(2, 100)))
-    code, out, err = cli("--method", "grpo", "--steps", 30, "--eval-every", 40, "--out", "a", *TINY)
+    code, _, err = cli("--method", "grpo", "--steps", 30, "--eval-every", 40, "--out", "a", *TINY)
     assert code == 1 and "Traceback" not in err
     assert "ten" in err and "checkpoint" in err and "--lr" in err
     assert [r["step"] for r in rows_of("a")] == list(range(13)) and (home / "a" / "entropy.png").exists()
@@ -1055,20 +938,12 @@ def test_ten_non_finite_updates_in_a_row_stop_the_run_with_a_checkpoint(cli, hom
     assert state["step"] == 12 and state["skipped_in_row"] == 10
 
 
-def test_an_infinite_coefficient_stops_the_run(cli):
-    """beta x KL = inf x 0 = NaN from the first update on."""
-    code, _, err = cli("--method", "ref_kl:beta=1e39", "--steps", 20, "--out", "a", *TINY)
-    assert code == 1 and "Traceback" not in err and "ten" in err
-    assert len(rows_of("a")) == 11
-
-
-@pytest.mark.parametrize("lr", ["1e30", "9e35"])
-def test_an_absurd_learning_rate_is_no_traceback(cli, home, lr):
-    code, _, err = cli("--method", "grpo", "--lr", lr, "--grad-clip", 0, "--steps", 12, "--out", "a", *TINY)
-    assert code in (0, 1) and "Traceback" not in err
-    rows_of("a")
-    if code == 1:
-        assert "--lr" in err and "checkpoint" in err
+@pytest.mark.parametrize("flags", [("--method", "ref_kl:beta=1e39"), ("--lr", "9e35", "--grad-clip", 0)])
+def test_absurd_numbers_are_no_traceback(cli, flags):
+    """An infinite coefficient, beta x KL = inf x 0 = NaN from the first update on; a step out of range."""
+    code, _, err = cli("--method", "grpo", *flags, "--steps", 12, "--eval-every", 30, "--out", "a", *TINY)
+    assert "Traceback" not in err and len(rows_of("a")) <= 13
+    assert (code, "ten" in err, "--lr" in err) == (1, True, True) if "--method" in flags else code in (0, 1)
 
 
 def test_a_policy_that_turned_nan_ends_the_run_and_keeps_the_last_good_checkpoint(cli, home, monkeypatch):
@@ -1083,27 +958,8 @@ def test_a_policy_that_turned_nan_ends_the_run_and_keeps_the_last_good_checkpoin
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     code, _, err = cli("--method", "grpo", "--steps", 9, "--eval-every", 2, "--out", "a", *TINY)
     assert code == 1 and "NaN" in err and "checkpoint" in err
-    state = torch.load(home / "a" / "checkpoint" / "state.pt", weights_only=True)
-    assert state["step"] == 2
+    assert torch.load(home / "a" / "checkpoint" / "state.pt", weights_only=True)["step"] == 2
     from safetensors.torch import load_file
 
-    assert all(
-        v.isfinite().all() for v in load_file(home / "a" / "checkpoint" / "model.safetensors").values()
-    )
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Help
-
-
-def test_tokens_of_a_batch_are_what_the_design_says():
-    """Every field that the loop fills has the promised shape."""
-    world = small_world()
-    tk = train.scored_in_slices(world[0], draw_batch(world, 4, 4), Settings(micro_batch=8))
-    assert isinstance(tk, Tokens)
-    shape = tk.ids.shape
-    for name in ("mask", "rollout_logp", "logp", "entropy", "p2", "p2logp"):
-        assert getattr(tk, name).shape == shape, name
-    for name in ("reward", "group", "truncated", "correct"):
-        assert getattr(tk, name).shape == shape[:1], name
-    assert tk.mask.dtype == torch.bool and tk.old_logp is None and tk.ref_logp is None
+    weights = load_file(home / "a" / "checkpoint" / "model.safetensors")
+    assert all(v.isfinite().all() for v in weights.values())

@@ -15,13 +15,14 @@ import torch
 
 import rollout
 from rollout import (
+    Policy,
+    Sampling,
     TinyModel,
     TorchEngine,
     VllmEngine,
     check_push,
     nucleus,
     response_mask,
-    score,
     tiny_tokenizer,
 )
 
@@ -101,9 +102,9 @@ def perturb(model, seed, scale=0.02):
 @torch.no_grad()
 def plain_logits(model, out, row, temperature=1.0):
     """(T, V) logits of one row's response positions: no padding, mask, cache or packing."""
-    prompt = out.prompt_ids[row // (len(out.ids) // len(out.prompt_ids))]
-    ids = torch.tensor([prompt + out.ids[row][out.mask[row]].tolist()])
-    return model(ids).logits[0, len(prompt) - 1 : -1].double() / temperature
+    first = int(out.start[row])
+    ids = out.full_ids[row, : first + 1 + int(out.lengths[row])]
+    return model(ids[None]).logits[0, first:-1].double() / temperature
 
 
 def gap(model, out, temperature=1.0, top_p=1.0):
@@ -123,23 +124,23 @@ def gap(model, out, temperature=1.0, top_p=1.0):
 
 @needs_vllm
 def test_log_probabilities_equal_those_of_transformers_before_and_after_each_push(engine, policy):
-    assert gap(policy, engine.sample(PROMPTS, 4, 24, generator=seeded(0))) <= 1e-5
+    assert gap(policy, engine.sample(PROMPTS, Sampling(4, 24), seeded(0))) <= 1e-5
     for step in range(1, 4):
         perturb(policy, step)
-        assert gap(policy, engine.sample(PROMPTS, 4, 24, generator=seeded(step))) > 0.1  # stale
+        assert gap(policy, engine.sample(PROMPTS, Sampling(4, 24), seeded(step))) > 0.1  # stale
         engine.push(policy.named_parameters())
-        assert gap(policy, engine.sample(PROMPTS, 4, 24, generator=seeded(step))) <= 1e-5
+        assert gap(policy, engine.sample(PROMPTS, Sampling(4, 24), seeded(step))) <= 1e-5
 
 
 @needs_vllm
 @pytest.mark.parametrize("temperature, top_p", [(0.7, 1.0), (1.3, 1.0), (1.0, 0.6), (0.7, 0.6)])
 def test_rollout_logp_is_of_the_distribution_sampled_from(engine, policy, temperature, top_p):
-    out = engine.sample(PROMPTS, 4, 16, temperature, top_p, seeded(0))
+    out = engine.sample(PROMPTS, Sampling(4, 16, temperature, top_p), seeded(0))
     assert gap(policy, out, temperature, top_p) <= 2e-5
     assert gap(policy, out) > 0.05  # not the raw one
     if top_p == 1:  # the trainer's own scoring: no mismatch where none should be
         with torch.no_grad():
-            trainer = score(policy, *out.full_ids(PAD), out.ids, out.mask, temperature).logp
+            trainer = Policy(policy)(out, temperature)["logp"]
         assert float((trainer - out.rollout_logp).abs().max()) <= 2e-5
 
 
@@ -169,17 +170,17 @@ def test_next_tokens_are_distributed_as_those_of_the_torch_engine(engine, policy
         policy.get_input_embeddings().weight.mul_(14 / 6)  # 2.5 nats: frequencies say more than at 4.3
     engine.push(policy.named_parameters())
     n, ours = 2000, TorchEngine(policy, tiny_tokenizer())
-    drawn = engine.sample(PROMPTS, 3 * n, 3, generator=seeded(1))
-    assert p_value(drawn, ours.sample(PROMPTS, 3 * n, 3, generator=seeded(2)), n) > 1e-3
-    assert p_value(drawn, ours.sample(PROMPTS, 3 * n, 3, temperature=1.1, generator=seeded(3)), n) < 1e-6
-    hot = engine.sample(PROMPTS, 3 * n, 3, temperature=1.1, generator=seeded(4))
-    assert p_value(hot, ours.sample(PROMPTS, 3 * n, 3, temperature=1.1, generator=seeded(3)), n) > 1e-3
+    drawn = engine.sample(PROMPTS, Sampling(3 * n, 3), seeded(1))
+    assert p_value(drawn, ours.sample(PROMPTS, Sampling(3 * n, 3), seeded(2)), n) > 1e-3
+    assert p_value(drawn, ours.sample(PROMPTS, Sampling(3 * n, 3, 1.1), seeded(3)), n) < 1e-6
+    hot = engine.sample(PROMPTS, Sampling(3 * n, 3, 1.1), seeded(4))
+    assert p_value(hot, ours.sample(PROMPTS, Sampling(3 * n, 3, 1.1), seeded(3)), n) > 1e-3
 
 
 @needs_vllm
 def test_entropy_is_estimated_by_minus_log_probability(engine, policy):
-    out = engine.sample(PROMPTS[:1], 2000, 1, generator=seeded(0), entropy=True)
-    exact = score(policy, *out.full_ids(PAD), out.ids, out.mask).entropy[0, 0]
+    out = engine.sample(PROMPTS[:1], Sampling(2000, 1, entropy=True), seeded(0))
+    exact = Policy(policy)(out)["entropy"][0, 0].detach()
     estimate = out.entropy[:, 0]
     assert torch.equal(out.entropy, -out.rollout_logp)
     assert abs(float(estimate.mean() - exact)) < 5 * float(estimate.std()) / len(estimate) ** 0.5
@@ -192,7 +193,7 @@ def test_entropy_is_estimated_by_minus_log_probability(engine, policy):
 @needs_vllm
 def test_responses_keep_the_token_that_ended_them_and_are_padded_after_it(engine):
     assert engine.stops == STOPS  # the tokenizer's, and those that only generation_config.json names
-    out = engine.sample(PROMPTS, 40, 16, generator=seeded(0))
+    out = engine.sample(PROMPTS, Sampling(40, 16), seeded(0))
     ended = torch.isin(out.ids, torch.tensor(STOPS)).any(1)
     assert 10 < int(ended.sum()) < 110  # both kinds occur
     assert torch.equal(out.mask, response_mask(out.ids, STOPS))
@@ -205,20 +206,20 @@ def test_responses_keep_the_token_that_ended_them_and_are_padded_after_it(engine
 
 @needs_vllm
 def test_row_i_answers_prompt_i_over_n(engine, policy):
-    out = engine.sample(PROMPTS, 5, 8, generator=seeded(0))
-    assert out.group.tolist() == [0] * 5 + [1] * 5 + [2] * 5 and out.prompt_ids == PROMPTS
+    out = engine.sample(PROMPTS, Sampling(5, 8), seeded(0))
+    assert out.group.tolist() == [0] * 5 + [1] * 5 + [2] * 5
     assert gap(policy, out) <= 1e-5  # would be nats if the rows were another prompt's
-    out.prompt_ids = PROMPTS[::-1]
-    assert gap(policy, out) > 0.5
-    assert engine.sample(PROMPTS[1:2], 1, 1, generator=seeded(0)).ids.shape == (1, 1)
+    for i, (ids, start) in enumerate(zip(out.full_ids.tolist(), out.start.tolist())):
+        assert ids[: start + 1] == PROMPTS[i // 5]
+    assert engine.sample(PROMPTS[1:2], Sampling(1, 1), seeded(0)).ids.shape == (1, 1)
 
 
 @needs_vllm
 def test_the_generator_decides_and_global_state_stays(engine):
     before = global_state()
     generator = seeded(7)
-    first, second = (engine.sample(PROMPTS, 6, 12, generator=generator) for _ in range(2))
-    again = engine.sample(PROMPTS, 6, 12, generator=seeded(7))
+    first, second = (engine.sample(PROMPTS, Sampling(6, 12), generator) for _ in range(2))
+    again = engine.sample(PROMPTS, Sampling(6, 12), seeded(7))
     assert torch.equal(first.ids, again.ids) and torch.equal(first.rollout_logp, again.rollout_logp)
     assert not torch.equal(first.ids, second.ids)
     assert len(set(map(tuple, first.ids[:6].tolist()))) == 6  # n samples, not one n times
@@ -228,18 +229,18 @@ def test_the_generator_decides_and_global_state_stays(engine):
 @needs_vllm
 def test_a_prompt_that_cannot_fit_is_refused_and_one_that_just_fits_is_not(engine):
     with pytest.raises(ValueError, match=f"61 tokens and max_new_tokens 4 exceed .* {LIMIT}"):
-        engine.sample([[5], [5] * 61], 1, 4)
-    out = engine.sample([[5] * 60], 40, 4, generator=seeded(0))
+        engine.sample([[5], [5] * 61], Sampling(1, 4))
+    out = engine.sample([[5] * 60], Sampling(40, 4), seeded(0))
     assert int(out.mask.sum(1).max()) == 4
 
 
 @needs_vllm
 def test_what_vllm_cannot_do_is_said(engine, policy, tmp_path):
     with pytest.raises(ValueError, match="--engine torch"):
-        engine.sample(PROMPTS, 1, 1, hook=lambda *_: None)
+        engine.sample(PROMPTS, Sampling(1, 1, hook=lambda *_: None))
     for prompts in ([], [[5], []]):
         with pytest.raises(ValueError, match="at least one token"):
-            engine.sample(prompts, 1, 1)
+            engine.sample(prompts, Sampling(1, 1))
     with pytest.raises(ValueError, match="--tensor-parallel 2 does not divide"):
         start("anything", tensor_parallel=2)
     with pytest.raises(ValueError, match="--model /no/such/folder"):
@@ -254,7 +255,7 @@ def test_diverged_weights_are_said(engine, policy):
         policy.model.norm.weight.mul_(torch.nan)
     engine.push(policy.named_parameters())
     with pytest.raises(FloatingPointError, match="diverged"):
-        engine.sample(PROMPTS, 2, 2, generator=seeded(0))
+        engine.sample(PROMPTS, Sampling(2, 2), seeded(0))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -263,14 +264,14 @@ def test_diverged_weights_are_said(engine, policy):
 
 @needs_vllm
 def test_stale_weights_are_caught_and_a_push_cures_them(engine, policy):
-    assert check_push(engine, policy, PROMPTS[0], torch.float32) <= 1e-5
+    assert check_push(engine, Policy(policy), PROMPTS[0], torch.float32) <= 1e-5
     perturb(policy, 1, scale=1e-3)
     with pytest.raises(RuntimeError, match="stale weights"):
-        check_push(engine, policy, PROMPTS[0], torch.float32)
+        check_push(engine, Policy(policy), PROMPTS[0], torch.float32)
     engine.push(policy.named_parameters())
-    assert check_push(engine, policy, PROMPTS[0], torch.float32) <= 1e-5
+    assert check_push(engine, Policy(policy), PROMPTS[0], torch.float32) <= 1e-5
     engine.push(policy.named_parameters())  # nothing changed, and nothing is wrong
-    assert check_push(engine, policy, PROMPTS[0], torch.float32) <= 1e-5
+    assert check_push(engine, Policy(policy), PROMPTS[0], torch.float32) <= 1e-5
 
 
 @needs_vllm
@@ -280,19 +281,19 @@ def test_one_stale_matrix_is_caught(engine, policy):
         with torch.no_grad():
             p.mul_(1.01)
         with pytest.raises(RuntimeError, match="stale"):
-            check_push(engine, policy, PROMPTS[0], torch.float32)
+            check_push(engine, Policy(policy), PROMPTS[0], torch.float32)
             pytest.fail(f"{name} was stale unnoticed")
 
 
 @needs_vllm
 def test_a_push_that_never_arrives_is_caught_below_the_tolerance(engine, policy):
     """Small steps in bfloat16 hide behind its rounding, but an engine that stands still is not rounding."""
-    assert check_push(engine, policy, PROMPTS[0], torch.float32, tolerance=5.0) <= 1e-5
+    assert check_push(engine, Policy(policy), PROMPTS[0], torch.float32, tolerance=5.0) <= 1e-5
     worst = 0.0
     with pytest.raises(RuntimeError, match="does not arrive"):
         for _ in range(100):  # in one direction
             perturb(policy, 1, scale=1e-5)
-            worst = check_push(engine, policy, PROMPTS[0], torch.float32, tolerance=5.0)
+            worst = check_push(engine, Policy(policy), PROMPTS[0], torch.float32, tolerance=5.0)
     assert 1e-5 < worst < 0.1  # at the last check that passed: several small steps add up
 
 
@@ -317,7 +318,7 @@ def test_push_takes_state_dicts_and_holds_few_of_their_tensors_at_once(engine, p
 
     engine.push(gathered())
     assert most <= 3 and len(alive) > 20
-    assert gap(policy, engine.sample(PROMPTS, 2, 8, generator=seeded(0))) <= 1e-5
+    assert gap(policy, engine.sample(PROMPTS, Sampling(2, 8), seeded(0))) <= 1e-5
 
 
 @needs_vllm
@@ -329,7 +330,7 @@ def test_a_push_that_leaves_weights_out_is_refused(engine, policy):
 
 @needs_vllm
 def test_sleeping_is_harmless_on_a_cpu(engine, policy):
-    before = engine.sample(PROMPTS, 2, 8, generator=seeded(0))
+    before = engine.sample(PROMPTS, Sampling(2, 8), seeded(0))
     engine.sleep()
     engine.sleep()
     engine.wake()
@@ -337,7 +338,7 @@ def test_sleeping_is_harmless_on_a_cpu(engine, policy):
     engine.push(policy.named_parameters())
     engine.wake()
     engine.wake()
-    after = engine.sample(PROMPTS, 2, 8, generator=seeded(0))
+    after = engine.sample(PROMPTS, Sampling(2, 8), seeded(0))
     assert torch.equal(before.ids, after.ids) and torch.equal(before.rollout_logp, after.rollout_logp)
 
 
@@ -411,15 +412,15 @@ def bfloat16_engine(folder):
     policy, engine = tiny_policy(), start(folder, dtype=torch.bfloat16)
     perturb(policy, 1)
     engine.push(policy.named_parameters())
-    assert 1e-4 < gap(policy, engine.sample(PROMPTS, 20, 12, generator=seeded(0))) < 0.1
-    assert 1e-4 < check_push(engine, policy, PROMPTS[0], torch.bfloat16) < 0.1
+    assert 1e-4 < gap(policy, engine.sample(PROMPTS, Sampling(20, 12), seeded(0))) < 0.1
+    assert 1e-4 < check_push(engine, Policy(policy), PROMPTS[0], torch.bfloat16) < 0.1
     with pytest.raises(RuntimeError, match="another dtype"):
-        check_push(engine, policy, PROMPTS[0], torch.float32)
+        check_push(engine, Policy(policy), PROMPTS[0], torch.float32)
     engine.close()
     assert not torch.distributed.is_initialized()
     engine = start(folder)
     engine.push(policy.named_parameters())
-    assert check_push(engine, policy, PROMPTS[0], torch.float32) < 1e-5
+    assert check_push(engine, Policy(policy), PROMPTS[0], torch.float32) < 1e-5
 
 
 @needs_vllm
@@ -447,15 +448,16 @@ engine = t.start(sys.argv[1], tensor_parallel=int(sys.argv[2]))
 own = [t.PROMPTS[:2], t.PROMPTS[2:]][rank]
 gaps = []
 for step in range(3):
-    out = engine.sample(own, 4, 12, generator=t.seeded(rank))
+    out = engine.sample(own, t.Sampling(4, 12), t.seeded(rank))
     gaps.append(t.gap(model, out))
     t.perturb(model, step)
     engine.push(model.named_parameters())
-t.check_push(engine, model, t.PROMPTS[0], torch.float32)
+t.check_push(engine, t.Policy(model), t.PROMPTS[0], torch.float32)
 engine.close()
 world = torch.ones(1)
 dist.all_reduce(world)  # the trainer's group has survived the engine
-found = dict(gaps=gaps, rows=len(out.ids), own=out.prompt_ids == own, ids=out.ids.tolist(),
+mine = out.full_ids[0, : len(own[0])].tolist() == own[0]
+found = dict(gaps=gaps, rows=len(out.ids), own=mine, ids=out.ids.tolist(),
              world=float(world), local=os.environ["LOCAL_WORLD_SIZE"])
 with open(f"{sys.argv[3]}/{rank}", "w") as file:
     json.dump(found, file)
@@ -498,10 +500,10 @@ flags = "--engine vllm --steps 3 --prompts 8 --group-size 8 --eval-every 3 --eva
 code = train.main(["--method", "opefo", *flags.split(), "--lr", "3e-3", "--quiet", "--out", "a"])
 print(json.dumps({{"code": code, "pushes": pushes}}))
 if code == 0:
-    from rollout import VllmEngine, TorchEngine, tiny_tokenizer, check_push, load_model
+    from rollout import Policy, VllmEngine, check_push, load_model
     model, tokenizer = load_model("a/checkpoint")
     engine = VllmEngine("a/checkpoint", tokenizer, device="cpu", dtype=model.dtype, max_model_len=32)
-    print(check_push(engine, model, [3, 5, 7], model.dtype))  # vLLM loads the checkpoint as it is
+    print(check_push(engine, Policy(model), [3, 5, 7], model.dtype))  # vLLM loads the checkpoint as it is
     engine.close()
 """
 
