@@ -700,8 +700,22 @@ class Run:
         part.rename(best)
 
     def _training(self, act: Callable[..., Any], folder: Path) -> None:
-        """dcp.save or dcp.load of training/: trained weights, AdamW's states and the reference by parameter
-        name, for any number of ranks.  What fails is raised bare, and a Ctrl-C before all else.
+        """dcp.save or dcp.load of training/.  What fails is raised bare, and a Ctrl-C before all else."""
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # torch's half-written files
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".* in a single process")  # no wonder
+                act(self._tensors(), checkpoint_id=folder / "training", no_dist=not dist.is_initialized())
+        except CheckpointException as error:  # not an Exception; holds those of all ranks
+            causes = [e.with_traceback(None) for e, _ in error.failures.values()]
+            for e in causes:  # a stream that a Ctrl-C cuts short complains of its own position
+                causes += [e.__context__.with_traceback(None)] if e.__context__ else []
+            raise min(causes, key=lambda e: isinstance(e, Exception)) from None
+        finally:
+            sys.unraisablehook = hook
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Trained weights, AdamW's states and the reference by parameter name, whatever the number of ranks.
 
         States that no step has made yet are made here, zero, as AdamW would.  (torch's own
         `get_optimizer_state_dict` makes them by a step, which Adam's bias correction then counts.)
@@ -711,23 +725,12 @@ class Run:
             if not self.optimizer.state[p]:
                 zero = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
                 self.optimizer.state[p] = {"step": torch.tensor(0.0), **zero}
-        tensors = {"model": {n: p.detach() for n, p in named.items()}}
+        out = {"model": {n: p.detach() for n, p in named.items()}}
         for key in ("step", "exp_avg", "exp_avg_sq"):
-            tensors[key] = {n: self.optimizer.state[p][key].detach() for n, p in named.items()}
+            out[key] = {n: self.optimizer.state[p][key].detach() for n, p in named.items()}
         if self.reference is not None:
-            tensors["reference"] = {n: p.detach() for n, p in self.reference.named_parameters()}
-        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # torch's half-written files
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".* in a single process")  # no wonder
-                act(tensors, checkpoint_id=folder / "training", no_dist=not dist.is_initialized())
-        except CheckpointException as error:  # not an Exception; holds those of all ranks
-            causes = [e.with_traceback(None) for e, _ in error.failures.values()]
-            for e in causes:  # a stream that a Ctrl-C cuts short complains of its own position
-                causes += [e.__context__.with_traceback(None)] if e.__context__ else []
-            raise min(causes, key=lambda e: isinstance(e, Exception)) from None
-        finally:
-            sys.unraisablehook = hook
+            out["reference"] = {n: p.detach() for n, p in self.reference.named_parameters()}
+        return out
 
     def load(self) -> None:
         """Continue from the last checkpoint, on any number of ranks; without any, from the beginning.  Raises
@@ -921,28 +924,21 @@ def merged(weight: Tensor, layer: nn.Module) -> Tensor:
 class Training:
     """What is learned, from how many samples, and how many of them at once."""
 
-    steps: int = 300
-    """rollouts, each followed by its updates"""
+    steps: int = 300  # rollouts, each followed by its updates
     lr: float = 3e-4
     """AdamW's constant learning rate (with --model: 1e-6); a smaller one also slows the collapse"""
-    prompts: int = 32
-    """prompts per rollout"""
-    group_size: int = 16
-    """responses per prompt; their mean reward is the baseline of their advantages"""
-    updates_per_rollout: int = 1
-    """optimizer steps per rollout; 1 is strictly on-policy, where no clip acts"""
-    grad_clip: float = 1.0
-    """largest gradient norm; 0 means no clipping"""
+    prompts: int = 32  # prompts per rollout
+    group_size: int = 16  # responses per prompt; their mean reward is the baseline of their advantages
+    updates_per_rollout: int = 1  # optimizer steps per rollout; 1 is strictly on-policy, where no clip acts
+    grad_clip: float = 1.0  # largest gradient norm; 0 means no clipping
     temperature: float = 1.0
     """used in sampling and for every probability in the loss: what is drawn is what is trained"""
     reward: Literal["correct", "length_penalty", "random", "wrong"] = "correct"
     """length_penalty adds DAPO's overlong penalty; random and wrong are spurious, for study"""
     mismatch: Literal["auto", "tis", "icepop", "off"] = "auto"
     """weights against an engine whose probabilities differ from ours; auto: tis with vLLM, else off"""
-    mismatch_low: float = 0.5
-    """icepop drops tokens whose probability ratio is smaller"""
-    mismatch_high: float = 2.0
-    """tis cuts larger probability ratios to this; icepop drops their tokens"""
+    mismatch_low: float = 0.5  # icepop drops tokens whose probability ratio is smaller
+    mismatch_high: float = 2.0  # tis cuts larger probability ratios to this; icepop drops their tokens
     micro_batch: int = 0
     """responses per forward pass, to bound memory; the gradient stays the same; 0 means no limit"""
     tokens_per_micro_batch: int = 0
@@ -955,64 +951,47 @@ class Training:
 class Measuring:
     """Evaluations, and the ledger of what each step did to the entropy."""
 
-    eval_every: int = 30
-    """steps between evaluations, each with a checkpoint; the last step has both"""
-    eval_samples: int = 32
-    """samples per held-out problem, the k of pass@k (with --model: 8)"""
+    eval_every: int = 30  # steps between evaluations, each with a checkpoint; the last step has both
+    eval_samples: int = 32  # samples per held-out problem, the k of pass@k (with --model: 8)
     ledger: Literal["off", "step", "full"] = "step"
     """step: measured against predicted change; full: also the network flow of each token"""
-    ledger_every: int = 10
-    """steps between ledger entries; each costs about one more training pass"""
+    ledger_every: int = 10  # steps between ledger entries; each costs about one more training pass
 
 
 @dataclass(frozen=True)
 class LanguageModel:
     """A model and problems of your own.  Without --model, a small transformer learns an embedded task."""
 
-    model: str = ""
-    """hub id or folder of a causal language model (safetensors); needs --data"""
+    model: str = ""  # hub id or folder of a causal language model (safetensors); needs --data
     data: str = ""
     """problems and answers: a .jsonl, .json, .csv or .parquet file, or owner/name@config:split of the hub"""
-    eval_data: str = ""
-    """the same for evaluation; without it, --eval-problems of the data are held out"""
-    eval_problems: int = 96
-    """number of held-out problems"""
+    eval_data: str = ""  # the same for evaluation; without it, --eval-problems of the data are held out
+    eval_problems: int = 96  # number of held-out problems
     prompt_template: str = rollout.PROMPT_TEMPLATE
     """text around a problem, which takes the place of {problem}"""
     chat: Literal["auto", "off"] = "auto"
     """auto: the prompt is a user's turn if the tokenizer has a chat template; off: it is plain text"""
-    max_prompt_tokens: int = 1024
-    """problems with longer prompts are left out and counted"""
-    max_new_tokens: int = 1024
-    """longest response; the embedded task has its own limit"""
+    max_prompt_tokens: int = 1024  # problems with longer prompts are left out and counted
+    max_new_tokens: int = 1024  # longest response; the embedded task has its own limit
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """numbers to compute in; the weights stay float32; auto: bfloat16 for a --model on a GPU"""
-    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
-    """kernel of the attention layers"""
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"  # kernel of the attention layers
     lora: int = 0
     """rank of LoRA adapters on all linear layers but the head, and on experts; 0 trains all weights"""
-    trust_remote_code: bool = False
-    """run code that comes with the model"""
+    trust_remote_code: bool = False  # run code that comes with the model
 
 
 @dataclass(frozen=True)
 class Machine:
     """Where it runs, what draws the responses, and the seed."""
 
-    engine: Literal["torch", "vllm"] = "torch"
-    """what samples; torch is the loop of rollout.py"""
-    tensor_parallel: int = 1
-    """GPUs that share one vLLM engine"""
-    vllm_memory: float = 0.4
-    """share of the GPU's memory that vLLM may take while it is awake"""
-    seed: int = 0
-    """seed of the warm start, the order of the prompts and the sampling"""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
-    threads: int = 0
-    """CPU threads; 0: one for the embedded model, with --model what torch takes"""
-    report_to: Literal["none", "tensorboard", "wandb"] = "none"
-    """also log there"""
+    engine: Literal["torch", "vllm"] = "torch"  # what samples; torch is the loop of rollout.py
+    tensor_parallel: int = 1  # GPUs that share one vLLM engine
+    vllm_memory: float = 0.4  # share of the GPU's memory that vLLM may take while it is awake
+    seed: int = 0  # seed of the warm start, the order of the prompts and the sampling
+    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto takes a GPU if there is one
+    threads: int = 0  # CPU threads; 0: one for the embedded model, with --model what torch takes
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"  # also log there
 
 
 @dataclass(frozen=True)
