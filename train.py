@@ -26,7 +26,7 @@ Everything random comes from a generator seeded by a hash of (seed, step, purpos
 numbers of one never stopped, and methods that start from one seed see the same prompts in the same order.
 
     1  the loop                         4  a run and its files    7  what a run needs: task, policy, engine
-    2  a step's parts, in order of use  5  several processes      8  the command line
+    2  a step's parts, in order of use  5  several processes      8  the command line: from words to runs
     3  the entropy ledger               6  settings: flags
 
 Left out, compared with a production trainer: a critic, learning-rate schedules, weight decay, sampling ahead
@@ -67,7 +67,6 @@ import tyro
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -526,14 +525,10 @@ def book_tokens(run: Run, ledger: Ledger, update: Update, responses: int = 4) ->
     moved = torch.where(tk.mask, network.abs(), 0).sum(-1)
     for i in moved.topk(min(responses, len(moved))).indices.tolist():
         m, prompt = tk.mask[i], tk.full_ids[i, : int(tk.start[i]) + 1]
-        rows.append({
-            "step": run.step + 1,
-            "prompt": run.tokenizer.decode(prompt),
-            "reward": float(tk.reward[i]),
-            "tokens": token_names(run.tokenizer, tk.ids[i][m].tolist()),
-            "network_flow": network[i][m].tolist(),
-            "flow": update.flow[i][m].tolist(),
-        })  # fmt: skip
+        text = {"prompt": run.tokenizer.decode(prompt), "reward": float(tk.reward[i])}
+        text["tokens"] = token_names(run.tokenizer, tk.ids[i][m].tolist())
+        flows = {"network_flow": network[i][m].tolist(), "flow": update.flow[i][m].tolist()}
+        rows.append({"step": run.step + 1, **text, **flows})
     run.append("flows.jsonl", rows)
     a, b = update.flow[tk.mask].double(), network[tk.mask].double()
     r = float(torch.corrcoef(torch.stack([a, b]))[0, 1]) if len(a) > 1 else math.nan
@@ -628,17 +623,16 @@ class Run:
     def _nothing_learned(self, rows: list[dict[str, Any]]) -> str:
         """What steps without contrast come from, by their numbers, and what to do about it."""
         reward, cut = (sum(r[key] for r in rows) / len(rows) for key in ("reward", "truncated"))
+        why = (
+            "answers are not in the form that is graded: look at samples.jsonl, change --prompt-template; or "
+        )
+        why += "the problems are too hard: other --data"
         if not self.settings.model:
             why = "the policy has collapsed or broken: another --method or a smaller --lr"
         elif reward > 0.5:
             why = "the problems are too easy: other --data"
         elif cut > 0.5:
             why = f"responses are cut off: a --max-new-tokens above {self.task.max_new_tokens}"
-        else:
-            why = (
-                "answers are not in the form that is graded: look at samples.jsonl, change "
-                "--prompt-template; or the problems are too hard: other --data"
-            )
         return (
             "ten steps in a row taught nothing, for all responses to a prompt had the same reward (mean "
             f"{reward:.2f}, {cut:.0%} of responses truncated). Likely {why}"
@@ -855,7 +849,7 @@ def shard(policy: Policy, dtype: torch.dtype, device: torch.device, offload: boo
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     how = {
-        "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
+        "mesh": dist.init_device_mesh(device.type, (dist.get_world_size(),)),
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
         "reshard_after_forward": True,  # the root too: after a pass without backward, parameters are shards
@@ -1083,8 +1077,7 @@ def make_job(spec: str, base: Settings, device: torch.device, ranks: Ranks) -> t
     settings, method = parse_spec(spec, base)
     if text := next(complaints(settings, method, device, ranks), ""):
         raise UserError(f"--method {spec}: {text}" if ":" in spec else text)
-    inert = [m.key for m in members(method) if not m.on_policy and settings.updates_per_rollout == 1]
-    if inert:
+    if inert := [m.key for m in members(method) if not m.on_policy and settings.updates_per_rollout == 1]:
         text = "with one update per rollout the ratio is exactly 1, and the clip or penalty of"
         remedy = "does nothing; add e.g. --updates-per-rollout 4"
         warnings.warn(f"{spec}: {text} {' and '.join(inert)} {remedy}", stacklevel=2)
@@ -1169,8 +1162,9 @@ def with_adapters(model: nn.Module, rank: int, seed: int) -> nn.Module:
     weights = {plain_name(n): p for n, p in adapted.named_parameters() if ".lora_" not in n and p.ndim > 1}
     bare = [n for n, p in weights.items() if n not in adapters(adapted) and id(p) not in known]
     if bare:
-        text = f"--lora {rank}: {len(bare)} matrices stay as they are, {bare[0]} for one"
-        warnings.warn(text, stacklevel=2)
+        warnings.warn(
+            f"--lora {rank}: {len(bare)} matrices stay as they are, {bare[0]} for one", stacklevel=2
+        )
     return adapted
 
 
@@ -1186,17 +1180,11 @@ def vllm_engine(
             tokenizer.save_pretrained(folder)
         ranks.all(None)
         with user_error(""):
-            engine = rollout.VllmEngine(
-                s.model or folder,
-                tokenizer,
-                device=device,
-                dtype=compute_dtype(s, device),
-                max_model_len=longest + max(16, task.max_new_tokens),
-                gpu_memory=s.vllm_memory,
-                tensor_parallel=s.tensor_parallel,
-                seed=s.seed,
-                trust_remote_code=s.trust_remote_code,
-            )
+            room = longest + max(16, task.max_new_tokens)
+            how = {"device": device, "dtype": compute_dtype(s, device), "max_model_len": room}
+            how |= {"gpu_memory": s.vllm_memory, "tensor_parallel": s.tensor_parallel, "seed": s.seed}
+            how["trust_remote_code"] = s.trust_remote_code
+            engine = rollout.VllmEngine(s.model or folder, tokenizer, **how)
         ranks.all(None)  # all have read the folder
         return engine
 
