@@ -29,13 +29,14 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-from entropy_math import entropy_change, set_point_lambda
+from entropy_math import entropy_change, set_point_lambda, token_stats
 
 # isort: off
 from grpo import (
@@ -1465,7 +1466,7 @@ def build(name: str, **hyperparameter: Any) -> Method:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 8. Inside another trainer: verl
+# 8. Inside other trainers: verl and TRL
 
 VERL = ("grpo", "clip_higher", "clip_cov", "kl_cov", "rand_pos_clip", "cispo", "gspo", "ce_gppo")
 VERL_CLIP = {  # our name: verl's, and its default
@@ -1544,6 +1545,164 @@ def verl_loss(
     loss, metrics = batch_loss(tokens, replace(plan, coef=coef, coef_all=coef), method)
     metrics = {**plan.metrics, **metrics}
     return loss, {f"actor/{k}": v for k, v in metrics.items() if math.isfinite(v)}
+
+
+OVERRULED = (  # settings of TRL's own objective
+    *("loss_type", "epsilon", "epsilon_high", "delta", "scale_rewards", "multi_objective_aggregation"),
+    *("importance_sampling_level", "off_policy_mask_threshold", "use_bias_correction_kl"),
+    *("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy"),
+)
+
+
+def check_trl(trainer: Any, method: Method) -> None:
+    """Raise ValueError, with the remedy, where a method or a GRPOConfig cannot do inside TRL what it says."""
+    a = trainer.args
+    n, m, rows = a.gradient_accumulation_steps, a.steps_per_generation, a.per_device_train_batch_size
+    torn = m > n and n * rows % a.num_generations
+    set_too = [f.name for f in fields(a) if f.name in OVERRULED and getattr(a, f.name) != f.default]
+    for bad, text in (
+        (method.overrides("sample"), "TRL samples, not the method"),
+        (
+            method.overrides("reset_reference"),
+            "TRL keeps the reference and the optimizer; use ref_kl",
+        ),
+        ("proxy_logp" in method.needs, "the logits of the policy that sampled are not kept"),
+        ("ref_logp" in method.needs and not a.beta, "give GRPOConfig(beta=1.0), for a reference"),
+        (set_too, f"the method makes the objective; leave GRPOConfig.{', '.join(set_too)} at the default"),
+        (m % n, f"steps_per_generation={m} must be a multiple of gradient_accumulation_steps={n}"),
+        (torn, f"{n * rows} responses per update tear groups of {a.num_generations}"),
+        (trainer.aux_loss_enabled or trainer._is_vlm, "router losses and images are not supported"),
+    ):
+        if bad:
+            raise ValueError(f"method {method.key} inside TRL: {text}")
+    if method.refill:
+        warnings.warn(f"{method.key}: TRL draws no further prompts, so updates shrink", stacklevel=3)
+
+
+class InsideTRL:
+    """`trl.GRPOTrainer` with one more argument, `method`: a spec as on the command line, or a Method.
+
+        trainer = trl_trainer()("Qwen/Qwen3-0.6B", reward, GRPOConfig(...), data, method="opefo")
+
+    TRL keeps sampling (transformers or vLLM), rewards, optimizer, ranks and checkpoints; the objective is
+    ours.  What differs from plain TRL:
+
+    - Before the first micro-batch of an update, a pass without graph scores all of them, on all ranks: the
+      scope of every statistic.  It costs a forward pass.
+    - Rows stay in prompt order; TRL shuffles them, which tears groups apart where it makes several updates.
+    - Advantages, clip range, aggregation and penalties are the method's; a GRPOConfig setting that would be
+      overruled is refused.  `beta` only makes TRL keep a reference model, for methods that need one.
+    - A response is right if the sum of its rewards is positive.  One that no reward function scored teaches
+      nothing and is in nobody's baseline.
+    - Schedules and draws count optimizer steps.  Evaluation reports TRL's own loss.
+
+    `dapo` drops groups but cannot draw others.  Made for TRL 1.16 (extra `trl`), whose private methods it
+    overrides.
+    """
+
+    def __init__(self, *args: Any, method: str | Method = "grpo", **kwargs: Any) -> None:
+        if isinstance(method, str):
+            name, options = parse(method)
+            method = build(name, **options)
+        super().__init__(*args, **kwargs)
+        check_trl(self, method)
+        self.method = method
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.scores = super()._calculate_rewards(*args, **kwargs)  # (rows of all ranks, reward functions)
+        return self.scores
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        out = super()._generate_and_score_completions(inputs)
+        row = torch.arange(len(inputs), device=self.scores.device)
+        row += self.accelerator.process_index * len(inputs)
+        scores = self.scores[row]  # (B, reward functions), NaN where a function said nothing
+        out["reward"] = (scores * self.reward_weights.to(scores.device)).nansum(-1)
+        out["group"] = torch.where(scores.isnan().all(-1), -1 - row, row // self.num_generations)
+        return out
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        from trl.trainer.utils import split_tensor_dict
+
+        n, m = self.args.gradient_accumulation_steps, self.args.steps_per_generation
+        if not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is None or self._step % (m * self.num_iterations) == 0:
+            generation = self._generate_and_score_completions(generation_batch)
+            self._buffered_inputs = split_tensor_dict(generation, m)
+        i = self._step % m
+        if i % n == 0:
+            self._plan_update(self._buffered_inputs[i : i + n])
+        return self._buffered_inputs[i]
+
+    def _text(self, rows: dict[str, Tensor]) -> tuple[Tensor, Tensor, int]:
+        both = [torch.cat([rows[f"prompt_{x}"], rows[f"completion_{x}"]], 1) for x in ("ids", "mask")]
+        return *both, rows["completion_ids"].shape[1]
+
+    def _plan_update(self, window: list[dict[str, Tensor]]) -> None:
+        """Tokens and plan of an update from all its rows, on all ranks, rank by rank."""
+        parts = []
+        for rows in window:
+            ids, attention, T = self._text(rows)
+            with torch.no_grad(), self.accelerator.autocast():
+                out = self.model(input_ids=ids, attention_mask=attention, logits_to_keep=T + 1)
+            parts.append(vars(token_stats(out.logits[:, :-1], ids[:, -T:], self.temperature, False)))
+        rows = {k: torch.cat([r[k] for r in window]) for k, v in window[0].items() if v.ndim}
+        mask = (rows["completion_mask"] * rows.get("tool_mask", 1)).bool() & (rows["group"] >= 0)[:, None]
+        ended = torch.isin(rows["completion_ids"], torch.tensor(self.eos_token_ids, device=mask.device))
+        sampled = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        ratio = rows.get("importance_sampling_ratio")  # vLLM's mismatch weight, (B, T) or (B, 1)
+        stats = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+        tokens = Tokens(rows["completion_ids"], mask, reward=rows["reward"], group=rows["group"], **stats)
+        tokens.truncated = ~(ended & mask).any(-1)
+        tokens.old_logp = None if sampled else rows["old_per_token_logps"]  # as in `train`
+        tokens.ref_logp = rows.get("ref_per_token_logps")
+        tokens.mismatch = None if ratio is None else ratio.expand(mask.shape)
+        gather, pad = self.accelerator.gather, self.accelerator.pad_across_processes
+        self.tokens = tokens._map(lambda v: gather(pad(v, dim=1).to(v.dtype)))  # pad makes bool an integer
+        step, total, seed = self.state.global_step, self.state.max_steps, self.args.seed
+        self.method.progress = Progress(step, total, seed, self.max_completion_length, self.temperature)
+        self.plan = plan_update(self.tokens, self.method)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        if not self.model.training:
+            return super()._compute_loss(model, inputs)
+        fresh = self._get_per_token_logps_and_entropies(model, *self._text(inputs), compute_entropy=True)
+        (B, T), n = fresh[0].shape, self.args.gradient_accumulation_steps
+        first = B * (self.accelerator.process_index * n + self._step % n)
+        s = slice(first, first + B)
+        width = self.plan.adv.shape[1] - T  # another rank may have longer responses
+        logp, entropy = (torch.nn.functional.pad(x, (0, width)) for x in fresh[:2])
+        tokens = replace(self.tokens.rows(s), logp=logp, entropy=entropy)
+        loss, _ = batch_loss(tokens, self.plan.rows(s), self.method)
+        return loss * self.accelerator.num_processes  # ranks' gradients are averaged, ours add up
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self._step % self.args.gradient_accumulation_steps == 0:  # the update's last micro-batch
+            self.method.after_step(self.plan)
+            for name, value in {**self.plan.metrics, "entropy": self.plan.entropy}.items():
+                self._metrics["train"][name].append(value)
+        return loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            torch.save(self.method.state_dict(), folder / "method.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.method.load_state_dict(torch.load(Path(checkpoint) / "method.pt", weights_only=True))
+
+
+@cache
+def trl_trainer() -> type:
+    """The class of `InsideTRL`; trl is imported by this call only."""
+    from trl import GRPOTrainer
+
+    return type("EntropyFlowTrainer", (InsideTRL, GRPOTrainer), {"__doc__": InsideTRL.__doc__})
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ Everything random comes from a generator seeded by a hash of (seed, step, purpos
 numbers of one never stopped, and methods that start from one seed see the same prompts in the same order.
 
     1  the loop                         4  a run and its files    7  what a run needs: task, policy, engine
-    2  a step's parts, in order of use  5  several processes      8  the command line
-    3  the entropy ledger               6  settings: flags        9  the same methods inside TRL's trainer
+    2  a step's parts, in order of use  5  several processes      8  the command line: from words to runs
+    3  the entropy ledger               6  settings: flags
 
 Left out, compared with a production trainer: a critic, learning-rate schedules, weight decay, sampling ahead
 of the update, several responses packed in one row, and tensor, pipeline or context parallelism in training.
@@ -50,7 +50,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from functools import cache, partial
+from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -63,59 +64,22 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import tyro
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+import grpo
 import interventions
-from entropy_math import adam_preconditioner, entropy_directional_change, network_flow, token_stats
-from eval import (
-    command_line,
-    draw,
-    evaluate,
-    fingerprint,
-    read_jsonl,
-    set_threads,
-    table,
-    token_names,
-    usable_device,
-)  # fmt: skip
-from grpo import (
-    Method,
-    Plan,
-    Progress,
-    Tokens,
-    batch_loss,
-    concat_padded,
-    mismatch_weight,
-    plan_update,
-    token_flow,
-)  # fmt: skip
-from rollout import (
-    PROMPT_TEMPLATE,
-    REWARDS,
-    SPURIOUS,
-    Engine,
-    Policy,
-    Problem,
-    Sampling,
-    Task,
-    TorchEngine,
-    VllmEngine,
-    WarmStart,
-    answer,
-    chain_task,
-    check_push,
-    data_file,
-    load_model,
-    longest_prompt,
-    shared_grader,
-    task_of_data,
-    warm_policy,
-)  # fmt: skip
+import rollout
+from entropy_math import adam_preconditioner, entropy_directional_change, network_flow
+from eval import command_line, draw, evaluate, fingerprint, read_jsonl, set_threads, table, token_names
+from grpo import Method, Plan, Progress, Tokens, batch_loss, concat_padded, plan_update, token_flow
+from rollout import REWARDS, Engine, Policy, Problem, Sampling, Task, TorchEngine, answer
+
+REFUSALS = (ValueError, ImportError, RuntimeError)  # what a library raises at what a user asks for
 
 
 class UserError(Exception):
@@ -123,9 +87,7 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def user_error(
-    before: str, after: str = "", kinds: tuple = (ValueError, ImportError, RuntimeError)
-) -> Iterator[None]:
+def user_error(before: str, after: str = "", kinds: tuple = REFUSALS) -> Iterator[None]:
     """An error as a UserError: where it was, what it says, what to do about it."""
     try:
         yield
@@ -142,7 +104,7 @@ def train(run: Run) -> Iterator[dict[str, Any]]:
     """Evaluate the first policy, then step until the last one; yields each row of metrics.jsonl, already on
     disk.  Whoever iterates may stop after any row and call `run.save()`.  Raises FloatingPointError where the
     policy gives NaN, and after ten updates in a row that were not finite."""
-    s, method, policy, ranks = run.settings, run.method, run.policy, run.ranks
+    s, method = run.settings, run.method
     push_weights(run)
     if run.step == 0 and not run.rows:
         yield run.log({"step": 0, **evaluation(run)}, due=True)
@@ -155,24 +117,19 @@ def train(run: Run) -> Iterator[dict[str, Any]]:
         run.engine.sleep()
         # 2. Open the ledger: H̄(θ) and ∇H̄(θ) on the states of these responses, (5.1) and (5.2).
         booked = s.ledger != "off" and run.step % s.ledger_every == 0 and row["tokens"] > 0
-        ledger = Ledger.open(policy, tokens, s, ranks) if booked else None
+        ledger = Ledger.open(run, tokens) if booked else None
         # 3. What the method needs beyond the policy: π_old of the ratio, grpo (2.5); a reference; a proxy.
-        if s.updates_per_rollout > 1:
-            tokens.old_logp = score_batch(policy, tokens, s, ranks)["logp"]
-        if "ref_logp" in method.needs:
-            tokens.ref_logp = reference_logp(run, tokens)
-        if "proxy_logp" in method.needs:
-            tokens.proxy_logp = proxy_logp(run, tokens)
+        supply(run, tokens)
         # 4. Updates: statistics of the whole batch -> plan; loss and gradient by micro-batches; a step.
         history, skipped = [], 0
-        for i, batch in enumerate(update_batches(tokens, s, ranks)):
+        for i, batch in enumerate(update_batches(run, tokens)):
             if skipped == i:  # still the policy that sampled: r is 1, not another pass's rounding
                 batch.old_logp = None
             run.optimizer.zero_grad(set_to_none=True)
-            update = Update(policy, batch, method, s, ranks)
+            update = Update(run, batch)
             for part, plan in update.micro_batches():  # scored, with a graph, and its rows of the plan
                 loss, metrics = batch_loss(part, plan, method)  # grpo section 7
-                (loss * ranks.world).backward()  # FSDP averages over ranks; the shares of a loss add up
+                (loss * run.ranks.world).backward()  # FSDP averages over ranks; the shares of a loss add up
                 update.collect(part, loss, metrics)  # force F_t and flow f_t, (5.3)
             history.append(update.close())
             if step_if_finite(run, history[-1]):
@@ -182,7 +139,7 @@ def train(run: Run) -> Iterator[dict[str, Any]]:
                 skipped += 1
         row |= {"skipped": skipped, **over_updates(history)}
         # 5. Close the ledger, hand the weights over, evaluate and save if it is time.
-        row |= ledger.close(policy) if ledger else {}
+        row |= ledger.close() if ledger else {}
         row["seconds_push"] = push_weights(run)
         row["seconds"] = time.perf_counter() - begin
         run.step += 1
@@ -233,7 +190,7 @@ def draw_responses(run: Run) -> tuple[Tokens, dict[str, Any]]:
         out.reward = REWARDS[s.reward](out.correct, out.lengths, limit, chance)
         out.group = out.group + (r.rank * MAX_DRAWS + attempt) * share
         right.append(out.correct)
-        if s.reward in SPURIOUS:
+        if s.reward in rollout.SPURIOUS:
             out.correct = out.reward > 0  # a method must not know better than the reward
         parts.append(out)
         tokens = concat_padded(parts, run.tokenizer.pad_token_id)
@@ -252,93 +209,89 @@ def draw_responses(run: Run) -> tuple[Tokens, dict[str, Any]]:
 
 
 def drawn_metrics(run: Run, tk: Tokens, right: Tensor) -> dict[str, float]:
-    """Means over the responses of all ranks, and the share of groups whose rewards are all equal, which teach
-    nothing."""
-    n = run.ranks.sum(len(tk.reward))
-    rewards = tk.reward.view(-1, run.settings.group_size)
+    """Means over the responses of all ranks; groups whose rewards are all equal teach nothing."""
+    n, rewards = run.ranks.sum(len(tk.reward)), tk.reward.view(-1, run.settings.group_size)
     alike = (rewards == rewards[:, :1]).all(1, keepdim=True).expand_as(rewards)
     means = {"reward": tk.reward, "length": tk.mask, "truncated": tk.truncated, "no_contrast": alike}
     means |= {"correct": right} if run.settings.reward != "correct" else {}
     return {name: run.ranks.sum(float(x.sum(dtype=torch.float64))) / n for name, x in means.items()}
 
 
-def micro_batches(tokens: Tokens, settings: Settings) -> list[Any]:
-    """The rows of each forward pass: slices of `micro_batch` rows, or index tensors of responses of like
-    length, padded together within `tokens_per_micro_batch` tokens (a longer response goes alone)."""
-    rows = len(tokens.ids)
-    if settings.micro_batch or not settings.tokens_per_micro_batch:
-        size = settings.micro_batch or rows
-        return [slice(i, i + size) for i in range(0, rows, size)]
-    length = (tokens.start + 1 + tokens.lengths).cpu()
-    order = length.argsort(descending=True, stable=True)  # the longest first: what does not fit fails at once
-    out, begin = [], 0
-    while begin < rows:
-        size = max(1, settings.tokens_per_micro_batch // int(length[order[begin]]))
-        out.append(order[begin : begin + size].to(tokens.ids.device))
-        begin += size
-    return out if len(out) > 1 else [slice(0, rows)]
+class Passes:
+    """How a batch goes through the policy: the rows of each forward pass, in slices of `micro_batch` rows, or
+    as indices of responses of like length, padded together within `tokens_per_micro_batch` tokens."""
 
+    def __init__(self, run: Run, tokens: Tokens) -> None:
+        s, self.ranks, rows = run.settings, run.ranks, len(tokens.ids)
+        self.rows: list[Any] = []
+        if s.tokens_per_micro_batch and not s.micro_batch:
+            length = (tokens.start + 1 + tokens.lengths).cpu()
+            order = length.argsort(descending=True, stable=True)  # what does not fit in memory fails at once
+            while len(order):
+                size = max(1, s.tokens_per_micro_batch // int(length[order[0]]))  # a longer one goes alone
+                self.rows.append(order[:size].to(tokens.ids.device))
+                order = order[size:]
+        if len(self.rows) <= 1:
+            size = s.micro_batch or max(rows, 1)
+            self.rows = [slice(i, i + size) for i in range(0, rows, size)]
 
-def equal_passes(slices: list[Any], ranks: Ranks) -> Iterator[tuple[Any, bool]]:
-    """This rank's micro-batches, then its first row again, marked False, until all ranks have had as many
-    passes: sharded weights are gathered by all ranks together."""
-    for i in range(ranks.max(len(slices))):
-        yield (slices[i], True) if i < len(slices) else (slice(0, 1), False)
+    def __iter__(self) -> Iterator[tuple[Any, bool]]:
+        """This rank's passes, then its first row again, marked False, until all ranks have had as many: they
+        gather sharded weights together."""
+        for i in range(self.ranks.max(len(self.rows))):
+            yield (self.rows[i], True) if i < len(self.rows) else (slice(0, 1), False)
 
-
-def restore_order(parts: list[Tensor], slices: list[Any]) -> Tensor:
-    """The rows of `micro_batches`, back in the batch's order."""
-    if len(parts) == 1:
-        return parts[0]
-    out = parts[0].new_empty((sum(map(len, parts)), *parts[0].shape[1:]))
-    for s, part in zip(slices, parts):
-        out[s] = part
-    return out
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """What the passes gave, in the order of the batch."""
+        if len(parts) == 1:
+            return parts[0]
+        out = parts[0].new_empty((sum(map(len, parts)), *parts[0].shape[1:]))
+        for rows, part in zip(self.rows, parts):
+            out[rows] = part
+        return out
 
 
 @torch.no_grad()
 def score_batch(
-    policy: Policy,
-    tokens: Tokens,
-    settings: Settings,
-    ranks: Ranks,
-    of_logits: Callable[[Tensor, Tensor], Tensor] | None = None,
+    run: Run, tokens: Tokens, policy: Policy | None = None, of_logits: Callable[..., Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """What `Policy.forward` returns, without gradient, a micro-batch at a time."""
-    slices, parts = micro_batches(tokens, settings), []
-    for rows, own in equal_passes(slices, ranks):
-        found = policy(tokens.rows(rows), settings.temperature, of_logits=of_logits)
+    """What `Policy.forward` returns, without gradient; of the run's policy if no other is given."""
+    passes, parts = Passes(run, tokens), []
+    for rows, own in passes:
+        found = (policy or run.policy)(tokens.rows(rows), run.settings.temperature, of_logits=of_logits)
         parts += [found] if own else []
-    return {key: restore_order([p[key] for p in parts], slices) for key in parts[0]} if parts else {}
+    return {key: passes.join([p[key] for p in parts]) for key in parts[0]} if parts else {}
 
 
-def reference_logp(run: Run, tokens: Tokens) -> Tensor:
-    """log π_ref, (B, T).  With LoRA the reference is the model without its adapters."""
-    if run.reference is not None:
-        return score_batch(run.reference, tokens, run.settings, run.ranks)["logp"]
-    with run.policy.model.disable_adapter():
-        return score_batch(run.policy, tokens, run.settings, run.ranks)["logp"]
+def supply(run: Run, tokens: Tokens) -> None:
+    """Fill in, (B, T) each, what the method needs beyond the policy: π_old of the ratio, grpo (2.5); the
+    reference, with LoRA the model without its adapters; Lp-Reg's filtered proxy, interventions (3.28)."""
+    if run.settings.updates_per_rollout > 1:
+        tokens.old_logp = score_batch(run, tokens)["logp"]
+    if "ref_logp" in run.method.needs:
+        with run.policy.model.disable_adapter() if run.settings.lora else contextlib.nullcontext():
+            tokens.ref_logp = score_batch(run, tokens, run.reference)["logp"]
+    if "proxy_logp" in run.method.needs:
+        threshold = next(m.threshold for m in members(run.method) if "proxy_logp" in m.needs)
+        filtered = partial(interventions.proxy_log_prob, threshold=threshold)
+        tokens.proxy_logp = score_batch(run, tokens, of_logits=filtered)["of_logits"]
 
 
-def proxy_logp(run: Run, tokens: Tokens) -> Tensor:
-    """log q of Lp-Reg's filtered proxy, (B, T), interventions (3.29)."""
-    members = getattr(run.method, "members", [run.method])
-    threshold = next(m.threshold for m in members if "proxy_logp" in m.needs)
-    filtered = partial(interventions.proxy_log_prob, threshold=threshold)
-    return score_batch(run.policy, tokens, run.settings, run.ranks, filtered)["of_logits"]
+def members(method: Method) -> list[Method]:
+    """The methods of a composition, or the one."""
+    return getattr(method, "members", [method])
 
 
-def update_batches(tokens: Tokens, settings: Settings, ranks: Ranks) -> list[Tokens]:
+def update_batches(run: Run, tokens: Tokens) -> list[Tokens]:
     """The update batches of one rollout, whole groups each; none where no rank has a response."""
-    if not ranks.sum(len(tokens.ids)):
+    groups = tokens.group.unique().tensor_split(run.settings.updates_per_rollout)
+    if not run.ranks.sum(len(tokens.ids)):
         return []
-    groups = tokens.group.unique().tensor_split(settings.updates_per_rollout)
     if len(groups) == 1:
         return [tokens]
-    return [tokens.rows(torch.isin(tokens.group, g)) for g in groups if len(g) or ranks.world > 1]
+    return [tokens.rows(torch.isin(tokens.group, g)) for g in groups if len(g) or run.ranks.world > 1]
 
 
-@dataclass
 class Update:
     """One update: its plan, its micro-batches, and what they leave behind: metrics, force and flow (B, T).
 
@@ -347,84 +300,75 @@ class Update:
     that the gradient does not depend on how the batch was sliced.
     """
 
-    policy: Policy
-    batch: Tokens
-    method: Method
-    settings: Settings
-    ranks: Ranks
-
-    def __post_init__(self) -> None:
-        self.slices, self.first = micro_batches(self.batch, self.settings), 0
+    def __init__(self, run: Run, batch: Tokens) -> None:
+        self.run, self.batch, self.passes, self.first = run, batch, Passes(run, batch), 0
         self.metrics, self.forces, self.flows, self.plan = {"loss": 0.0}, [], [], None
-        if len(self.slices) > 1 or self.ranks.world > 1:
-            stats = score_batch(self.policy, self.batch, self.settings, self.ranks)
-            stats = replace(self.batch, **stats, full_ids=None, start=None)
-            stats, self.first = self.ranks.gather(stats)
+        if len(self.passes.rows) > 1 or run.ranks.world > 1:
+            stats = replace(batch, **score_batch(run, batch), full_ids=None, start=None)
+            stats, self.first = run.ranks.gather(stats)
             self._make_plan(stats)
 
     def _make_plan(self, stats: Tokens) -> None:
-        self.plan = plan_update(stats, self.method)
-        self.plan.metrics |= mismatch_metrics(stats, self.settings)
+        self.plan = plan_update(stats, self.run.method)
+        self.plan.metrics |= mismatch(stats, self.run.settings)[1]
 
     def micro_batches(self) -> Iterator[tuple[Tokens, Plan]]:
         """Each micro-batch scored, with its graph, and its rows of the plan.  Its gradient must be taken
         before the next one is asked for."""
-        s = self.settings
-        self.policy.train(
-            s.gradient_checkpointing
-        )  # transformers recomputes in train mode only; dropout is 0
-        for rows, own in equal_passes(self.slices, self.ranks):
+        s, policy = self.run.settings, self.run.policy
+        policy.train(s.gradient_checkpointing)  # transformers recomputes in train mode only; dropout is 0
+        for rows, own in self.passes:
             part = self.batch.rows(rows)
-            part = replace(part, **self.policy(part, s.temperature, self.method.entropy_grad))
+            part = replace(part, **policy(part, s.temperature, self.run.method.entropy_grad))
             if not own:
                 (part.logp.sum() * 0.0).backward()
                 continue
             if self.plan is None:
                 self._make_plan(part)
-            part.mismatch = mismatch_of(part, s)
+            part.mismatch = mismatch(part, s)[0]
             part.logp.retain_grad()
             first = self.first  # of this rank's rows in the plan
             both = slice(first + rows.start, first + rows.stop) if isinstance(rows, slice) else first + rows
             yield part, self.plan.rows(both)
-        self.policy.eval()
+        policy.eval()
 
     def collect(self, part: Tokens, loss: Tensor, metrics: dict[str, float]) -> None:
         """After the backward pass of a micro-batch."""
         grad = part.logp.grad
-        self.forces.append(torch.zeros_like(part.logp) if grad is None else -grad / self.ranks.world)
+        self.forces.append(torch.zeros_like(part.logp) if grad is None else -grad / self.run.ranks.world)
         self.flows.append(token_flow(part, self.forces[-1]))  # (5.3)
         for key, value in {**metrics, "loss": float(loss.detach())}.items():
             self.metrics[key] = self.metrics.get(key, 0.0) + value
 
     def close(self) -> dict[str, float]:
         """All numbers of the update, of all ranks together."""
-        self.force = restore_order(self.forces, self.slices).detach()
-        self.flow = restore_order(self.flows, self.slices)
-        up, down = float(self.flow.clamp(min=0).sum()), float(-self.flow.clamp(max=0).sum())
+        self.force, self.flow = self.passes.join(self.forces).detach(), self.passes.join(self.flows)
+        up, down = up_and_down(self.flow)
         own = self.metrics | {"flow_up": up, "flow_down": down}
-        summed = {key: self.ranks.sum(value) for key, value in own.items()}
+        summed = {key: self.run.ranks.sum(value) for key, value in own.items()}
         return {**self.plan.metrics, **summed, "entropy": self.plan.entropy}
 
 
-def mismatch_of(tk: Tokens, settings: Settings) -> Tensor | None:
-    """(B, T) weights, grpo (2.18) or (2.19), against the engine's own probabilities; None: not corrected."""
-    if settings.mismatch in ("off", "auto"):
-        return None
-    old = tk.logp.detach() if tk.old_logp is None else tk.old_logp
-    low, high = settings.mismatch_low, settings.mismatch_high
-    return torch.where(tk.mask, mismatch_weight(old, tk.rollout_logp, settings.mismatch, low, high), 0)
+def up_and_down(flow: Tensor) -> tuple[float, float]:
+    """The sum of what raises entropy, and of what lowers it, both positive."""
+    return float(flow.clamp(min=0).sum()), float(-flow.clamp(max=0).sum())
 
 
-def mismatch_metrics(tk: Tokens, settings: Settings) -> dict[str, float]:
-    """How far the engine's probabilities are from the trainer's, over the tokens of the whole batch, with
-    ρ = π_old / π_engine, grpo (2.17): mean and largest |log ρ|, the share of an ideal sample that the
-    weighted one is worth, ESS = (Σρ)² / (n Σρ²), and k3 of KL(π_engine || π_old)."""
-    if settings.mismatch in ("off", "auto") or not bool(tk.mask.any()):
-        return {}
+def mismatch(tk: Tokens, settings: Settings) -> tuple[Tensor | None, dict[str, float]]:
+    """Weights (B, T) against the engine's own probabilities, grpo (2.18) or (2.19), and how far these are
+    from the trainer's, with ρ = π_old / π_engine, grpo (2.17): mean and largest |log ρ|; the share of an
+    ideal sample that the weighted one is worth, ESS = (Σρ)² / (n Σρ²); k3 of KL(π_engine || π_old)."""
+    s = settings
+    if s.mismatch in ("off", "auto"):
+        return None, {}
     old = tk.logp.detach() if tk.old_logp is None else tk.old_logp
+    weight = grpo.mismatch_weight(old, tk.rollout_logp, s.mismatch, s.mismatch_low, s.mismatch_high)
+    weight = torch.where(tk.mask, weight, 0)
+    if not bool(tk.mask.any()):
+        return weight, {}
     log_rho = (old - tk.rollout_logp)[tk.mask].double().clamp(-20, 20)
     rho = log_rho.exp()
-    return {
+    return weight, {
         "mismatch_mean": float(log_rho.abs().mean()),
         "mismatch_max": float(log_rho.abs().max()),
         "mismatch_ess": float(rho.sum() ** 2 / (len(rho) * rho.square().sum())),
@@ -468,13 +412,12 @@ def push_weights(run: Run) -> float:
         run.engine.wake()
         prompt = run.tokenizer(run.task.train[0].prompt, add_special_tokens=False)["input_ids"]
         with user_error(f"--engine {run.settings.engine}:"):
-            check_push(run.engine, run.policy, prompt, run.dtype)
+            rollout.check_push(run.engine, run.policy, prompt, run.dtype)
     return time.perf_counter() - begin
 
 
 def maybe_reset_reference(run: Run, score: float | None) -> None:
-    """ProRL's reset, where the method asks for it: the policy becomes the reference, the optimizer
-    forgets."""
+    """ProRL's reset: the policy becomes the reference, the optimizer forgets."""
     if run.method.reset_reference(run.step, score):
         if run.reference is not None:
             run.reference.load_state_dict(run.policy.state_dict())
@@ -518,93 +461,85 @@ def combined(parts: list[tuple[int, int, dict[str, Any]]]) -> dict[str, Any]:
 
 @dataclass
 class Ledger:
-    """Opened before a step and closed after it: measured and predicted change of the mean entropy on the same
-    states, and on demand every token's network flow."""
+    """Opened before a step and closed after it, on the same states of `tokens`."""
 
+    run: Run
     tokens: Tokens
-    settings: Settings
     before: float  # H̄(θ), nats
     grads: list[Tensor]  # ∇H̄(θ)
     params: list[Tensor]  # θ
-    ranks: Ranks
 
     @classmethod
-    def open(cls, policy: Policy, tokens: Tokens, settings: Settings, ranks: Ranks) -> Ledger:
-        params = trained(policy)
-        count, total = max(ranks.sum(int(tokens.mask.sum())), 1), 0.0
+    def open(cls, run: Run, tokens: Tokens) -> Ledger:
+        policy, s, ranks, total = run.policy, run.settings, run.ranks, 0.0
+        count = max(ranks.sum(int(tokens.mask.sum())), 1)
         policy.zero_grad(set_to_none=True)
-        policy.train(settings.gradient_checkpointing)
-        for rows, own in equal_passes(micro_batches(tokens, settings), ranks):
+        policy.train(s.gradient_checkpointing)
+        for rows, own in Passes(run, tokens):
             part = tokens.rows(rows)
-            nats = policy(part, settings.temperature, entropy_grad=True)["entropy"]
-            nats = torch.where(part.mask, nats, 0) * own
+            nats = torch.where(part.mask, policy(part, s.temperature, entropy_grad=True)["entropy"], 0) * own
             (nats.sum() * (ranks.world / count)).backward()  # FSDP averages over ranks
             total += float(nats.detach().sum(dtype=torch.float64))
         policy.eval()
+        params = trained(policy)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
         policy.zero_grad(set_to_none=True)
-        theta = [p.detach().clone() for p in params]
-        return cls(tokens, settings, ranks.sum(total) / count, grads, theta, ranks)
+        return cls(run, tokens, ranks.sum(total) / count, grads, [p.detach().clone() for p in params])
 
-    def close(self, policy: Policy) -> dict[str, float]:
+    def close(self) -> dict[str, float]:
         """(5.1) and (5.2), nats."""
-        moved = [to_local(p.detach()) - to_local(old) for p, old in zip(trained(policy), self.params)]
-        nats = score_batch(policy, self.tokens, self.settings, self.ranks)["entropy"]
-        total = float(torch.where(self.tokens.mask, nats, 0).sum(dtype=torch.float64))
-        now = self.ranks.sum(total) / max(self.ranks.sum(int(self.tokens.mask.sum())), 1)
+        ranks, mask = self.run.ranks, self.tokens.mask
+        moved = [
+            to_local(p.detach()) - to_local(old) for p, old in zip(trained(self.run.policy), self.params)
+        ]
+        nats = torch.where(mask, score_batch(self.run, self.tokens)["entropy"], 0)
+        now = ranks.sum(float(nats.sum(dtype=torch.float64))) / max(ranks.sum(int(mask.sum())), 1)
         predicted = entropy_directional_change([to_local(g) for g in self.grads], moved)  # entropy_math (5.1)
-        return {"dH_measured": now - self.before, "dH_predicted": self.ranks.sum(predicted)}  # (5.1), (5.2)
+        return {"dH_measured": now - self.before, "dH_predicted": ranks.sum(predicted)}
 
-    def network_flow(
-        self, policy: Policy, optimizer: torch.optim.Optimizer, force: Tensor, **how: Any
-    ) -> Tensor:
-        """(B, T): F_t <∇log π(y_t), P ∇H̄> at θ, P the optimizer's preconditioner in this step.
-
-        What token t did to the batch's entropy through the shared parameters, per unit of learning rate and
-        apart from momentum and gradient clipping: the exact counterpart, in a network, of the tabular (5.3).
-        `force` is F_t of the step, (B, T).
-        """
+    def network_flow(self, force: Tensor, **how: Any) -> Tensor:
+        """(B, T): F_t <∇log π(y_t), P ∇H̄> at θ, with `force` F_t (B, T) and P the optimizer's preconditioner
+        in this step: what token t did to the batch's entropy through the shared parameters, per unit of
+        learning rate and apart from momentum and clipping.  In a network the exact counterpart of (5.3)."""
+        policy, passes, out = self.run.policy, Passes(self.run, self.tokens), []
         names = [name for name, p in policy.named_parameters() if p.requires_grad]
-        scale = adam_preconditioner(optimizer)
+        scale = adam_preconditioner(self.run.optimizer)
         scale = {old: scale[p] for p, old in zip(trained(policy), self.params)}
-        slices, out = micro_batches(self.tokens, self.settings), []
         params, grads = dict(zip(names, self.params)), dict(zip(names, self.grads))
-        for s in slices:
-            text = (self.tokens.rows(s), self.settings.temperature)
+        for rows in passes.rows:
+            text = (self.tokens.rows(rows), self.run.settings.temperature)
 
             def logp(at: dict[str, Tensor], text: tuple = text) -> Tensor:  # unchunked: for forward mode
                 return torch.func.functional_call(policy, at, text, {"chunk": None})["logp"]
 
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
-                out.append(network_flow(logp, params, force[s], grads, scale, **how))
-        return restore_order(out, slices)
+                out.append(network_flow(logp, params, force[rows], grads, scale, **how))
+        return passes.join(out)
 
 
 def book_tokens(run: Run, ledger: Ledger, update: Update, responses: int = 4) -> dict[str, float | None]:
     """The network flow of the step just taken, up and down, and how well the tabular score of a token knows
     it (Pearson's r over tokens); flows.jsonl gets the responses that moved entropy most."""
     tk, rows = ledger.tokens, []
-    network = ledger.network_flow(run.policy, run.optimizer, update.force)
+    network = ledger.network_flow(update.force)
     moved = torch.where(tk.mask, network.abs(), 0).sum(-1)
     for i in moved.topk(min(responses, len(moved))).indices.tolist():
         m, prompt = tk.mask[i], tk.full_ids[i, : int(tk.start[i]) + 1]
-        rows.append({
-            "step": run.step + 1,
-            "prompt": run.tokenizer.decode(prompt),
-            "reward": float(tk.reward[i]),
-            "tokens": token_names(run.tokenizer, tk.ids[i][m].tolist()),
-            "network_flow": network[i][m].tolist(),
-            "flow": update.flow[i][m].tolist(),
-        })  # fmt: skip
+        text = {"prompt": run.tokenizer.decode(prompt), "reward": float(tk.reward[i])}
+        text["tokens"] = token_names(run.tokenizer, tk.ids[i][m].tolist())
+        flows = {"network_flow": network[i][m].tolist(), "flow": update.flow[i][m].tolist()}
+        rows.append({"step": run.step + 1, **text, **flows})
     run.append("flows.jsonl", rows)
     a, b = update.flow[tk.mask].double(), network[tk.mask].double()
     r = float(torch.corrcoef(torch.stack([a, b]))[0, 1]) if len(a) > 1 else math.nan
-    up, down = float(b.clamp(min=0).sum()), float(-b.clamp(max=0).sum())
+    up, down = up_and_down(b)
     return {"net_flow_up": up, "net_flow_down": down, "flow_r": r if math.isfinite(r) else None}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 4. A run and its files
+
+STATE = ("step", "prompts_used", "skipped_in_row", "best")  # of a run, in state.pt
 
 
 @dataclass
@@ -646,16 +581,10 @@ class Run:
 
     def create(self) -> None:
         """The folder with its config.json."""
-        if not self.ranks.is_main:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        config = {
-            "specs": [self.settings.method],
-            "settings": asdict(self.settings),
-            "method": {m.key: asdict(m) for m in getattr(self.method, "members", [self.method])},
-            "origin": self.origin(),
-        }
-        write_atomically(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
+        if self.ranks.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            more = {"method": {m.key: asdict(m) for m in members(self.method)}, "origin": self.origin()}
+            write_config(self.folder, [self.settings.method], self.settings, **more)
 
     def origin(self) -> dict[str, str]:
         """What the names given to --model and --data stand for: files may change behind them."""
@@ -679,67 +608,69 @@ class Run:
         self.rows.append(row)
         self.append("metrics.jsonl", [row])
         self.report(row)
-        if not self.warned and self.step >= 10 and all(r.get("no_contrast") == 1 for r in self.rows[-10:]):
+        last = self.rows[-10:]
+        if not self.warned and self.step >= 10 and all(r.get("no_contrast") == 1 for r in last):
             self.warned = True
             if self.ranks.is_main:
-                warnings.warn(self._nothing_learned(), stacklevel=2)
+                warnings.warn(self._nothing_learned(last), stacklevel=2)
         if due:
-            better = row["pass@1"] > self.best
-            self.best = max(self.best, row["pass@1"])
+            better, self.best = row["pass@1"] > self.best, max(self.best, row["pass@1"])
             self.save()
             if better and self.ranks.is_main:
                 self._mark_best()
         return row
 
-    def _nothing_learned(self) -> str:
-        """What ten steps without contrast come from, by their numbers, and what to do about it."""
-        reward, cut = (sum(r[key] for r in self.rows[-10:]) / 10 for key in ("reward", "truncated"))
+    def _nothing_learned(self, rows: list[dict[str, Any]]) -> str:
+        """What steps without contrast come from, by their numbers, and what to do about it."""
+        reward, cut = (sum(r[key] for r in rows) / len(rows) for key in ("reward", "truncated"))
         why = (
             "answers are not in the form that is graded: look at samples.jsonl, change --prompt-template; or "
-            "the problems are too hard: other --data"
         )
-        if cut > 0.5:
-            why = f"responses are cut off: a --max-new-tokens above {self.task.max_new_tokens}"
-        if reward > 0.5:
-            why = "the problems are too easy: other --data"
+        why += "the problems are too hard: other --data"
         if not self.settings.model:
             why = "the policy has collapsed or broken: another --method or a smaller --lr"
+        elif reward > 0.5:
+            why = "the problems are too easy: other --data"
+        elif cut > 0.5:
+            why = f"responses are cut off: a --max-new-tokens above {self.task.max_new_tokens}"
         return (
             "ten steps in a row taught nothing, for all responses to a prompt had the same reward (mean "
             f"{reward:.2f}, {cut:.0%} of responses truncated). Likely {why}"
         )
 
+    @contextlib.contextmanager
+    def _together(self, before: str, hint: str) -> Iterator[None]:
+        """What goes wrong with the folder on one rank ends all of them with one user's line."""
+        with self.ranks.together(), user_error(before, hint, (Exception,)):
+            yield
+
     def save(self) -> None:
         """Write a checkpoint beside the last one, then rename: at no moment is there none."""
         part, is_main = self.folder / ".checkpoint.part", self.ranks.is_main
         hint = f"\nmake room, then go on from the last checkpoint: --resume {self.folder}"
+        writing = partial(self._together, f"{self.folder}: no checkpoint could be written:", hint)
         try:
-            with (
-                self.ranks.together(),
-                user_error(f"{self.folder}: no checkpoint could be written:", hint, (Exception,)),
-            ):
+            with writing():
                 if is_main:
                     shutil.rmtree(part, ignore_errors=True)
                     part.mkdir()
-            # All ranks gather the weights, the first one keeps them.
-            weights = {
-                n: w.to("cpu", self.dtype) if is_main else None for n, w in full_weights(self.policy.model)
-            }
-            with (
-                self.ranks.together(),
-                user_error(f"{self.folder}: no checkpoint could be written:", hint, (Exception,)),
-            ):
+            weights, failed = {}, []
+            with self.ranks.together():
+                for name, weight in full_weights(self.policy.model):  # all ranks gather, the first one keeps
+                    try:
+                        weights |= {name: weight.to("cpu", self.dtype).contiguous()} if is_main else {}
+                    except Exception as error:  # no memory: the others must not wait for this one
+                        failed.append(error)
+                if failed:
+                    raise failed[0]
+            with writing():
                 self._training(dcp.save, part)
-            with (
-                self.ranks.together(),
-                user_error(f"{self.folder}: no checkpoint could be written:", hint, (Exception,)),
-            ):
+            with writing():
                 if is_main:
-                    self._write(part, {n: w.contiguous() for n, w in weights.items()})
-        except BaseException:
+                    self._write(part, weights)
+        finally:
             if is_main:
-                shutil.rmtree(part, ignore_errors=True)
-            raise
+                shutil.rmtree(part, ignore_errors=True)  # renamed, if all went well
 
     def _write(self, part: Path, weights: dict[str, Tensor]) -> None:
         """What the first rank alone writes; then the checkpoint takes the last one's place."""
@@ -749,15 +680,24 @@ class Run:
         self.tokenizer.save_pretrained(part)
         state = {name: getattr(self, name) for name in STATE}
         torch.save(state | {"method": self.method.state_dict()}, part / "state.pt")
-        for path in part.rglob("*"):  # on the disk before the rename is
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
+        for path in filter(Path.is_file, part.rglob("*")):  # on the disk before the rename is
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
         final, previous = self.folder / "checkpoint", self.folder / "checkpoint-previous"
         if final.exists():
             shutil.rmtree(previous, ignore_errors=True)
             final.rename(previous)
         part.rename(final)
+
+    def _mark_best(self) -> None:
+        """checkpoint-best/: the model of the evaluation with the highest pass@1."""
+        part, best = self.folder / ".best.part", self.folder / "checkpoint-best"
+        left_out = shutil.ignore_patterns("training", "state.pt")
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(self.folder / "checkpoint", part, ignore=left_out)
+        (part / "best.json").write_text(json.dumps({"step": self.step, "pass@1": self.best}) + "\n")
+        shutil.rmtree(best, ignore_errors=True)
+        part.rename(best)
 
     def _training(self, act: Callable[..., Any], folder: Path) -> None:
         """dcp.save or dcp.load of training/.  What fails is raised bare, and a Ctrl-C before all else."""
@@ -792,20 +732,10 @@ class Run:
             out["reference"] = {n: p.detach() for n, p in self.reference.named_parameters()}
         return out
 
-    def _mark_best(self) -> None:
-        """checkpoint-best/: the model of the evaluation with the highest pass@1."""
-        part, best = self.folder / ".best.part", self.folder / "checkpoint-best"
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(
-            self.folder / "checkpoint", part, ignore=shutil.ignore_patterns("training", "state.pt")
-        )
-        (part / "best.json").write_text(json.dumps({"step": self.step, "pass@1": self.best}) + "\n")
-        shutil.rmtree(best, ignore_errors=True)
-        part.rename(best)
-
     def load(self) -> None:
         """Continue from the last checkpoint, on any number of ranks; without any, from the beginning.  Raises
         UserError on an unreadable one, and on another model or other data than the run began with."""
+        has = lambda name: (self.folder / name).exists()  # noqa: E731
         began: dict[str, str] = {}
         with contextlib.suppress(OSError, ValueError, KeyError):  # not begun, or damaged: written anew
             began = json.loads((self.folder / "config.json").read_text())["origin"]
@@ -816,30 +746,20 @@ class Run:
                     "run began;\nput back what it was, or start a new run"
                 )
         # Without a checkpoint/ the process died between two renames.
-        path = self.folder / ("checkpoint" if self._has("checkpoint") else "checkpoint-previous")
+        path = self.folder / ("checkpoint" if has("checkpoint") else "checkpoint-previous")
         hint = f"\nremove {path} to go on from checkpoint-previous if there is one, else from the start"
         if path.exists():
-            with (
-                self.ranks.together(),
-                user_error(f"--resume {self.folder}: {path.name} is damaged:", hint, (Exception,)),
-            ):
+            with self._together(f"--resume {self.folder}: {path.name} is damaged:", hint):
                 state = torch.load(path / "state.pt", weights_only=True)
                 self._training(dcp.load, path)
                 self.method.load_state_dict(state["method"])
-                for name in STATE:
-                    setattr(self, name, state[name])
-        for name in filter(self._has, ("metrics.jsonl", "samples.jsonl", "flows.jsonl")):
+                vars(self).update({name: state[name] for name in STATE})
+        for name in filter(has, ("metrics.jsonl", "samples.jsonl", "flows.jsonl")):
             with user_error(f"--resume {self.folder}:", "\nmend or remove it", (ValueError, KeyError)):
                 rows = [r for r in read_jsonl(self.folder / name) if path.exists() and r["step"] <= self.step]
             if self.ranks.is_main:
                 write_atomically(self.folder / name, "".join(json.dumps(r) + "\n" for r in rows))
             self.rows = rows if name == "metrics.jsonl" else self.rows
-
-    def _has(self, name: str) -> bool:
-        return (self.folder / name).exists()
-
-
-STATE = ("step", "prompts_used", "skipped_in_row", "best")  # of a run, in state.pt
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -847,6 +767,12 @@ def write_atomically(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(text)
     part.replace(path)
+
+
+def write_config(folder: Path, specs: list[str], settings: Settings, **more: Any) -> None:
+    """config.json of a run, or of a comparison of several."""
+    config = {"specs": specs, "settings": asdict(settings), **more}
+    write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -875,12 +801,9 @@ class Ranks:
 
     @staticmethod
     def leave() -> None:
-        """Before the process ends: end its group, if it has one, and let gloo's threads finish.
-
-        Their last piece of work holds Python objects of autograd's.  A thread that asks for the interpreter's
-        lock in order to drop them after the interpreter has begun to end aborts the process; while this one
-        sleeps they get it.  Destroying the group alone does not help: FSDP2's meshes keep its threads alive.
-        """
+        """Before the process ends: end its group, and sleep while gloo's threads drop what they hold of
+        autograd's.  One that asks for the interpreter's lock once the interpreter ends aborts the process.
+        FSDP2's meshes keep these threads alive beyond the group."""
         if dist.is_initialized():
             dist.destroy_process_group()
             time.sleep(0.1)
@@ -891,10 +814,9 @@ class Ranks:
 
     def all(self, value: Any) -> list[Any]:
         """Everybody's value, in the order of ranks."""
-        if self.world == 1:
-            return [value]
-        out: list[Any] = [None] * self.world
-        dist.all_gather_object(out, value)
+        out: list[Any] = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(out, value)
         return out
 
     @contextlib.contextmanager
@@ -921,25 +843,22 @@ class Ranks:
         """The rows of all ranks, and where this rank's begin."""
         if self.world == 1:
             return tokens, 0
-        device = tokens.ids.device
-        parts = [t.to(device) for t in self.all(tokens.detach().to("cpu"))]
+        parts = [t.to(tokens.ids.device) for t in self.all(tokens.detach().to("cpu"))]
         return concat_padded(parts), sum(len(t.ids) for t in parts[: self.rank])
 
 
 def shard(policy: Policy, dtype: torch.dtype, device: torch.device, offload: bool = False) -> Policy:
     """Weights in float32, split over all ranks and computed with in `dtype`: FSDP2, layer by layer, in place.
-
-    With one rank nothing is split, and what remains is the mixed precision: float32 master weights, gradients
-    and AdamW states, one layer at a time in bfloat16. `offload` keeps the shards in CPU memory (a reference
-    model). The gradient that arrives is the *mean* over ranks.
-    """
+    With one rank the mixed precision remains: float32 weights, gradients and AdamW states, one layer at a
+    time in bfloat16.  `offload` keeps the shards in CPU memory.  The gradient that arrives is the *mean* over
+    ranks."""
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     how = {
-        "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
+        "mesh": dist.init_device_mesh(device.type, (dist.get_world_size(),)),
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
         "reshard_after_forward": True,  # the root too: after a pass without backward, parameters are shards
@@ -1008,28 +927,21 @@ def merged(weight: Tensor, layer: nn.Module) -> Tensor:
 class Training:
     """What is learned, from how many samples, and how many of them at once."""
 
-    steps: int = 300
-    """rollouts, each followed by its updates"""
+    steps: int = 300  # rollouts, each followed by its updates
     lr: float = 3e-4
     """AdamW's constant learning rate (with --model: 1e-6); a smaller one also slows the collapse"""
-    prompts: int = 32
-    """prompts per rollout"""
-    group_size: int = 16
-    """responses per prompt; their mean reward is the baseline of their advantages"""
-    updates_per_rollout: int = 1
-    """optimizer steps per rollout; 1 is strictly on-policy, where no clip acts"""
-    grad_clip: float = 1.0
-    """largest gradient norm; 0 means no clipping"""
+    prompts: int = 32  # prompts per rollout
+    group_size: int = 16  # responses per prompt; their mean reward is the baseline of their advantages
+    updates_per_rollout: int = 1  # optimizer steps per rollout; 1 is strictly on-policy, where no clip acts
+    grad_clip: float = 1.0  # largest gradient norm; 0 means no clipping
     temperature: float = 1.0
     """used in sampling and for every probability in the loss: what is drawn is what is trained"""
     reward: Literal["correct", "length_penalty", "random", "wrong"] = "correct"
     """length_penalty adds DAPO's overlong penalty; random and wrong are spurious, for study"""
     mismatch: Literal["auto", "tis", "icepop", "off"] = "auto"
     """weights against an engine whose probabilities differ from ours; auto: tis with vLLM, else off"""
-    mismatch_low: float = 0.5
-    """icepop drops tokens whose probability ratio is smaller"""
-    mismatch_high: float = 2.0
-    """tis cuts larger probability ratios to this; icepop drops their tokens"""
+    mismatch_low: float = 0.5  # icepop drops tokens whose probability ratio is smaller
+    mismatch_high: float = 2.0  # tis cuts larger probability ratios to this; icepop drops their tokens
     micro_batch: int = 0
     """responses per forward pass, to bound memory; the gradient stays the same; 0 means no limit"""
     tokens_per_micro_batch: int = 0
@@ -1042,64 +954,47 @@ class Training:
 class Measuring:
     """Evaluations, and the ledger of what each step did to the entropy."""
 
-    eval_every: int = 30
-    """steps between evaluations, each with a checkpoint; the last step has both"""
-    eval_samples: int = 32
-    """samples per held-out problem, the k of pass@k (with --model: 8)"""
+    eval_every: int = 30  # steps between evaluations, each with a checkpoint; the last step has both
+    eval_samples: int = 32  # samples per held-out problem, the k of pass@k (with --model: 8)
     ledger: Literal["off", "step", "full"] = "step"
     """step: measured against predicted change; full: also the network flow of each token"""
-    ledger_every: int = 10
-    """steps between ledger entries; each costs about one more training pass"""
+    ledger_every: int = 10  # steps between ledger entries; each costs about one more training pass
 
 
 @dataclass(frozen=True)
 class LanguageModel:
     """A model and problems of your own.  Without --model, a small transformer learns an embedded task."""
 
-    model: str = ""
-    """hub id or folder of a causal language model (safetensors); needs --data"""
+    model: str = ""  # hub id or folder of a causal language model (safetensors); needs --data
     data: str = ""
     """problems and answers: a .jsonl, .json, .csv or .parquet file, or owner/name@config:split of the hub"""
-    eval_data: str = ""
-    """the same for evaluation; without it, --eval-problems of the data are held out"""
-    eval_problems: int = 96
-    """number of held-out problems"""
-    prompt_template: str = PROMPT_TEMPLATE
+    eval_data: str = ""  # the same for evaluation; without it, --eval-problems of the data are held out
+    eval_problems: int = 96  # number of held-out problems
+    prompt_template: str = rollout.PROMPT_TEMPLATE
     """text around a problem, which takes the place of {problem}"""
     chat: Literal["auto", "off"] = "auto"
     """auto: the prompt is a user's turn if the tokenizer has a chat template; off: it is plain text"""
-    max_prompt_tokens: int = 1024
-    """problems with longer prompts are left out and counted"""
-    max_new_tokens: int = 1024
-    """longest response; the embedded task has its own limit"""
+    max_prompt_tokens: int = 1024  # problems with longer prompts are left out and counted
+    max_new_tokens: int = 1024  # longest response; the embedded task has its own limit
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """numbers to compute in; the weights stay float32; auto: bfloat16 for a --model on a GPU"""
-    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
-    """kernel of the attention layers"""
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"  # kernel of the attention layers
     lora: int = 0
     """rank of LoRA adapters on all linear layers but the head, and on experts; 0 trains all weights"""
-    trust_remote_code: bool = False
-    """run code that comes with the model"""
+    trust_remote_code: bool = False  # run code that comes with the model
 
 
 @dataclass(frozen=True)
 class Machine:
     """Where it runs, what draws the responses, and the seed."""
 
-    engine: Literal["torch", "vllm"] = "torch"
-    """what samples; torch is the loop of rollout.py"""
-    tensor_parallel: int = 1
-    """GPUs that share one vLLM engine"""
-    vllm_memory: float = 0.4
-    """share of the GPU's memory that vLLM may take while it is awake"""
-    seed: int = 0
-    """seed of the warm start, the order of the prompts and the sampling"""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
-    threads: int = 0
-    """CPU threads; 0: one for the embedded model, with --model what torch takes"""
-    report_to: Literal["none", "tensorboard", "wandb"] = "none"
-    """also log there"""
+    engine: Literal["torch", "vllm"] = "torch"  # what samples; torch is the loop of rollout.py
+    tensor_parallel: int = 1  # GPUs that share one vLLM engine
+    vllm_memory: float = 0.4  # share of the GPU's memory that vLLM may take while it is awake
+    seed: int = 0  # seed of the warm start, the order of the prompts and the sampling
+    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto takes a GPU if there is one
+    threads: int = 0  # CPU threads; 0: one for the embedded model, with --model what torch takes
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"  # also log there
 
 
 @dataclass(frozen=True)
@@ -1141,8 +1036,7 @@ def parse_spec(spec: str, base: Settings) -> tuple[Settings, Method]:
     options = {key.replace("-", "_"): value for key, value in options.items()}
     own = {k: options.pop(k) for k in PER_METHOD if k in options}
     own = {k: interventions.convert(name, k, v, type(getattr(base, k))) for k, v in own.items()}
-    method = interventions.build(name, **options)
-    settings = replace(base, method=spec, **own)
+    settings, method = replace(base, method=spec, **own), interventions.build(name, **options)
     if settings.mismatch == "auto":
         settings = replace(settings, mismatch="tis" if settings.engine == "vllm" else "off")
     return settings, method
@@ -1151,17 +1045,17 @@ def parse_spec(spec: str, base: Settings) -> tuple[Settings, Method]:
 def complaints(s: Settings, method: Method, device: torch.device, ranks: Ranks) -> Iterator[str]:
     """What is wrong with one job: impossible values, then what does not go together.  Each names flag, value
     and remedy; what comes after the first may rest on it."""
-    for name, (low, high) in RANGES.items():
-        if not low <= getattr(s, name) <= high:
-            bounds = f"be at least {low}" if high == math.inf else f"lie between {low} and {high}"
-            yield f"{flag(name)} {getattr(s, name)}: must {bounds}"
     for name, kind in get_type_hints(Settings).items():
-        if get_origin(kind) is Literal and getattr(s, name) not in get_args(kind):
-            yield f"{flag(name)} {getattr(s, name)}: choose {', '.join(get_args(kind))}"
+        value = getattr(s, name)
+        low, high = RANGES.get(name, (value, value))
+        if not low <= value <= high:
+            bounds = f"be at least {low}" if high == math.inf else f"lie between {low} and {high}"
+            yield f"{flag(name)} {value}: must {bounds}"
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            yield f"{flag(name)} {value}: choose {', '.join(get_args(kind))}"
     updates = ranks.world * s.updates_per_rollout
     share = s.prompts * s.group_size // updates
     chooses = method.overrides("sample")
-    resets = method.overrides("reset_reference")
     for bad, text in (
         (s.prompts % updates,
          f"--prompts {s.prompts}: must be a multiple of --updates-per-rollout {s.updates_per_rollout} x "
@@ -1171,7 +1065,7 @@ def complaints(s: Settings, method: Method, device: torch.device, ranks: Ranks) 
         (s.model and not s.data, f"--model {s.model}: needs --data; the embedded task has a few words only"),
         (s.data and not s.model, f"--data {s.data}: needs --model; the embedded one has a few words only"),
         (s.lora and not s.model, f"--lora {s.lora}: needs --model and --data"),
-        (s.lora and resets,
+        (s.lora and method.overrides("reset_reference"),
          f"--lora {s.lora}: {method.key} makes the policy its reference, which --lora keeps as it was"),
         (chooses and (s.engine == "vllm" or s.mismatch != "off"),
          f"--engine {s.engine}: {method.key} chooses tokens itself, which vLLM does not allow and --mismatch "
@@ -1192,20 +1086,11 @@ def make_job(spec: str, base: Settings, device: torch.device, ranks: Ranks) -> t
     settings, method = parse_spec(spec, base)
     if text := next(complaints(settings, method, device, ranks), ""):
         raise UserError(f"--method {spec}: {text}" if ":" in spec else text)
-    members = getattr(method, "members", [method])
-    inert = [m.key for m in members if not m.on_policy and settings.updates_per_rollout == 1]
-    if inert:
-        warnings.warn(
-            f"{spec}: with one update per rollout the ratio is exactly 1, and the clip or penalty of "
-            f"{' and '.join(inert)} does nothing; add e.g. --updates-per-rollout 4",
-            stacklevel=2,
-        )
+    if inert := [m.key for m in members(method) if not m.on_policy and settings.updates_per_rollout == 1]:
+        text = "with one update per rollout the ratio is exactly 1, and the clip or penalty of"
+        remedy = "does nothing; add e.g. --updates-per-rollout 4"
+        warnings.warn(f"{spec}: {text} {' and '.join(inert)} {remedy}", stacklevel=2)
     return settings, method
-
-
-def label_of(spec: str) -> str:
-    """A file name for a spec: grpo:lr=1e-4 -> grpo-lr=1e-4."""
-    return "".join(c if c.isalnum() or c in "._=+-" else "-" for c in spec)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1213,29 +1098,28 @@ def label_of(spec: str) -> str:
 
 
 def load_task_and_policy(
-    settings: Settings, device: torch.device, ranks: Ranks, quiet: bool
+    s: Settings, device: torch.device, ranks: Ranks, quiet: bool
 ) -> tuple[Task, nn.Module, Any]:
     """Task, first policy in float32 (on the CPU where it will be sharded), tokenizer."""
-    s = settings
     if not s.model:
         bar = lambda it: tqdm(it, desc="warm start", unit="step", disable=quiet or not ranks.is_main)  # noqa: E731
         for turn in range(2):  # the first rank trains and fills the cache, the others read it
             if ranks.is_main == (turn == 0):
-                model, tokenizer = warm_policy(WarmStart(seed=s.seed), progress=bar)
+                model, tokenizer = rollout.warm_policy(rollout.WarmStart(seed=s.seed), progress=bar)
             ranks.all(None)
-        return chain_task(s.eval_problems), model.to(device), tokenizer
-    shared_grader()  # without its package nothing is loaded
+        return rollout.chain_task(s.eval_problems), model.to(device), tokenizer
+    rollout.shared_grader()  # without its package nothing is loaded
     bare = s.lora and ranks.world == 1  # frozen weights need no float32 master
     dtype = str(compute_dtype(s, device)).removeprefix("torch.") if bare else "float32"
     place = "cpu" if sharded(s, device, ranks) else device
     with user_error("--model"):
-        model, tokenizer = load_model(s.model, dtype, s.trust_remote_code, s.attention, place)
+        model, tokenizer = rollout.load_model(s.model, dtype, s.trust_remote_code, s.attention, place)
     with user_error(""):
         how = (s.prompt_template, s.chat == "auto", s.max_prompt_tokens, s.max_new_tokens)
-        task, notes = task_of_data(tokenizer, s.data, s.eval_data, s.eval_problems, *how)
-    rows, prompts = model.get_input_embeddings().weight.shape[0], (*task.train, *task.test)
+        task, notes = rollout.task_of_data(tokenizer, s.data, s.eval_data, s.eval_problems, *how)
+    rows = model.get_input_embeddings().weight.shape[0]
     with user_error(f"--model {s.model}:"):
-        longest = longest_prompt(prompts, tokenizer, rows)
+        longest = rollout.longest_prompt((*task.train, *task.test), tokenizer, rows)
     room = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf) - longest
     if s.max_new_tokens > room:
         raise UserError(
@@ -1254,18 +1138,16 @@ def load_task_and_policy(
     return task, model, tokenizer
 
 
-def compute_dtype(settings: Settings, device: torch.device) -> torch.dtype:
+def compute_dtype(s: Settings, device: torch.device) -> torch.dtype:
     """Of forward and backward passes, and of the weights that a checkpoint holds for others to load."""
-    bf16 = settings.dtype == "bfloat16"
-    if settings.dtype == "auto":
-        bf16 = bool(settings.model) and device.type == "cuda"
-    return torch.bfloat16 if bf16 else torch.float32
+    auto = "bfloat16" if s.model and device.type == "cuda" else "float32"
+    return getattr(torch, auto if s.dtype == "auto" else s.dtype)
 
 
-def sharded(settings: Settings, device: torch.device, ranks: Ranks) -> bool:
+def sharded(s: Settings, device: torch.device, ranks: Ranks) -> bool:
     """FSDP2 splits weights over ranks, and with one rank keeps float32 masters of a bfloat16 model.  LoRA on
     one rank needs neither: what is trained is float32 already."""
-    return ranks.world > 1 or (compute_dtype(settings, device) == torch.bfloat16 and not settings.lora)
+    return ranks.world > 1 or (compute_dtype(s, device) == torch.bfloat16 and not s.lora)
 
 
 def with_adapters(model: nn.Module, rank: int, seed: int) -> nn.Module:
@@ -1285,10 +1167,9 @@ def with_adapters(model: nn.Module, rank: int, seed: int) -> nn.Module:
         except ValueError as error:  # Mamba's layers, which read weights past the adapter
             raise UserError(f"--lora {rank}: {' '.join(str(error).split())[:200]}") from None
     ends = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    ends.append(model.get_output_embeddings().weight)
-    found, frozen = adapters(adapted), dict(adapted.named_parameters())
-    frozen = {plain_name(n): p for n, p in frozen.items() if ".lora_" not in n and p.ndim > 1}
-    bare = [n for n, p in frozen.items() if n not in found and not any(p is w for w in ends)]
+    known = {id(w) for w in (*ends, model.get_output_embeddings().weight)}
+    weights = {plain_name(n): p for n, p in adapted.named_parameters() if ".lora_" not in n and p.ndim > 1}
+    bare = [n for n, p in weights.items() if n not in adapters(adapted) and id(p) not in known]
     if bare:
         warnings.warn(
             f"--lora {rank}: {len(bare)} matrices stay as they are, {bare[0]} for one", stacklevel=2
@@ -1297,10 +1178,10 @@ def with_adapters(model: nn.Module, rank: int, seed: int) -> nn.Module:
 
 
 def vllm_engine(
-    settings: Settings, task: Task, model: nn.Module, tokenizer: Any, device: torch.device, ranks: Ranks
+    s: Settings, task: Task, model: nn.Module, tokenizer: Any, device: torch.device, ranks: Ranks
 ) -> Engine:
     """vLLM on the model that the run starts from; the embedded one is written to a folder for it."""
-    s, longest = settings, longest_prompt((*task.train, *task.test), tokenizer)
+    longest = rollout.longest_prompt((*task.train, *task.test), tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         folder = ranks.all(folder)[0]  # of the first rank, which alone writes models
         if not s.model and ranks.is_main:
@@ -1308,17 +1189,11 @@ def vllm_engine(
             tokenizer.save_pretrained(folder)
         ranks.all(None)
         with user_error(""):
-            engine = VllmEngine(
-                s.model or folder,
-                tokenizer,
-                device=device,
-                dtype=compute_dtype(s, device),
-                max_model_len=longest + max(16, task.max_new_tokens),
-                gpu_memory=s.vllm_memory,
-                tensor_parallel=s.tensor_parallel,
-                seed=s.seed,
-                trust_remote_code=s.trust_remote_code,
-            )
+            room = longest + max(16, task.max_new_tokens)
+            how = {"device": device, "dtype": compute_dtype(s, device), "max_model_len": room}
+            how |= {"gpu_memory": s.vllm_memory, "tensor_parallel": s.tensor_parallel, "seed": s.seed}
+            how["trust_remote_code"] = s.trust_remote_code
+            engine = rollout.VllmEngine(s.model or folder, tokenizer, **how)
         ranks.all(None)  # all have read the folder
         return engine
 
@@ -1349,18 +1224,15 @@ def make_run(
         reference = reference and shard(reference, dtype, device, offload=device.type == "cuda")
     engine = engine or TorchEngine(model, tokenizer)
     run = Run(s, method, folder, task, policy, tokenizer, engine, dtype, reference, ranks)
-    if ranks.is_main:
+    if ranks.is_main and s.report_to != "none":
         run.report = reporter(s, folder)
     return run
 
 
-def reporter(settings: Settings, folder: Path) -> Callable[[dict[str, Any]], None]:
+def reporter(s: Settings, folder: Path) -> Callable[[dict[str, Any]], None]:
     """Where else the numbers of metrics.jsonl go.  Raises UserError where the package is missing."""
-    kind = settings.report_to
-    if kind == "none":
-        return lambda row: None
     try:
-        if kind == "tensorboard":
+        if s.report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(str(folder / "tensorboard"))
@@ -1368,15 +1240,18 @@ def reporter(settings: Settings, folder: Path) -> Callable[[dict[str, Any]], Non
         else:
             import wandb
 
-            run = wandb.init(project="entropy-flow", name=folder.name, dir=folder, config=asdict(settings))
-            log = lambda row, step: run.log(row, step=step)  # noqa: E731
+            log = wandb.init(project="entropy-flow", name=folder.name, dir=folder, config=asdict(s)).log
     except ImportError:
-        raise UserError(f"--report-to {kind}: the package is not installed: pip install {kind}") from None
-    return lambda row: log({k: v for k, v in row.items() if isinstance(v, (int, float))}, row["step"])
+        text = f"--report-to {s.report_to}: the package is not installed: pip install {s.report_to}"
+        raise UserError(text) from None
+    return lambda row: log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=row["step"])
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 8. The command line
+#
+# From words to runs: `main` turns errors into exit codes, `execute` words into jobs and a folder, `compare`
+# does the jobs, `follow` shows one.
 
 
 @dataclass(frozen=True)
@@ -1418,22 +1293,98 @@ ABSENT = dict.fromkeys(
 )
 
 
-def new_run(command: Command, given: set[str]) -> tuple[list[str], Settings]:
-    """Methods and settings of a new run.  Raises UserError where a file of problems is missing."""
+def main(argv: list[str] | None = None) -> int:
+    """Entry point.  Exit codes: 0 done, 1 diverged, 2 bad input, 130 stopped by the user, 141 by a pipe that
+    nobody reads."""
+    code, words = 141, sys.argv[1:] if argv is None else argv
+    with warnings.catch_warnings():  # above the progress line
+        warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
+        try:
+            command = command_line(Command, "train.py", words, ABSENT)
+            if os.environ.get("RANK", "0") != "0":  # what one process of many says, the first one says too
+                sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+            flags = {word.split("=")[0].replace("_", "-") for word in words}
+            code = execute(command, {f.name for f in fields(Settings) if flag(f.name) in flags})
+            Ranks.leave()
+            sys.stdout.flush()
+            return code
+        except (UserError, ImportError) as error:
+            print(f"train.py: error: {error}", file=sys.stderr)
+        except BrokenPipeError:  # `| head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return code
+        except OSError as error:
+            out = command.out or " ".join(command.resume or ()) or "runs"
+            remedy = "" if isinstance(error, ConnectionError) else "; make room, or choose a writable folder"
+            print(f"train.py: error: --out {out}: {error}{remedy}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("stopped; nothing was written yet", file=sys.stderr)
+            return 130
+    return 2
+
+
+def execute(command: Command, given: set[str]) -> int:
+    """Everything that a command line asks for.  Returns the exit code."""
+    with user_error("", kinds=(ValueError,)):
+        if wanted := [spec.removesuffix(":help") for spec in command.method if spec.endswith(":help")]:
+            print("\n\n".join(map(method_help, wanted)))
+            return 0
+        folder, specs, base = new_run(command, given) if command.resume is None else old_run(command, given)
+        device = pick_device(base.device)
+        ranks = Ranks.join(device)
+        jobs = [make_job(spec, base, device, ranks) for spec in specs]
+    set_threads(base.threads, embedded=not base.model)
+    folder = folder or ranks.all(new_folder(command.out, specs, base.seed))[0]
+    with locked(list(dict.fromkeys((folder, *places(folder, specs)))), ranks):
+        try:
+            if len(specs) > 1 and ranks.is_main:
+                write_config(folder, specs, base)
+            return compare(command, jobs, folder, device, ranks)
+        except KeyboardInterrupt:
+            if not (folder / "config.json").is_file():
+                raise
+            if ranks.is_main:
+                print(f"stopped at once; go on from the last checkpoint: --resume {folder}", file=sys.stderr)
+            return 130
+
+
+def method_help(name: str) -> str:
+    """The options of one method, or of each member of a composition, for `--method NAME:help`."""
+    interventions.build(name)  # raises ValueError on an unknown name or a senseless composition
+    lines = []
+    for key in name.split("+"):
+        cls = interventions.METHODS[key]
+        lines += ["", f"{key}: {cls.idea}  ({cls.paper})", ""]
+        for option, _, default, text in interventions.hyperparameters(cls):
+            line = f"  {f'{option}={default}':<26} {' '.join(text.split())}"
+            lines += textwrap.wrap(line, 110, subsequent_indent=" " * 29)
+    return "\n".join(lines[1:])
+
+
+def new_run(command: Command, given: set[str]) -> tuple[Path | None, list[str], Settings]:
+    """No folder yet, methods and settings.  Raises UserError where a file of problems is missing."""
     specs, values = list(command.method), command.values()
     if not specs or len(set(specs)) < len(specs):
         raise UserError(f"{' '.join(['--method', *specs])}: give at least one method, and none twice")
-    base = Settings(**(MODEL_DEFAULTS if values["model"] else {}))
     for name in ("data", "eval_data"):
         with user_error(flag(name)):
             if values[name]:
-                data_file(values[name])
-    return specs, replace(base, **{name: values[name] for name in given - {"method"}})
+                rollout.data_file(values[name])
+    base = Settings(**(MODEL_DEFAULTS if values["model"] else {}))
+    return None, specs, replace(base, **{name: values[name] for name in given - {"method"}})
 
 
-def stored_run(folder: Path, command: Command, given: set[str]) -> tuple[list[str], Settings]:
-    """Methods and settings of an earlier call.  Raises UserError where a flag contradicts them; only --steps
-    may be raised."""
+def old_run(command: Command, given: set[str]) -> tuple[Path, list[str], Settings]:
+    """Folder (--resume FOLDER, --out FOLDER, or the newest under runs/), methods and settings of an earlier
+    call.  Raises UserError where a flag contradicts them; only --steps may be raised."""
+    named = " ".join(command.resume or ()) or command.out
+    if command.out not in ("", named):
+        raise UserError(f"--out {command.out}: the run to go on with is {named}; leave --out out")
+    runs = [Path(named)] if named else sorted(Path("runs").glob("*"), key=lambda p: p.stat().st_mtime)
+    runs = [folder for folder in runs if (folder / "config.json").is_file()]
+    if not runs:
+        raise UserError(f"--resume {named or 'runs/*'}: no run there (no config.json); start one with --out")
+    folder = runs[-1]
     with user_error(f"--resume {folder}: config.json is damaged:", "; start a new run", (Exception,)):
         config = json.loads((folder / "config.json").read_text())
         specs, base = list(map(str, config["specs"])), Settings(**config["settings"])
@@ -1441,15 +1392,20 @@ def stored_run(folder: Path, command: Command, given: set[str]) -> tuple[list[st
         if wrong or not specs:
             raise ValueError(f"settings.{wrong[0]} is of another type" if wrong else "no method")
     began, now = {**vars(base), "method": " ".join(specs)}, command.values()
+    if "steps" in given:
+        began["steps"] = max(base.steps, now["steps"])
     for name in sorted(given):
-        if name == "steps" and now[name] > base.steps:
-            base = replace(base, steps=now[name])
-        elif now[name] != began[name]:
+        if now[name] != began[name]:
             raise UserError(
                 f"{flag(name)} {now[name]}: {folder} was started with {began[name]};\n"
                 "leave it out, or start a new run"
             )
-    return specs, base
+    return folder, specs, replace(base, steps=began["steps"])
+
+
+def label_of(spec: str) -> str:
+    """A file name for a spec: grpo:lr=1e-4 -> grpo-lr=1e-4."""
+    return "".join(c if c.isalnum() or c in "._=+-" else "-" for c in spec)
 
 
 def places(folder: Path, specs: list[str]) -> list[Path]:
@@ -1459,35 +1415,22 @@ def places(folder: Path, specs: list[str]) -> list[Path]:
 
 def new_folder(out: str, specs: list[str], seed: int) -> Path:
     """--out, which must not hold a run; without it a fresh name under runs/."""
-    name, n = "-vs-".join(label_of(x) for x in specs)[:80] + f"-s{seed}", 1
-    while True:
-        folder = Path(out or f"runs/{name}{f'-{n}' if n > 1 else ''}")
+    name = "runs/" + "-vs-".join(label_of(x) for x in specs)[:80] + f"-s{seed}"
+    for folder in map(Path, [out] if out else (name + f"-{n}" * (n > 1) for n in count(1))):
         files = [p / x for p in (folder, *places(folder, specs)) for x in ("config.json", "metrics.jsonl")]
         there = next((file.parent for file in files if file.exists()), None)
         if not there:
             return folder
-        if out:
-            raise UserError(
-                f"--out {out}: {there} holds a run already, and nothing is overwritten;\n"
-                f"choose another folder, or go on with that run: --resume {there}"
-            )
-        n += 1
-
-
-def old_folder(command: Command) -> Path:
-    """The folder to resume: --resume FOLDER, --out FOLDER, or the newest under runs/."""
-    named = " ".join(command.resume or ()) or command.out
-    if command.out not in ("", named):
-        raise UserError(f"--out {command.out}: the run to go on with is {named}; leave --out out")
-    runs = [Path(named)] if named else sorted(Path("runs").glob("*"), key=lambda p: p.stat().st_mtime)
-    runs = [folder for folder in runs if (folder / "config.json").is_file()]
-    if not runs:
-        raise UserError(f"--resume {named or 'runs/*'}: no run there (no config.json); start one with --out")
-    return runs[-1]
+    raise UserError(
+        f"--out {out}: {there} holds a run already, and nothing is overwritten;\n"
+        f"choose another folder, or go on with that run: --resume {there}"
+    )
 
 
 def pick_device(name: str) -> torch.device:
     """The device of --device; under torchrun each process has a GPU of its own.  Raises ValueError."""
+    from eval import usable_device
+
     if "LOCAL_RANK" in os.environ and name in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         return torch.device("cuda", torch.cuda.current_device())
@@ -1498,58 +1441,73 @@ def pick_device(name: str) -> torch.device:
 def locked(folders: list[Path], ranks: Ranks) -> Iterator[None]:
     """Nobody else works in the folders meanwhile: the first rank holds the system's lock on a file in each,
     which ends with the process, however that ends.  Folders in which nothing was written are removed."""
+    own = folders if ranks.is_main else []
     try:
         with contextlib.ExitStack() as held:
             with ranks.together():
-                for folder in folders if ranks.is_main else ():
+                for folder in own:
                     folder.mkdir(parents=True, exist_ok=True)
-                    file = held.enter_context(open(folder / ".lock", "w"))
                     try:
-                        import fcntl
-
-                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    except BlockingIOError:
-                        raise UserError(
-                            f"{folder}: another run is at work there; wait for it, or choose another --out"
-                        ) from None
-                    except (ImportError, OSError):
-                        pass  # Windows, or a disk without locks
-                    held.callback((folder / ".lock").unlink)
+                        held.enter_context(FileLock(folder / ".lock", timeout=0))
+                    except Timeout:
+                        text = "another run is at work there; wait for it, or choose another --out"
+                        raise UserError(f"{folder}: {text}") from None
+                    held.callback((folder / ".lock").unlink, missing_ok=True)
             yield
     finally:
-        for folder in reversed(folders if ranks.is_main else ()):
+        for folder in reversed(own):
             with contextlib.suppress(OSError):
                 folder.rmdir()  # only if it is empty
 
 
-@contextlib.contextmanager
-def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C or SIGTERM finishes the step in hand and writes a checkpoint; a second Ctrl-C stops at once."""
-    asked: list[int] = []
+def compare(command: Command, jobs: list[Any], folder: Path, device: torch.device, ranks: Ranks) -> int:
+    """Run the methods one after another from the same warm start; table and picture at the end, or as far as
+    it came."""
+    from transformers.utils import logging
 
-    def handler(number: int, _: Any) -> None:
-        asked.append(number)
-        if len(asked) == 1:
-            print("\nstopping after this step, with a checkpoint (again: at once, without)", file=sys.stderr)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    old = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for n, h in old.items():
-            signal.signal(n, h)
+    logging.disable_progress_bar()  # of saving and loading a checkpoint
+    quiet = command.quiet or not ranks.is_main
+    done, code, engine = {}, 0, None
+    with contextlib.ExitStack() as at_the_end:
+        for (settings, method), place in zip(jobs, places(folder, [s.method for s, _ in jobs])):
+            task, model, tokenizer = load_task_and_policy(settings, device, ranks, quiet)
+            if not ranks.is_main:
+                sys.stderr = sys.__stderr__  # from here on a process may fail alone, and says so itself
+            if settings.engine == "vllm" and engine is None:
+                engine = vllm_engine(settings, task, model, tokenizer, device, ranks)
+                at_the_end.callback(engine.close)
+            run = make_run(settings, method, place, task, model, tokenizer, engine, device, ranks)
+            if command.resume is not None:
+                run.load()
+            run.create()
+            code = follow(run, quiet)
+            done[settings.method] = run.rows
+            if ranks.is_main:
+                draw({settings.method: run.rows}, place / "entropy.png")
+                if skipped := sum(row.get("skipped", 0) for row in run.rows):
+                    text = f"{settings.method}: {skipped} updates skipped: non-finite loss or gradient"
+                    print(text, file=sys.stderr)
+            if code:
+                break
+    if ranks.is_main:
+        if len(done) > 1:
+            draw(done, folder / "entropy.png")
+        text = table(done)
+        (folder / "summary.txt").write_text(text + "\n")
+        print(f"\n{text}\n\npicture: {folder / 'entropy.png'}    numbers: {folder}/**/metrics.jsonl")
+        if code == 130:
+            at = f"stopped at step {run.step} of {run.settings.steps}"
+            print(f"{at}; go on with: python train.py --resume {folder}")
+    return code
 
 
 # The progress line: reward, groups whose rewards are all alike, rollouts drawn where a method refills,
 # entropy, flow up and down, λ, measured (predicted) change, evaluations.
-# fmt: off
 BAR = {
-    "reward": "r {:.2f}", "no_contrast": "alike {:.0%}", "draws": "draws {}", "entropy": "H {:.3f}",
-    "flow_up": "↑{:.3f}", "flow_down": "↓{:.3f}", "lam": "λ {:+.2f}", "dH_measured": "dH {:+.4f}",
-    "dH_predicted": "(pred {:+.4f})", "pass@1": "pass@1 {:.2f}", "pass@k": "pass@k {:.2f}",
+    **{"reward": "r {:.2f}", "no_contrast": "alike {:.0%}", "draws": "draws {}", "entropy": "H {:.3f}"},
+    **{"flow_up": "↑{:.3f}", "flow_down": "↓{:.3f}", "lam": "λ {:+.2f}", "dH_measured": "dH {:+.4f}"},
+    **{"dH_predicted": "(pred {:+.4f})", "pass@1": "pass@1 {:.2f}", "pass@k": "pass@k {:.2f}"},
 }
-# fmt: on
 
 
 def follow(run: Run, quiet: bool) -> int:
@@ -1579,280 +1537,23 @@ def follow(run: Run, quiet: bool) -> int:
     return 0
 
 
-def compare(command: Command, jobs: list[Any], folder: Path, device: torch.device, ranks: Ranks) -> int:
-    """Run the methods one after another from the same warm start; table and picture at the end, or as far as
-    it came."""
-    from transformers.utils import logging
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C or SIGTERM finishes the step in hand and writes a checkpoint; a second Ctrl-C stops at once."""
+    asked: list[int] = []
 
-    logging.disable_progress_bar()  # of saving and loading a checkpoint
-    quiet = command.quiet or not ranks.is_main
-    done, code, engine = {}, 0, None
-    with contextlib.ExitStack() as at_the_end:
-        for (settings, method), place in zip(jobs, places(folder, [s.method for s, _ in jobs])):
-            task, model, tokenizer = load_task_and_policy(settings, device, ranks, quiet)
-            if not ranks.is_main:
-                sys.stderr = sys.__stderr__  # from here on a process may fail alone, and says so itself
-            if settings.engine == "vllm" and engine is None:
-                engine = vllm_engine(settings, task, model, tokenizer, device, ranks)
-                at_the_end.callback(engine.close)
-            run = make_run(settings, method, place, task, model, tokenizer, engine, device, ranks)
-            if command.resume is not None:
-                run.load()
-            run.create()
-            code = follow(run, quiet)
-            done[settings.method] = run.rows
-            if ranks.is_main:
-                draw({settings.method: run.rows}, place / "entropy.png")
-            skipped = sum(row.get("skipped", 0) for row in run.rows)
-            if ranks.is_main and skipped:
-                text = f"{settings.method}: {skipped} updates skipped: non-finite loss or gradient"
-                print(text, file=sys.stderr)
-            if code:
-                break
-    if ranks.is_main:
-        if len(done) > 1:
-            draw(done, folder / "entropy.png")
-        text = table(done)
-        (folder / "summary.txt").write_text(text + "\n")
-        print(f"\n{text}\n\npicture: {folder / 'entropy.png'}    numbers: {folder}/**/metrics.jsonl")
-        if code == 130:
-            at = f"stopped at step {run.step} of {run.settings.steps}"
-            print(f"{at}; go on with: python train.py --resume {folder}")
-    return code
+    def handler(number: int, _: Any) -> None:
+        asked.append(number)
+        if len(asked) == 1:
+            print("\nstopping after this step, with a checkpoint (again: at once, without)", file=sys.stderr)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
-
-def method_help(name: str) -> str:
-    """The options of one method, or of each member of a composition, for `--method NAME:help`."""
-    interventions.build(name)  # raises ValueError on an unknown name or a senseless composition
-    lines = []
-    for key in name.split("+"):
-        cls = interventions.METHODS[key]
-        lines += [f"{key}: {cls.idea}  ({cls.paper})", ""]
-        for option, _, default, text in interventions.hyperparameters(cls):
-            lines += textwrap.wrap(
-                f"  {f'{option}={default}':<26} {' '.join(text.split())}", 110, subsequent_indent=" " * 29
-            )
-        lines.append("")
-    return "\n".join(lines[:-1])
-
-
-def execute(command: Command, given: set[str]) -> int:
-    """Everything that a command line asks for.  Returns the exit code."""
-    resume = command.resume is not None
-    with user_error("", kinds=(ValueError,)):
-        if wanted := [spec.removesuffix(":help") for spec in command.method if spec.endswith(":help")]:
-            print("\n\n".join(map(method_help, wanted)))
-            return 0
-        folder = old_folder(command) if resume else None
-        specs, base = stored_run(folder, command, given) if resume else new_run(command, given)
-        device = pick_device(base.device)
-        ranks = Ranks.join(device)
-        jobs = [make_job(spec, base, device, ranks) for spec in specs]
-    set_threads(base.threads, embedded=not base.model)
-    folder = folder or ranks.all(new_folder(command.out, specs, base.seed))[0]
-    with locked(list(dict.fromkeys((folder, *places(folder, specs)))), ranks):
-        try:
-            if len(specs) > 1 and ranks.is_main:
-                config = {"specs": specs, "settings": asdict(base)}
-                write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
-            return compare(command, jobs, folder, device, ranks)
-        except KeyboardInterrupt:
-            if not (folder / "config.json").is_file():
-                raise
-            if ranks.is_main:
-                print(f"stopped at once; go on from the last checkpoint: --resume {folder}", file=sys.stderr)
-            return 130
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Entry point.  Exit codes: 0 done, 1 diverged, 2 bad input, 130 stopped by the user, 141 by a pipe that
-    nobody reads."""
-    code, words = 141, sys.argv[1:] if argv is None else argv
-    with warnings.catch_warnings():  # above the progress line
-        warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
-        try:
-            command = command_line(Command, "train.py", words, ABSENT)
-            if os.environ.get("RANK", "0") != "0":  # what one process of many says, the first one says too
-                sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-            flags = {word.split("=")[0].replace("_", "-") for word in words}
-            code = execute(command, {f.name for f in fields(Settings) if flag(f.name) in flags})
-            Ranks.leave()
-            sys.stdout.flush()
-            return code
-        except (UserError, ImportError) as error:
-            print(f"train.py: error: {error}", file=sys.stderr)
-            return 2
-        except BrokenPipeError:  # `| head` has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return code
-        except OSError as error:
-            out = command.out or " ".join(command.resume or ()) or "runs"
-            remedy = "" if isinstance(error, ConnectionError) else "; make room, or choose a writable folder"
-            print(f"train.py: error: --out {out}: {error}{remedy}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("stopped; nothing was written yet", file=sys.stderr)
-            return 130
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 9. Inside another trainer: TRL
-
-OVERRULED = (  # settings of TRL's own objective
-    *("loss_type", "epsilon", "epsilon_high", "delta", "scale_rewards", "multi_objective_aggregation"),
-    *("importance_sampling_level", "off_policy_mask_threshold", "use_bias_correction_kl"),
-    *("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy"),
-)
-
-
-def check_trl(trainer: Any, method: Method) -> None:
-    """Raise ValueError, with the remedy, where a method or a GRPOConfig cannot do inside TRL what it says."""
-    a, members = trainer.args, getattr(method, "members", [method])
-    n, m, rows = a.gradient_accumulation_steps, a.steps_per_generation, a.per_device_train_batch_size
-    torn = m > n and n * rows % a.num_generations
-    hooks = ("sample", "reset_reference")
-    own = {h for h in hooks for x in members if getattr(type(x), h) is not getattr(Method, h)}
-    set_too = [f.name for f in fields(a) if f.name in OVERRULED and getattr(a, f.name) != f.default]
-    for bad, text in (
-        ("sample" in own, "TRL samples, not the method"),
-        ("reset_reference" in own, "TRL keeps the reference and the optimizer; use ref_kl"),
-        ("proxy_logp" in method.needs, "the logits of the policy that sampled are not kept"),
-        ("ref_logp" in method.needs and not a.beta, "give GRPOConfig(beta=1.0), for a reference"),
-        (set_too, f"the method makes the objective; leave GRPOConfig.{', '.join(set_too)} at the default"),
-        (m % n, f"steps_per_generation={m} must be a multiple of gradient_accumulation_steps={n}"),
-        (torn, f"{n * rows} responses per update tear groups of {a.num_generations}"),
-        (trainer.aux_loss_enabled or trainer._is_vlm, "router losses and images are not supported"),
-    ):
-        if bad:
-            raise ValueError(f"method {method.key} inside TRL: {text}")
-    if method.refill:
-        warnings.warn(f"{method.key}: TRL draws no further prompts, so updates shrink", stacklevel=3)
-
-
-class InsideTRL:
-    """`trl.GRPOTrainer` with one more argument, `method`: a spec as on the command line, or a Method.
-
-        trainer = trl_trainer()("Qwen/Qwen3-0.6B", reward, GRPOConfig(...), data, method="opefo")
-
-    TRL keeps sampling (transformers or vLLM), rewards, optimizer, ranks and checkpoints; the objective is
-    ours.  What differs from plain TRL:
-
-    - Before the first micro-batch of an update, a pass without graph scores all of them, on all ranks: the
-      scope of every statistic.  It costs a forward pass.
-    - Rows stay in prompt order; TRL shuffles them, which tears groups apart where it makes several updates.
-    - Advantages, clip range, aggregation and penalties are the method's; a GRPOConfig setting that would be
-      overruled is refused.  `beta` only makes TRL keep a reference model, for methods that need one.
-    - A response is right if the sum of its rewards is positive.  One that no reward function scored teaches
-      nothing and is in nobody's baseline.
-    - Schedules and draws count optimizer steps.  Evaluation reports TRL's own loss.
-
-    `dapo` drops groups but cannot draw others.  Made for TRL 1.16 (extra `trl`), whose private methods it
-    overrides.
-    """
-
-    def __init__(self, *args: Any, method: str | Method = "grpo", **kwargs: Any) -> None:
-        if isinstance(method, str):
-            name, options = interventions.parse(method)
-            method = interventions.build(name, **options)
-        super().__init__(*args, **kwargs)
-        check_trl(self, method)
-        self.method = method
-
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.scores = super()._calculate_rewards(*args, **kwargs)  # (rows of all ranks, reward functions)
-        return self.scores
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        out = super()._generate_and_score_completions(inputs)
-        row = torch.arange(len(inputs), device=self.scores.device)
-        row += self.accelerator.process_index * len(inputs)
-        scores = self.scores[row]  # (B, reward functions), NaN where a function said nothing
-        out["reward"] = (scores * self.reward_weights.to(scores.device)).nansum(-1)
-        out["group"] = torch.where(scores.isnan().all(-1), -1 - row, row // self.num_generations)
-        return out
-
-    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        from trl.trainer.utils import split_tensor_dict
-
-        n, m = self.args.gradient_accumulation_steps, self.args.steps_per_generation
-        if not self.model.training:
-            return super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is None or self._step % (m * self.num_iterations) == 0:
-            generation = self._generate_and_score_completions(generation_batch)
-            self._buffered_inputs = split_tensor_dict(generation, m)
-        i = self._step % m
-        if i % n == 0:
-            self._plan_update(self._buffered_inputs[i : i + n])
-        return self._buffered_inputs[i]
-
-    def _text(self, rows: dict[str, Tensor]) -> tuple[Tensor, Tensor, int]:
-        both = [torch.cat([rows[f"prompt_{x}"], rows[f"completion_{x}"]], 1) for x in ("ids", "mask")]
-        return *both, rows["completion_ids"].shape[1]
-
-    def _plan_update(self, window: list[dict[str, Tensor]]) -> None:
-        """Tokens and plan of an update from all its rows, on all ranks, rank by rank."""
-        parts = []
-        for rows in window:
-            ids, attention, T = self._text(rows)
-            with torch.no_grad(), self.accelerator.autocast():
-                out = self.model(input_ids=ids, attention_mask=attention, logits_to_keep=T + 1)
-            parts.append(vars(token_stats(out.logits[:, :-1], ids[:, -T:], self.temperature, False)))
-        rows = {k: torch.cat([r[k] for r in window]) for k, v in window[0].items() if v.ndim}
-        mask = (rows["completion_mask"] * rows.get("tool_mask", 1)).bool() & (rows["group"] >= 0)[:, None]
-        ended = torch.isin(rows["completion_ids"], torch.tensor(self.eos_token_ids, device=mask.device))
-        sampled = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
-        ratio = rows.get("importance_sampling_ratio")  # vLLM's mismatch weight, (B, T) or (B, 1)
-        stats = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-        tokens = Tokens(rows["completion_ids"], mask, reward=rows["reward"], group=rows["group"], **stats)
-        tokens.truncated = ~(ended & mask).any(-1)
-        tokens.old_logp = None if sampled else rows["old_per_token_logps"]  # as in `train`
-        tokens.ref_logp = rows.get("ref_per_token_logps")
-        tokens.mismatch = None if ratio is None else ratio.expand(mask.shape)
-        gather, pad = self.accelerator.gather, self.accelerator.pad_across_processes
-        self.tokens = tokens._map(lambda v: gather(pad(v, dim=1).to(v.dtype)))  # pad makes bool an integer
-        step, total, seed = self.state.global_step, self.state.max_steps, self.args.seed
-        self.method.progress = Progress(step, total, seed, self.max_completion_length, self.temperature)
-        self.plan = plan_update(self.tokens, self.method)
-
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        if not self.model.training:
-            return super()._compute_loss(model, inputs)
-        fresh = self._get_per_token_logps_and_entropies(model, *self._text(inputs), compute_entropy=True)
-        (B, T), n = fresh[0].shape, self.args.gradient_accumulation_steps
-        first = B * (self.accelerator.process_index * n + self._step % n)
-        s = slice(first, first + B)
-        width = self.plan.adv.shape[1] - T  # another rank may have longer responses
-        logp, entropy = (nn.functional.pad(x, (0, width)) for x in fresh[:2])
-        tokens = replace(self.tokens.rows(s), logp=logp, entropy=entropy)
-        loss, _ = batch_loss(tokens, self.plan.rows(s), self.method)
-        return loss * self.accelerator.num_processes  # ranks' gradients are averaged, ours add up
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if self._step % self.args.gradient_accumulation_steps == 0:  # the update's last micro-batch
-            self.method.after_step(self.plan)
-            for name, value in {**self.plan.metrics, "entropy": self.plan.entropy}.items():
-                self._metrics["train"][name].append(value)
-        return loss
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            torch.save(self.method.state_dict(), folder / "method.pt")
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.method.load_state_dict(torch.load(Path(checkpoint) / "method.pt", weights_only=True))
-
-
-@cache
-def trl_trainer() -> type:
-    """The class of `InsideTRL`; trl is imported by this call only."""
-    from trl import GRPOTrainer
-
-    return type("EntropyFlowTrainer", (InsideTRL, GRPOTrainer), {"__doc__": InsideTRL.__doc__})
+    old = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for n, h in old.items():
+            signal.signal(n, h)
 
 
 if __name__ == "__main__":

@@ -33,9 +33,8 @@ from train import (  # noqa: E402
     draw_responses,
     make_run,
     parse_spec,
-    proxy_logp,
-    reference_logp,
     set_threads,
+    supply,
     train,
 )
 
@@ -56,7 +55,7 @@ def new_run(spec: str, folder: Path) -> Run:
 def update(run: Run, batch: Tokens) -> None:
     """Loss, gradient and metrics of one update, without the optimizer's step."""
     run.policy.zero_grad(set_to_none=True)
-    made = Update(run.policy, batch, run.method, run.settings, run.ranks)
+    made = Update(run, batch)
     for part, plan in made.micro_batches():
         loss, metrics = batch_loss(part, plan, run.method)
         loss.backward()
@@ -93,11 +92,10 @@ def methods(folder: Path, repeats: int = 15) -> None:
         other.method.progress = Progress(3, 300, 0, 11)
         times: dict[str, list[float]] = {"grpo": [], key: []}
         extra, tokens = "", replace(batch)
-        for name, scores in (("ref_logp", reference_logp), ("proxy_logp", proxy_logp)):
-            if name in other.method.needs:
-                setattr(tokens, name, scores(other, batch))
-                passes = statistics.median(clock(lambda f=scores, r=other: f(r, batch)) for _ in range(5))
-                extra += f" and {passes / step:+.1%} for the pass of {name}"
+        supply(other, tokens)
+        for name in {"ref_logp", "proxy_logp"} & set(other.method.needs):
+            passes = statistics.median(clock(lambda r=other: supply(r, replace(batch))) for _ in range(5))
+            extra += f" and {passes / step:+.1%} for the pass of {name}"
         for _ in range(repeats):
             for name, r in (("grpo", run), (key, other)):
                 times[name].append(clock(lambda r=r, t=tokens: update(r, t)))

@@ -151,7 +151,7 @@ def begin(optimizer: str, lr: float = Settings.lr, folder: str = ".") -> Run:
 def force_of(run: Run, batch: Tokens) -> Tensor:
     """(B, T) F_t of the method's loss, whose gradient it leaves in the parameters."""
     run.optimizer.zero_grad(set_to_none=True)
-    update = Update(run.policy, batch, run.method, run.settings, run.ranks)
+    update = Update(run, batch)
     for part, plan in update.micro_batches():
         loss, metrics = batch_loss(part, plan, run.method)
         loss.backward()
@@ -168,7 +168,7 @@ def transformer_honesty(optimizer: str) -> dict[str, dict[str, Agreement]]:
     norms = []
     for run.step in range(STEPS):
         batch, _ = draw_responses(run)
-        ledger = Ledger.open(run.policy, batch, run.settings, run.ranks)
+        ledger = Ledger.open(run, batch)
         before = copy.deepcopy(run.policy)
         with torch.no_grad():
             tk = replace(batch, **run.policy(batch))
@@ -176,10 +176,10 @@ def transformer_honesty(optimizer: str) -> dict[str, dict[str, Agreement]]:
         norms.append(float(nn.utils.clip_grad_norm_(run.policy.parameters(), run.settings.grad_clip)))
         run.optimizer.step()
         flows = {form: entropy_change(tk.stats, force, form) for form in FORMS}
-        flows["network flow"] = ledger.network_flow(run.policy, run.optimizer, force)
+        flows["network flow"] = ledger.network_flow(force)
         rate = RATE[optimizer] * SHARE[optimizer]
         flows = {k: torch.where(tk.mask, v, 0) * rate for k, v in flows.items()}
-        closed = ledger.close(run.policy)
+        closed = ledger.close()
         row = {k: float(v.sum()) for k, v in flows.items()} | {"<grad H, step>": closed["dH_predicted"]}
         cases["step"].append(row | {"measured": closed["dH_measured"]})
         if run.step in PROBES:
@@ -261,15 +261,15 @@ def network_facts() -> None:
         for _ in zip(range(25), train(run)):
             pass
     batches = [draw_responses(run)[0] for _ in range(2)]
-    ledgers = [Ledger.open(run.policy, b, run.settings, run.ranks) for b in batches]
+    ledgers = [Ledger.open(run, b) for b in batches]
     a, b = (torch.cat([g.flatten() for g in x.grads]).double() for x in ledgers)
     cosine = float(nn.functional.cosine_similarity(a, b, dim=0))
     print(f"\ncosine of the entropy gradients of two fresh batches: {cosine:.2f}")
     mask = batches[0].mask
-    exact = ledgers[0].network_flow(run.policy, run.optimizer, mask.float())[mask]
+    exact = ledgers[0].network_flow(mask.float())[mask]
     for step in (1e-5, 1e-4, 1e-3, 1e-2):
         how = {"mode": "difference", "rel_step": step}
-        near = ledgers[0].network_flow(run.policy, run.optimizer, mask.float(), **how)[mask]
+        near = ledgers[0].network_flow(mask.float(), **how)[mask]
         error = float((near - exact).norm() / exact.norm())
         print(f"central difference, float32, relative step {step:g}: relative error of the flow {error:.1e}")
 

@@ -156,7 +156,8 @@ def test_a_language_model_has_defaults_of_its_own_which_give_way_to_what_is_give
     ((s, _),) = jobs_of(monkeypatch, *base, "--lr=3e-4", "--eval_samples", 4, "--micro-batch", 8)
     assert (s.lr, s.eval_samples) == (3e-4, 4), "given, though 3e-4 is the default of the embedded model"
     tokens = Tokens(torch.zeros(32, 3), torch.ones(32, 3).bool())
-    assert len(train.micro_batches(tokens, s)) == 4, "--micro-batch takes the place of the tokens"
+    run = SimpleNamespace(settings=s, ranks=Ranks())
+    assert len(train.Passes(run, tokens).rows) == 4, "--micro-batch takes the place of the tokens"
 
 
 @pytest.mark.parametrize(

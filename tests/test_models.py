@@ -30,10 +30,10 @@ from test_train import draw_batch, gradient, short_answers, small_world, update
 import eval
 import rollout
 import train
-from grpo import concat_padded
+from grpo import Tokens, concat_padded
 from interventions import build
 from rollout import Policy, Problem, Sampling, hold_out, load_model, read_problems, render, task_of_data
-from train import Ranks, Settings, equal_passes, micro_batches, restore_order
+from train import Passes, Ranks, Settings
 
 ROOT = Path(train.__file__).parent
 
@@ -553,10 +553,11 @@ def test_every_stop_token_ends_a_response():
 def test_a_token_budget_covers_every_row_once_and_is_kept(data):
     world = test_a_token_budget_covers_every_row_once_and_is_kept.world
     batch, budget = world[1], data.draw(st.integers(1, 700))
-    slices = micro_batches(batch, Settings(tokens_per_micro_batch=budget))
+    passes = Passes(test_train.run_of(None, settings=Settings(tokens_per_micro_batch=budget)), batch)
+    slices = passes.rows
     rows = torch.arange(len(batch.start))
     assert sorted(torch.cat([rows[s] for s in slices]).tolist()) == rows.tolist()
-    assert torch.equal(restore_order([rows[s] for s in slices], slices), rows)
+    assert torch.equal(passes.join([rows[s] for s in slices]), rows)
     length = batch.start + 1 + batch.lengths
     for s in slices:
         assert len(rows[s]) == 1 or len(rows[s]) * int(length[s].max()) <= budget
@@ -1167,7 +1168,8 @@ def test_every_rank_makes_as_many_passes():
         def max(self, value):
             return 3
 
-    assert list(equal_passes([slice(0, 2)], Three())) == [
+    tokens = Tokens(torch.zeros(2, 1), torch.ones(2, 1).bool())
+    assert list(Passes(test_train.run_of(None, ranks=Three()), tokens)) == [
         (slice(0, 2), True), (slice(0, 1), False), (slice(0, 1), False)
     ]  # fmt: skip
 

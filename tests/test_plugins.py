@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ from hypothesis import strategies as st
 
 import interventions
 from grpo import Progress, Tokens, batch_loss, concat_padded, policy_loss
-from interventions import METHODS, build, parse
+from interventions import METHODS, build, parse, trl_trainer
 from rollout import Policy, TinyModel, tiny_tokenizer
-from train import Ranks, Settings, Update, score_batch, trl_trainer
+from train import Run, Settings, Update, score_batch
 
 PROMPTS = ["3 5 7 9 -> 41", "2 3 -> 5", "4 4 9 -> 1", "8 -> 8"]  # of different lengths: TRL pads on the left
 TINY = TinyModel(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=1)
@@ -121,16 +122,22 @@ def batch_of(window, eos):
     return Tokens(ids, mask, reward=r["reward"], group=r["group"], truncated=~ended.any(-1), **text)
 
 
+def run_of(model, method=None):
+    """What an update and its scores read of a run."""
+    method = method or build("grpo")
+    return Run(Settings(), method, Path("."), None, Policy(model), None, None)
+
+
 def gradient_of_our_loop(model, batch, method):
     model.zero_grad()
-    update = Update(Policy(model), batch, method, Settings(), Ranks())
+    update = Update(run_of(model, method), batch)
     for part, plan in update.micro_batches():
         batch_loss(part, plan, method)[0].backward()
     return [p.grad.clone() for p in model.parameters()]
 
 
 def logp_of(model, batch):
-    return score_batch(Policy(model), batch, Settings(), Ranks())["logp"]
+    return score_batch(run_of(model), batch)["logp"]
 
 
 def recorded(folder, spec, **config):

@@ -11,6 +11,7 @@ import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,10 +81,15 @@ def make_run(world, method, folder=None, **settings):
     return run
 
 
+def run_of(policy, method=None, settings=None, ranks=ALONE):
+    """What one update, a ledger and a pass read of a run."""
+    return SimpleNamespace(policy=policy, method=method, settings=settings or Settings(), ranks=ranks)
+
+
 def update(policy, batch, method, settings=None, ranks=ALONE):
     """The part of `train` that makes the gradient: (Update, its numbers)."""
     policy.zero_grad(set_to_none=True)
-    made = Update(policy, batch, method, settings or Settings(), ranks)
+    made = Update(run_of(policy, method, settings, ranks), batch)
     for part, plan in made.micro_batches():
         loss, metrics = grpo.batch_loss(part, plan, method)
         (loss * ranks.world).backward()
@@ -135,13 +141,11 @@ def supplied(world, batch, name, off_policy):
         with torch.no_grad():  # a reference that differs, else the penalty is nothing
             for p in run.reference.parameters():
                 p.mul_(1.1)
-        tokens.ref_logp = train.reference_logp(run, tokens)
-    if "proxy_logp" in method.needs:
-        tokens.proxy_logp = train.proxy_logp(run, tokens)
+    train.supply(run, tokens)
     method.progress = Progress(step=3, total=10, seed=0, max_length=11)
     if off_policy:
         g = torch.Generator().manual_seed(1)
-        now = score_batch(run.policy, tokens, Settings(), ALONE)["logp"]
+        now = score_batch(run, tokens)["logp"]
         tokens.old_logp = now + 0.2 * torch.randn(now.shape, generator=g, dtype=now.dtype)
     return method, tokens
 
@@ -174,7 +178,7 @@ def test_the_float32_gradient_does_not_depend_on_micro_batches_either(batch, bou
     for how in ({}, bounds):
         made, _ = update(policy, batch, build("opefo"), Settings(**how))
         grads.append(gradient(policy))
-    assert len(made.slices) >= 8
+    assert len(made.passes.rows) >= 8
     assert float((grads[0] - grads[1]).norm()) <= 1e-5 * float(grads[0].norm())
 
 
@@ -209,7 +213,7 @@ def test_a_strict_step_has_ratio_one_and_the_gradient_of_reinforce(policy, batch
 def test_eq_2_17_mismatch_weights_multiply_the_gradient_of_a_step(policy, batch, kind):
     """Against the engine's own probabilities, 0.3 nats off: the gradient of -Σ w A log π, and the share of an
     ideal sample that is left."""
-    logp = score_batch(policy, batch, Settings(), ALONE)["logp"]
+    logp = score_batch(run_of(policy), batch)["logp"]
     off = 0.3 * torch.randn(logp.shape, generator=torch.Generator().manual_seed(2), dtype=logp.dtype)
     tokens, ratio = replace(batch, rollout_logp=logp - off), off.exp()
     w = ratio.clamp(max=1.2) if kind == "tis" else torch.where((ratio >= 0.9) & (ratio <= 1.2), ratio, 0)
@@ -257,11 +261,12 @@ def test_before_a_rollouts_first_step_rounding_gives_a_kink_no_gradient(monkeypa
 
     class Spy(Update):
         def close(self):
-            own = [p.grad.clone() for p in self.policy.parameters()]
-            got = gradient(self.policy)
-            update(self.policy, replace(self.batch, old_logp=None), method)
-            off.append(float((got - gradient(self.policy)).norm() / got.norm()))
-            for p, g in zip(self.policy.parameters(), own):
+            policy = self.run.policy
+            own = [p.grad.clone() for p in policy.parameters()]
+            got = gradient(policy)
+            update(policy, replace(self.batch, old_logp=None), method)
+            off.append(float((got - gradient(policy)).norm() / got.norm()))
+            for p, g in zip(policy.parameters(), own):
                 p.grad = g * math.nan if skip and len(off) == 1 else g
             return super().close()
 
@@ -277,9 +282,9 @@ def test_a_batch_of_several_rollouts_scores_like_its_parts(world, policy):
     draws = enumerate([(None, 4), (short_answers, 11), (None, 11)])
     parts = [draw_batch(world, 3, 2, first=3 * i, limit=limit, hook=hook) for i, (hook, limit) in draws]
     batch = concat_padded(parts, world[1].pad_token_id)
-    whole = score_batch(policy, batch, Settings(), ALONE)
+    whole = score_batch(run_of(policy), batch)
     for i, part in enumerate(parts):
-        alone = score_batch(policy, part, Settings(micro_batch=5), ALONE)
+        alone = score_batch(run_of(policy, settings=Settings(micro_batch=5)), part)
         rows, width = slice(6 * i, 6 * i + 6), part.ids.shape[1]
         assert torch.equal(batch.mask[rows, :width], part.mask) and not batch.mask[rows, width:].any()
         for key in ("logp", "entropy", "p2", "p2logp"):
@@ -396,11 +401,11 @@ def test_eq_5_1_and_5_2_agree_for_a_small_step(batch):
     direction = [torch.randn(p.shape, generator=g, dtype=p.dtype) for p in start]
     gaps = []
     for size in (2e-4, 1e-4):
-        ledger = Ledger.open(policy, batch, Settings(micro_batch=128), ALONE)
+        ledger = Ledger.open(run_of(policy, settings=Settings(micro_batch=128)), batch)
         with torch.no_grad():
             for p, d in zip(policy.parameters(), direction):
                 p.add_(size * d)
-        got = ledger.close(policy)
+        got = ledger.close()
         assert got["dH_predicted"] == pytest.approx(got["dH_measured"], rel=0.05)
         assert abs(got["dH_measured"]) > 1e-6
         gaps.append(abs(got["dH_predicted"] - got["dH_measured"]))
@@ -412,7 +417,7 @@ def test_eq_5_1_and_5_2_agree_for_a_small_step(batch):
 
 def test_the_ledger_of_no_step_is_exactly_zero(policy, batch):
     for settings in (Settings(), Settings(micro_batch=64)):
-        got = Ledger.open(policy, batch, settings, ALONE).close(policy)
+        got = Ledger.open(run_of(policy, settings=settings), batch).close()
         assert got["dH_predicted"] == 0.0 and abs(got["dH_measured"]) < 1e-12
 
 
@@ -441,7 +446,7 @@ def test_eq_5_3_flows_are_force_times_score_and_balance_as_the_method_says(polic
     """Up minus down is the change of mean entropy on a table, per unit step, by an independent formula; plain
     GRPO has no force where all responses agree."""
     made, numbers = update(policy, batch, build("grpo"))
-    tk = replace(batch, **score_batch(policy, batch, Settings(), ALONE))
+    tk = replace(batch, **score_batch(run_of(policy), batch))
     score = tk.p2logp + tk.entropy * tk.p2 - tk.logp.exp() * (tk.logp + tk.entropy)
     flow = torch.where(tk.mask, group_normalised(tk.reward) / tk.mask.sum() * score, 0)
     torch.testing.assert_close(made.flow, flow, rtol=1e-6, atol=1e-10)

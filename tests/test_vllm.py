@@ -488,11 +488,11 @@ sys.path.insert(0, {root!r})
 import rollout, train
 
 pushes = []
-real = train.check_push
+real = rollout.check_push
 def watched(engine, model, prompt, dtype):
     pushes.append(real(engine, model, prompt, dtype))
     return pushes[-1]
-train.check_push = watched
+rollout.check_push = watched
 if {stale}:
     rollout.VllmEngine.push = lambda self, named: list(named)
 flags = "--engine vllm --steps 3 --prompts 8 --group-size 8 --eval-every 3 --eval-samples 2 --threads 1"
