@@ -608,11 +608,10 @@ class Run:
         self.rows.append(row)
         self.append("metrics.jsonl", [row])
         self.report(row)
-        last = self.rows[-10:]
-        if not self.warned and self.step >= 10 and all(r.get("no_contrast") == 1 for r in last):
+        if not self.warned and self.step >= 10 and all(r.get("no_contrast") == 1 for r in self.rows[-10:]):
             self.warned = True
             if self.ranks.is_main:
-                warnings.warn(self._nothing_learned(last), stacklevel=2)
+                warnings.warn(self._nothing_learned(), stacklevel=2)
         if due:
             better, self.best = row["pass@1"] > self.best, max(self.best, row["pass@1"])
             self.save()
@@ -620,9 +619,9 @@ class Run:
                 self._mark_best()
         return row
 
-    def _nothing_learned(self, rows: list[dict[str, Any]]) -> str:
+    def _nothing_learned(self) -> str:
         """What steps without contrast come from, by their numbers, and what to do about it."""
-        reward, cut = (sum(r[key] for r in rows) / len(rows) for key in ("reward", "truncated"))
+        reward, cut = (sum(r[key] for r in self.rows[-10:]) / 10 for key in ("reward", "truncated"))
         why = (
             "answers are not in the form that is graded: look at samples.jsonl, change --prompt-template; or "
         )
@@ -652,7 +651,8 @@ class Run:
         try:
             with writing():
                 if is_main:
-                    shutil.rmtree(part, ignore_errors=True)
+                    for left in (part, self.folder / ".best.part"):  # by a kill
+                        shutil.rmtree(left, ignore_errors=True)
                     part.mkdir()
             weights, failed = {}, []
             with self.ranks.together():

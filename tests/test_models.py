@@ -894,8 +894,8 @@ def test_a_tokenizer_larger_than_the_embedding_is_named(lm, model_folder, data_f
 
 def test_without_math_verify_nothing_is_loaded(lm, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(train, "shared_grader", rollout.Grader)
-    monkeypatch.setattr(train, "load_model", None)
+    monkeypatch.setattr(rollout, "shared_grader", rollout.Grader)
+    monkeypatch.setattr(rollout, "load_model", None)
     code, rows, folder = lm("--method", "grpo")
     err = capsys.readouterr().err
     assert code == 2 and not rows and not folder.exists()
