@@ -42,7 +42,7 @@ import re
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -367,6 +367,11 @@ def shown(rows: Sequence[dict[str, Any]], columns: dict[str, str] | Sequence[str
     return frame.to_string()
 
 
+def passes(columns: Iterable[str]) -> list[str]:
+    """pass@1, pass@8, ... of some columns, by k."""
+    return sorted((x for x in columns if re.fullmatch(r"pass@\d+", x)), key=lambda x: int(x[5:]))
+
+
 def write_csv(path: Path, rows: Any) -> None:
     """One column for every key of any row that holds a number or a word."""
     pd.DataFrame(rows).dropna(axis=1, how="all").to_csv(path, index=False, float_format="%.6g")
@@ -448,13 +453,10 @@ def smooth(values: pd.Series) -> pd.Series:
 
 def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """entropy.png: entropy, pass@1 and pass@k, the plane of both, and one panel of flows a method."""
-    from matplotlib.figure import Figure
-
-    columns, k = min(4, len(runs)), next((r["k"] for rows in runs.values() for r in rows if "k" in r), "k")
-    lines = math.ceil(len(runs) / columns)
-    fig = Figure(figsize=(4.6 * max(3, columns), 4.2 + 2.9 * lines), layout="constrained")
-    top, bottom = fig.subfigures(2, 1, height_ratios=[4.2, 2.9 * lines])
-    entropy, progress, plane = top.subplots(1, 3)
+    k, lines = next((r["k"] for rows in runs.values() for r in rows if "k" in r), "k"), -(-len(runs) // 3)
+    heights = [4.2] + [2.9] * lines
+    fig, axes = figure(13.8, sum(heights), 1 + lines, 3, height_ratios=heights)
+    entropy, progress, plane = axes[0]
     for i, (label, rows) in enumerate(runs.items()):
         look, values = style(i), series(rows, "entropy")
         entropy.plot(values, alpha=0.2, linewidth=0.8, color=look["color"])
@@ -470,9 +472,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     title = f"Held-out: pass@1 (circles), pass@{k} (triangles)"
     progress.set(title=title, xlabel="step", ylabel="share of problems", ylim=(0, 1.02))
     plane.set(title="First try against any try (square: end)", xlabel="pass@1", ylabel=f"pass@{k}")
-    for ax in (entropy, progress, plane):
-        ax.grid(alpha=0.25)
-    _draw_flows(bottom.subplots(lines, columns, squeeze=False), runs)
+    _draw_flows(axes[1:], runs)
     path.parent.mkdir(parents=True, exist_ok=True)
     save(fig, path)
 
@@ -845,9 +845,9 @@ def law_row(label: str, kind: str, H: Sequence[float], R: Sequence[float], share
     rest = np.asarray(R[n:])
     error = law.predict(H[n:]).numpy() - rest
     spread = float(((rest - rest.mean()) ** 2).sum())
-    row |= {"a": law.a, "b": law.b, "R2 of the fit": law.r2, "rmse": rmse}
+    row |= {"a": law.a, "b": law.b, "R2 of the fit": law.r2, "rmse": rmse, "last error": last}
     row |= {"R2 of the rest": 1 - float((error**2).sum()) / spread if spread else math.nan}
-    return row | {"largest error": float(np.abs(error).max()), "last error": last}
+    return row | {"largest error": float(np.abs(error).max())}
 
 
 def law(records: Sequence[Record], out: Path) -> None:
@@ -967,9 +967,7 @@ def reopen(record: Record, attention: str = "auto") -> tuple[Task, Engine]:
     return task, TorchEngine(model, tokenizer)
 
 
-def samples_of(
-    o: Options, record: Record, temperatures: Sequence[float], out: Path
-) -> tuple[Task, dict[tuple[str, float], Groups]]:
+def samples_of(o: Options, record: Record, temperatures: Sequence[float], out: Path) -> tuple[Task, dict]:
     """A run's task, and samples of its final policy: (set, test temperature) -> groups; the sets are "test",
     and "hard" where there is one.  On the CPU, as the checkpoint was saved."""
     o = replace(o, machine=replace(o.machine, device="cpu"), benchmarks=BenchmarkFlags(batch=1024))
@@ -1052,8 +1050,7 @@ def token_namer(model: str, trust: bool = False) -> Callable[[int], str]:
 
 
 # -- tokens in the colour of their entropy flow --------------------------------------------------------------
-
-
+#
 # A response is a dictionary: prompt, reward, tokens, and the flow of each token, nats per unit learning rate
 # (positive raises entropy).
 
@@ -1306,17 +1303,15 @@ def benchmark(o: Options) -> None:
     reported = pd.read_csv(io.StringIO(REPORTED), sep=";")
     for key in b.against:
         columns = ["method", *(x for x in problems if x in BENCHMARKS), "average"]
-        text = reported[reported["paper"] == key][columns].to_string(
-            index=False, na_rep="–", float_format="%.1f"
-        )
+        rows = reported[reported["paper"] == key][columns]
+        text = rows.to_string(index=False, na_rep="–", float_format="%.1f")
         print(f"\nreported: {key}, {SOURCES[key]}\n{text}")
 
 
 def print_benchmarks(frame: pd.DataFrame, o: Options, out: Path) -> None:
     """The papers' table, in percent, one block a model, with the mean over the benchmarks; a pass@k that one
     of them lacks has no average."""
-    ks = sorted({int(x[5:]) for x in frame if re.fullmatch(r"pass@\d+", x)} - {1})
-    shares = {"pass@1": "avg@n = pass@1, %", **{f"pass@{k}": f"pass@{k}, %" for k in ks}}
+    shares = {x: f"{x}, %" for x in passes(frame)} | {"pass@1": "avg@n = pass@1, %"}
     keys = shares | {"length": "length", "truncated": "truncated, %", "entropy": "entropy"}
     columns = {x: x for x in ("benchmark", "problems x samples")} | keys
     for model, block in frame.groupby("model", sort=False):
@@ -1366,9 +1361,8 @@ class BenchmarkFlags:
 
     model: tuple[str, ...] = ()  # folders or hub ids
     benchmark: tuple[str, ...] = ()  # names
-    data: tuple[
-        str, ...
-    ] = ()  # NAME=FILE, NAME=owner/dataset@config:split; else $ENTROPY_FLOW_DATA/NAME.jsonl
+    data: tuple[str, ...] = ()
+    """NAME=FILE, NAME=owner/dataset@config:split; else $ENTROPY_FLOW_DATA/NAME.jsonl"""
     against: tuple[Literal["opefo", "steer", "clip_cov", "par"], ...] = ()  # print what these papers report
     limit: int = 0  # only the first problems of each (0: all)
     engine: Literal["torch", "vllm"] = "torch"  # our own loop, or vLLM
@@ -1385,9 +1379,8 @@ class BenchmarkFlags:
 class MachineFlags:
     """Where it runs, and where it writes."""
 
-    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = (
-        "auto"  # auto: that of the run, else sdpa
-    )
+    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
+    """auto: that of the run, else sdpa"""
     device: str = "auto"  # cpu, cuda, ... (auto: a GPU if there is one)
     threads: int = 0  # CPU threads (0: for embedded runs 1, else torch's choice)
     out: str = ""  # folder to write to (without: runs/compare, a single run's eval/, runs/benchmarks)
@@ -1540,9 +1533,8 @@ def sample_run(o: Options, record: Record, out: Path) -> None:
     sets, key = {f"{name} at {t:g}": g for (name, t), g in found.items()}, task.signature
     length = min(map(common_length, sets.values()))
     rows = [{"set": x} | measure(g, s.k or n, key, key, length) for x, g in sets.items()]
-    passes = [x for x in rows[0] if re.fullmatch(r"pass@\d+", x)]
     more = ("distinct-1", "distinct-2", "distinct-3", "ece_vote", "ece_likelihood")
-    for names in ((*passes, "distinct_correct", "entropy", "length", "truncated"), more):
+    for names in ((*passes(rows[0]), "distinct_correct", "entropy", "length", "truncated"), more):
         print(shown(rows, ("set", *names)) + "\n")
     print(f"± standard error over problems (6.2); diversity (6.4) of the first {length} tokens\n")
     write_csv(out / "samples.csv", rows)

@@ -56,9 +56,7 @@ from eval import (
     resample,
     responses,
     rivals,
-    series,
     shade,
-    smooth,
     sweep_of,
     table,
     to_samples,
@@ -89,27 +87,6 @@ def test_eq_6_1_equals_exact_binomials_for_any_size(nck):
     exact = 1 - Fraction(math.comb(n - c, k), math.comb(n, k))
     assert pass_at_k(n, c, k) == pytest.approx(float(exact), abs=1e-12)
     assert 0.0 <= pass_at_k(n, c, k) <= 1.0
-
-
-@given(counts)
-def test_pass_at_k_is_monotone_in_k_and_in_c_and_pass_at_1_is_the_mean(nck):
-    n, c, k = nck
-    assert pass_at_k(n, c, 1) == pytest.approx(c / n, abs=1e-12)
-    if k < n:
-        assert pass_at_k(n, c, k + 1) >= pass_at_k(n, c, k) - 1e-12
-    if c < n:
-        assert pass_at_k(n, c + 1, k) >= pass_at_k(n, c, k) - 1e-12
-    assert pass_at_k(n, 0, k) == 0.0 and pass_at_k(n, n, k) == 1.0
-    assert pass_at_k(n, c, n) == float(c > 0)
-
-
-def test_pass_at_k_is_unbiased_and_the_plug_in_is_not():
-    """Mean over c ~ Binomial(n, q), by enumeration, against 1 - (1 - q)^k."""
-    n, k, q = 8, 4, 0.2
-    weight = [math.comb(n, c) * q**c * (1 - q) ** (n - c) for c in range(n + 1)]
-    truth = 1 - (1 - q) ** k
-    assert sum(w * pass_at_k(n, c, k) for c, w in enumerate(weight)) == pytest.approx(truth, abs=1e-12)
-    assert sum(w * (1 - (1 - c / n) ** k) for c, w in enumerate(weight)) < truth - 0.02
 
 
 @pytest.mark.parametrize("n, c, k", [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5), (0, 0, 1), (4, 2, -1)])
@@ -188,19 +165,6 @@ def test_evaluate_repeats_with_its_seed_and_changes_nothing_else():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_evaluate_draws_from_held_out_problems_only():
-    """No prompt of an evaluation is a training prompt."""
-    seen = []
-    tokenizer, task = tiny_tokenizer(), chain_task(16)
-    real = task.verify
-    object.__setattr__(task, "verify", lambda texts, p: seen.extend(p) or real(texts, p))
-    try:
-        evaluate(TorchEngine(TinyModel().build(tokenizer, 0).eval(), tokenizer), task, 2)
-    finally:
-        object.__setattr__(task, "verify", real)
-    assert len(seen) == 2 * 16 * 2 and not set(seen) & set(task.train)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The picture and the table
 
@@ -218,12 +182,6 @@ def rows(n=6, shift=0.0, **extra):
             row |= {"hard_pass@k": 0.5, "distinct_correct": 3.25}
         out.append(row | extra)
     return out
-
-
-def test_series_and_smooth():
-    data = [{"step": 1, "x": 1.0}, {"step": 2}, {"step": 3, "x": None}, {"step": 4, "x": 0.0}]
-    assert series(data, "x").to_dict() == {1: 1.0, 4: 0.0} and series([], "x").empty
-    assert smooth(series(data, "x")).tolist() == pytest.approx([1.0, 0.8])
 
 
 @pytest.mark.parametrize("count", [1, 3, 5, len(STYLES) + 2])
@@ -250,10 +208,6 @@ def test_the_picture_is_a_png_for_any_number_of_methods(tmp_path, count):
 def test_the_picture_survives_runs_that_stopped_early_or_diverged(tmp_path, data):
     draw({"short": data, "whole": rows()}, tmp_path / "entropy.png")
     assert (tmp_path / "entropy.png").read_bytes().startswith(PNG)
-
-
-def test_styles_differ_in_colour_and_dash():
-    assert len({c for c, _ in STYLES}) == len(STYLES) == len({str(d) for _, d in STYLES})
 
 
 def test_the_table_shows_first_and_last_evaluation():
