@@ -11,8 +11,8 @@ with plain GRPO at several learning rates, at equal pass@1.
     3  diversity and calibration: distinct-n, calibration error, forking tokens                  (6.4) - (6.7)
     4  tables, files, and the picture of one training call
     5  comparing runs: methods over seeds, the frontier of plain GRPO, the law R = -a e^H + b    (6.8) (6.9)
-    6  fresh samples of a run: over test temperatures, calibration, forks, the flow of each token
-    7  six benchmarks, resumable, beside the papers' numbers
+    6  samples, drawn once and stored: over test temperatures, calibration, forks, the flow of each token
+    7  six benchmarks, beside the papers' numbers
     8  the command line and the demonstration
 
     python eval.py                                       the estimators, shown on made-up counts
@@ -23,7 +23,8 @@ with plain GRPO at several learning rates, at equal pass@1.
     python eval.py --show runs/opefo-s0                  responses in the colours of their entropy flow
     python eval.py --model FOLDER_OR_ID --benchmark aime24 math500 --k 32 --engine vllm --against steer
 
-The same command again goes on where a kill stopped it, and once all is sampled computes without a model.
+The same command again goes on where a kill stopped it and draws nothing twice: samples are stored a line
+each, under a name that depends on all settings.
 Sampling is at temperature 1 without top-p or top-k unless said otherwise, since truncation hides a collapse.
 Left out against a production harness: few-shot prompts, stop strings, code execution, judge models.
 """
@@ -568,9 +569,7 @@ def find_records(names: Sequence[str]) -> tuple[list[Record], list[str]]:
     records, notes, folders = {}, [], []
     for name in map(Path, names):
         members = sorted(p.parent for p in name.glob("*/metrics.jsonl"))
-        if (
-            not (name / MARK).is_file() and not name.is_file()
-        ):  # our pictures, a file that the shell's * caught
+        if not (name / MARK).is_file() and not name.is_file():  # ours; a file that the shell's * caught
             folders += [name] if (name / "metrics.jsonl").is_file() or not members else members
     for folder in folders:
         try:
@@ -610,9 +609,8 @@ def rivals(groups: dict[str, list[Record]], label: str) -> list[str]:
         return {k for k in {*one.shared, *r.shared} if one.shared.get(k) != r.shared.get(k)}
 
     one = groups[label][0]
-    found = {
-        x: g[0] for x, g in groups.items() if plain(g[0]) and differ(g[0]) <= {"lr", *one.own, *g[0].own}
-    }
+    found = {x: g[0] for x, g in groups.items() if plain(g[0])}
+    found = {x: r for x, r in found.items() if differ(r) <= {"lr", *one.own, *r.own}}
     found = {x: r for x, r in found.items() if not plain(one) or len(r.own) < len(one.own)}
     return sorted(found, key=lambda x: (len(differ(found[x])), len(found[x].own)))
 
@@ -820,9 +818,8 @@ def draw_frontier(
             look |= {"marker": "os^Dv"[i % 5], "alpha": 0.85}
             ax.plot(*own.T, markersize=3, linewidth=1, **look)
             ax.plot(*own[-1], markersize=8, label=label, **look)
-        for points in (
-            sorted(r["line"].values()) for r in rows if r.get("line") and r["at"] == rows[-1]["at"]
-        ):
+        ends = [r["line"] for r in rows if r.get("line") and r["at"] == rows[-1]["at"]]
+        for points in (sorted(x.values()) for x in ends):
             ax.plot(*zip(*points), color="#dddddd", linewidth=6, zorder=0)
         ax.set(title=title, xlabel="pass@1", ylabel=f"pass@{k}")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
@@ -880,7 +877,7 @@ def law(records: Sequence[Record], out: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. Fresh samples of a run
+# 6. Samples, drawn once and stored
 
 
 def own_attention(model: str | Path, device: torch.device) -> str:
@@ -1067,9 +1064,8 @@ def fresh_flows(
     out, _ = answer(engine, task, problems, how, torch.Generator().manual_seed(seed))
     stats = TokenStats(**Policy(engine.model)(out, tau))
     adv = group_advantages(out.correct.double(), out.group)  # grpo (2.1)
-    flow = (
-        torch.where(out.mask, entropy_change(stats, adv[:, None]), 0) / out.mask.sum()
-    )  # (B, T), token mean
+    change = torch.where(out.mask, entropy_change(stats, adv[:, None]), 0)
+    flow = change / out.mask.sum()  # (B, T), token mean
     best = flow.abs().sum(1).view(-1, n).max(1)
     found = []
     for p in [p for p in range(len(problems)) if best.values[p] > 0][:8]:
