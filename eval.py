@@ -11,8 +11,8 @@ with plain GRPO at several learning rates, at equal pass@1.
     3  diversity and calibration: distinct-n, calibration error, forking tokens                  (6.4) - (6.7)
     4  tables, files, and the picture of one training call
     5  comparing runs: methods over seeds, the frontier of plain GRPO, the law R = -a e^H + b    (6.8) (6.9)
-    6  fresh samples of a run: over test temperatures, calibration, forks, the flow of each token
-    7  six benchmarks, resumable, beside the papers' numbers
+    6  samples, drawn once and stored: over test temperatures, calibration, forks, the flow of each token
+    7  six benchmarks, beside the papers' numbers
     8  the command line and the demonstration
 
     python eval.py                                       the estimators, shown on made-up counts
@@ -23,7 +23,8 @@ with plain GRPO at several learning rates, at equal pass@1.
     python eval.py --show runs/opefo-s0                  responses in the colours of their entropy flow
     python eval.py --model FOLDER_OR_ID --benchmark aime24 math500 --k 32 --engine vllm --against steer
 
-The same command again goes on where a kill stopped it, and once all is sampled computes without a model.
+The same command again goes on where a kill stopped it and draws nothing twice: samples are stored a line
+each, under a name that depends on all settings.
 Sampling is at temperature 1 without top-p or top-k unless said otherwise, since truncation hides a collapse.
 Left out against a production harness: few-shot prompts, stop strings, code execution, judge models.
 """
@@ -42,8 +43,8 @@ import re
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -367,6 +368,11 @@ def shown(rows: Sequence[dict[str, Any]], columns: dict[str, str] | Sequence[str
     return frame.to_string()
 
 
+def passes(columns: Iterable[str]) -> list[str]:
+    """pass@1, pass@8, ... of some columns, by k."""
+    return sorted((x for x in columns if re.fullmatch(r"pass@\d+", x)), key=lambda x: int(x[5:]))
+
+
 def write_csv(path: Path, rows: Any) -> None:
     """One column for every key of any row that holds a number or a word."""
     pd.DataFrame(rows).dropna(axis=1, how="all").to_csv(path, index=False, float_format="%.6g")
@@ -448,13 +454,10 @@ def smooth(values: pd.Series) -> pd.Series:
 
 def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """entropy.png: entropy, pass@1 and pass@k, the plane of both, and one panel of flows a method."""
-    from matplotlib.figure import Figure
-
-    columns, k = min(4, len(runs)), next((r["k"] for rows in runs.values() for r in rows if "k" in r), "k")
-    lines = math.ceil(len(runs) / columns)
-    fig = Figure(figsize=(4.6 * max(3, columns), 4.2 + 2.9 * lines), layout="constrained")
-    top, bottom = fig.subfigures(2, 1, height_ratios=[4.2, 2.9 * lines])
-    entropy, progress, plane = top.subplots(1, 3)
+    k, lines = next((r["k"] for rows in runs.values() for r in rows if "k" in r), "k"), -(-len(runs) // 3)
+    heights = [4.2] + [2.9] * lines
+    fig, axes = figure(13.8, sum(heights), 1 + lines, 3, height_ratios=heights)
+    entropy, progress, plane = axes[0]
     for i, (label, rows) in enumerate(runs.items()):
         look, values = style(i), series(rows, "entropy")
         entropy.plot(values, alpha=0.2, linewidth=0.8, color=look["color"])
@@ -470,9 +473,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     title = f"Held-out: pass@1 (circles), pass@{k} (triangles)"
     progress.set(title=title, xlabel="step", ylabel="share of problems", ylim=(0, 1.02))
     plane.set(title="First try against any try (square: end)", xlabel="pass@1", ylabel=f"pass@{k}")
-    for ax in (entropy, progress, plane):
-        ax.grid(alpha=0.25)
-    _draw_flows(bottom.subplots(lines, columns, squeeze=False), runs)
+    _draw_flows(axes[1:], runs)
     path.parent.mkdir(parents=True, exist_ok=True)
     save(fig, path)
 
@@ -568,9 +569,7 @@ def find_records(names: Sequence[str]) -> tuple[list[Record], list[str]]:
     records, notes, folders = {}, [], []
     for name in map(Path, names):
         members = sorted(p.parent for p in name.glob("*/metrics.jsonl"))
-        if (
-            not (name / MARK).is_file() and not name.is_file()
-        ):  # our pictures, a file that the shell's * caught
+        if not (name / MARK).is_file() and not name.is_file():  # ours; a file that the shell's * caught
             folders += [name] if (name / "metrics.jsonl").is_file() or not members else members
     for folder in folders:
         try:
@@ -610,9 +609,8 @@ def rivals(groups: dict[str, list[Record]], label: str) -> list[str]:
         return {k for k in {*one.shared, *r.shared} if one.shared.get(k) != r.shared.get(k)}
 
     one = groups[label][0]
-    found = {
-        x: g[0] for x, g in groups.items() if plain(g[0]) and differ(g[0]) <= {"lr", *one.own, *g[0].own}
-    }
+    found = {x: g[0] for x, g in groups.items() if plain(g[0])}
+    found = {x: r for x, r in found.items() if differ(r) <= {"lr", *one.own, *r.own}}
     found = {x: r for x, r in found.items() if not plain(one) or len(r.own) < len(one.own)}
     return sorted(found, key=lambda x: (len(differ(found[x])), len(found[x].own)))
 
@@ -820,9 +818,8 @@ def draw_frontier(
             look |= {"marker": "os^Dv"[i % 5], "alpha": 0.85}
             ax.plot(*own.T, markersize=3, linewidth=1, **look)
             ax.plot(*own[-1], markersize=8, label=label, **look)
-        for points in (
-            sorted(r["line"].values()) for r in rows if r.get("line") and r["at"] == rows[-1]["at"]
-        ):
+        ends = [r["line"] for r in rows if r.get("line") and r["at"] == rows[-1]["at"]]
+        for points in (sorted(x.values()) for x in ends):
             ax.plot(*zip(*points), color="#dddddd", linewidth=6, zorder=0)
         ax.set(title=title, xlabel="pass@1", ylabel=f"pass@{k}")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
@@ -845,9 +842,9 @@ def law_row(label: str, kind: str, H: Sequence[float], R: Sequence[float], share
     rest = np.asarray(R[n:])
     error = law.predict(H[n:]).numpy() - rest
     spread = float(((rest - rest.mean()) ** 2).sum())
-    row |= {"a": law.a, "b": law.b, "R2 of the fit": law.r2, "rmse": rmse}
+    row |= {"a": law.a, "b": law.b, "R2 of the fit": law.r2, "rmse": rmse, "last error": last}
     row |= {"R2 of the rest": 1 - float((error**2).sum()) / spread if spread else math.nan}
-    return row | {"largest error": float(np.abs(error).max()), "last error": last}
+    return row | {"largest error": float(np.abs(error).max())}
 
 
 def law(records: Sequence[Record], out: Path) -> None:
@@ -880,7 +877,7 @@ def law(records: Sequence[Record], out: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. Fresh samples of a run
+# 6. Samples, drawn once and stored
 
 
 def own_attention(model: str | Path, device: torch.device) -> str:
@@ -890,6 +887,63 @@ def own_attention(model: str | Path, device: torch.device) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         return "sdpa"
     return "sdpa" if device.type == "cpu" and kind.startswith("flash") else kind
+
+
+def sampled(
+    folder: Path, name: str, problems: Sequence[Problem], settings: dict[str, Any], ask: Callable[[], tuple]
+) -> Groups:
+    """settings["samples"] responses to each problem, from folder/NAME-DIGEST.jsonl, a line a sample.
+
+    The digest is of the settings, which stand beside it in .json, and of the problems: samples of different
+    settings never mix.  What is missing is drawn with `ask() -> (engine, task, prompts)`.  A batch's draws
+    depend on the seed and its place only, so that a run that was killed ends with the samples of one that was
+    not.  Raises ValueError where the file is damaged.
+    """
+    from tqdm import tqdm
+
+    s, n = settings, settings["samples"]
+    text = json.dumps([s, [[p.prompt, p.answer, *p.before] for p in problems]])
+    path = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.jsonl"
+    step = max(1, s["batch"] // n)  # problems in a batch
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    done = sum(x.endswith(b"\n") for x in lines) // n
+    if done < len(problems):
+        engine, task, prompts = ask()
+        done -= done % step
+        folder.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".json").write_text(json.dumps(s, indent=2) + "\n")
+        if lines:
+            os.truncate(path, sum(map(len, lines[: done * n])))
+        how = Sampling(n, s["max_new_tokens"], s["temperature"], s["top_p"], entropy=True)
+        for i in tqdm(range(done, len(prompts), step), desc=f"{folder.name} {name}", unit="batch"):
+            digest = hashlib.sha256(f"{s['seed']}/{name}/{i}".encode()).digest()
+            generator = torch.Generator(engine.device).manual_seed(int.from_bytes(digest[:4], "little"))
+            part = prompts[i : i + step]
+            groups = to_samples((part, *answer(engine, task, part, how, generator)), n, i)
+            append(path, [x for g in groups for x in g])
+    rows = read_jsonl(path)
+    if any((row.get("problem"), row.get("sample")) != divmod(i, n) for i, row in enumerate(rows)):
+        raise ValueError(f"{path}: damaged, samples are missing or out of order; remove the file")
+    return [rows[i : i + n] for i in range(0, len(rows), n)]
+
+
+def asked(o: Options, model: str, temperature: float, samples: int, max_new_tokens: int) -> dict[str, Any]:
+    """All that samples depend on, but for the problems."""
+    device = usable_device(o.machine.device)
+    dtype = {"auto": "float32" if device.type == "cpu" else "bfloat16"}.get(o.benchmarks.dtype)
+    kind = own_attention(model, device) if o.machine.attention == "auto" else o.machine.attention
+    return {
+        "model": model, "weights": fingerprint(Path(model)), "engine": o.benchmarks.engine,
+        "dtype": dtype or o.benchmarks.dtype, "attention": kind, "temperature": temperature,
+        "top_p": o.sampling.top_p, "seed": o.sampling.seed, "samples": samples,
+        "max_new_tokens": max_new_tokens,
+        "batch": o.benchmarks.batch or (512 if o.benchmarks.engine == "vllm" else 128),
+    }  # fmt: skip
+
+
+def slug(model: str | Path) -> str:
+    """A model's folder below --out."""
+    return str(model).strip("/.").replace("/", "--")
 
 
 def reopen(record: Record, attention: str = "auto") -> tuple[Task, Engine]:
@@ -910,50 +964,19 @@ def reopen(record: Record, attention: str = "auto") -> tuple[Task, Engine]:
     return task, TorchEngine(model, tokenizer)
 
 
-@torch.no_grad()
-def fresh(
-    record: Record, k: int, temperature: float, top_p: float, seed: int
-) -> tuple[Task, dict[str, Groups]]:
-    """The run's task, and k samples of its problems: "test", and "hard" where there are such; drawn as
-    `evaluate` does."""
-    task, engine = reopen(record)
-    how = Sampling(k, task.max_new_tokens, temperature, top_p, entropy=True)
-    generator, out = torch.Generator().manual_seed(seed), {}
-    for name, problems in (("test", task.test), ("hard", task.hard)):
-        parts = responses(engine, task, problems, how, generator)
-        if problems:
-            out[name] = [group for part in parts for group in to_samples(part, k)]
-    return task, out
-
-
-def over_temperatures(
-    groups: dict[str, list[Record]], temperatures: Sequence[float], k: int, top_p: float, seed: int, out: Path
-) -> dict[tuple[str, float], dict[tuple, dict[str, Any]]]:
-    """(label, temperature) -> seed -> evaluation of the final checkpoint.
-
-    temperatures.jsonl keeps what was sampled, under the checksum of the weights: a second call, or one after
-    a kill, draws only what is new.
-    """
-    from tqdm import tqdm
-
-    store, policy = out / "temperatures.jsonl", cache(lambda i: reopen(jobs[i][1]))
-    known = {tuple(r["key"]): r for r in (read_jsonl(store) if store.exists() else [])}
-    jobs = [(label, r) for label, g in groups.items() for r in g]
-    result: dict[tuple[str, float], dict[tuple, dict[str, Any]]] = {}
-    for i, (label, record) in enumerate(
-        tqdm(jobs, desc="test temperatures", unit="run", disable=not temperatures)
-    ):
-        for t in temperatures:
-            key = (fingerprint(record.folder / "checkpoint"), t, k, top_p, seed)
-            if key not in known:
-                task, engine = policy(i)
-                known[key] = {"key": key, "run": str(record.folder)} | evaluate(
-                    engine, task, k, t, top_p, seed
-                )
-                known[key].pop("samples")
-                append(store, [known[key]])
-            result.setdefault((label, t), {})[record.seed] = known[key]
-    return result
+def samples_of(o: Options, record: Record, temperatures: Sequence[float], out: Path) -> tuple[Task, dict]:
+    """A run's task, and samples of its final policy: (set, test temperature) -> groups; the sets are "test",
+    and "hard" where there is one.  On the CPU, as the checkpoint was saved."""
+    o = replace(o, machine=replace(o.machine, device="cpu"), benchmarks=BenchmarkFlags(batch=1024))
+    (task, engine), path = reopen(record, o.machine.attention), str(record.folder / "checkpoint")
+    found = {}
+    for t in temperatures:
+        settings = asked(o, path, t, o.sampling.samples or o.sampling.k or 32, task.max_new_tokens)
+        for name, problems in (("test", task.test), ("hard", task.hard)):
+            ask = lambda: (engine, task, problems)  # noqa: B023, E731
+            if problems:
+                found[name, t] = sampled(out / slug(record.folder), name, problems, settings, ask)
+    return task, found
 
 
 def fingerprint(folder: Path) -> str:
@@ -1024,8 +1047,7 @@ def token_namer(model: str, trust: bool = False) -> Callable[[int], str]:
 
 
 # -- tokens in the colour of their entropy flow --------------------------------------------------------------
-
-
+#
 # A response is a dictionary: prompt, reward, tokens, and the flow of each token, nats per unit learning rate
 # (positive raises entropy).
 
@@ -1042,9 +1064,8 @@ def fresh_flows(
     out, _ = answer(engine, task, problems, how, torch.Generator().manual_seed(seed))
     stats = TokenStats(**Policy(engine.model)(out, tau))
     adv = group_advantages(out.correct.double(), out.group)  # grpo (2.1)
-    flow = (
-        torch.where(out.mask, entropy_change(stats, adv[:, None]), 0) / out.mask.sum()
-    )  # (B, T), token mean
+    change = torch.where(out.mask, entropy_change(stats, adv[:, None]), 0)
+    flow = change / out.mask.sum()  # (B, T), token mean
     best = flow.abs().sum(1).view(-1, n).max(1)
     found = []
     for p in [p for p in range(len(problems)) if best.values[p] > 0][:8]:
@@ -1121,20 +1142,21 @@ BENCHMARKS = {  # name -> samples a problem: many on the small sets, one on the 
     "aime24": 32, "aime25": 32, "amc23": 32, "math500": 1, "minerva": 1, "olympiadbench": 1,
 }  # fmt: skip
 
-SOURCES = {  # what --against knows: the paper, how it sampled, and what it reports as an average only
-    "opefo": "2605.11491, Qwen2.5-Math-7B (transcribed by others, not checked in the paper). Temperature 1, "
-    "top-p .7; avg@32 on AIME and AMC, avg@1 on the others; the checkpoint that is best on the mean of these "
-    "very benchmarks; one run. Averages: base 21.2; GRPO with 8 updates 45.5, strict 50.1; entropy "
-    "regularisation 47.8, clip-higher 49.8, Clip-Cov 50.7, KL-Cov 50.5.",
-    "steer": "2510.10150, Qwen2.5-Math-7B. Temperature 1, top-p .7; avg@32 on AIME and AMC, avg@1 on the "
-    "others; the checkpoint that is best on AIME24; mean of 2 runs.",
-    "clip_cov": "2505.22617, Qwen2.5. Sampling not recorded here, nor the benchmarks that it averages over. "
-    "Averages, 7B: GRPO 38.6, clip-higher 38.8, Clip-Cov 40.4, KL-Cov 40.6; 32B: 45.8, 47.2, 50.3, 52.2.",
-    "par": "2511.05993 table 2, Qwen2.5-Math-7B. Temperature 1, top-p 1; avg@64 on all; validated on AIME25; "
-    "its own average, of the first five.",
+SOURCES = {  # how the papers sampled, and which checkpoint they show
+    "opefo": "2605.11491, transcribed by others; temperature 1, top-p .7; best checkpoint on these very sets",
+    "steer": "2510.10150; temperature 1, top-p .7; avg@32 on AIME, AMC, else 1; best checkpoint on AIME24",
+    "clip_cov": "2505.22617; sampling and benchmarks of the average are not recorded here",
+    "par": "2511.05993 table 2; temperature 1, top-p 1; avg@64; validated on AIME25",
 }
 REPORTED = """\
 paper;method;aime24;aime25;amc23;math500;minerva;olympiadbench;average
+opefo;base;;;;;;;21.2
+opefo;GRPO, 8 updates;;;;;;;45.5
+opefo;GRPO, strict;;;;;;;50.1
+opefo;entropy regularisation;;;;;;;47.8
+opefo;clip-higher;;;;;;;49.8
+opefo;Clip-Cov;;;;;;;50.7
+opefo;KL-Cov;;;;;;;50.5
 opefo;OPEFO;34.5;;82.2;;;;52.4
 opefo;GRPO, 8 updates: pass@32;59.8;38.4;93.7;92.5;;;
 opefo;GRPO, strict: pass@32;61.3;41.2;94.8;93.3;;;
@@ -1146,73 +1168,20 @@ steer;entropy advantage;27.5;13.5;70.2;79.6;36.8;42.8;45.1
 steer;Clip-Cov;32.5;12.9;68.4;78.0;40.8;41.3;45.7
 steer;KL-Cov;32.8;14.1;64.2;78.8;37.1;39.4;44.4
 steer;STEER;36.2;16.1;72.1;82.2;41.7;43.0;48.6
+clip_cov;GRPO, 7B;;;;;;;38.6
+clip_cov;clip-higher, 7B;;;;;;;38.8
+clip_cov;Clip-Cov, 7B;;;;;;;40.4
+clip_cov;KL-Cov, 7B;;;;;;;40.6
+clip_cov;GRPO, 32B;;;;;;;45.8
+clip_cov;clip-higher, 32B;;;;;;;47.2
+clip_cov;Clip-Cov, 32B;;;;;;;50.3
+clip_cov;KL-Cov, 32B;;;;;;;52.2
 par;base;10.0;3.8;30.04;43.76;14.41;;20.4
 par;GRPO, 1 update;28.75;14.69;64.38;78.14;34.64;;44.12
 par;PAR, entropy-guided;34.38;15.89;69.34;75.93;32.78;;45.66
 par;adaptive entropy;33.96;18.65;68.52;73.98;31.66;;45.35
 par;clip-higher;33.33;15.94;67.62;72.35;30.57;;43.96
 """
-
-
-@dataclass(frozen=True)
-class Bench:
-    """One model on one benchmark: NAME.json holds what was asked for, NAME.jsonl a line for every sample."""
-
-    name: str
-    problems: tuple[Problem, ...]  # the raw questions
-    settings: dict[str, Any]
-    folder: Path
-
-    @property
-    def path(self) -> Path:
-        return self.folder / f"{self.name}.jsonl"
-
-    @property
-    def step(self) -> int:
-        return max(1, self.settings["batch"] // self.settings["samples"])  # problems in a batch
-
-    def begin(self) -> int:
-        """Problems done; a batch that a kill cut short is dropped.  ValueError where samples are stored that
-        were drawn with other settings, or are damaged."""
-        stored, n, done = self.path.with_suffix(".json"), self.settings["samples"], len(self.problems)
-        before = json.loads(stored.read_text()) if stored.exists() else self.settings
-        for k in dict.fromkeys([*self.settings, *before]):
-            if (old := before.get(k)) != (new := self.settings.get(k)):
-                where = f"--out {self.folder}: {self.name} was begun there with {k} {old!r}, not {new!r}"
-                raise ValueError(f"{where}; give that, or another --out")
-        if not self.path.exists():
-            return 0
-        append(self.path, [])  # cuts off half a line
-        rows = read_jsonl(self.path)
-        if len(rows) < done * n:
-            done = len(rows) // n // self.step * self.step
-        for i, row in enumerate(rows[: done * n]):
-            if (row.get("problem"), row.get("sample")) != divmod(i, n):
-                raise ValueError(f"{self.path}: line {i + 1} is damaged (out of order); remove the file")
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        os.truncate(self.path, sum(map(len, lines[: done * n])))
-        return done
-
-    def generate(self, engine: Engine, done: int) -> None:
-        """Append batch after batch.  A batch's draws depend on the seed and its place only, so that a run
-        that was killed ends with the samples of one that was not."""
-        from tqdm import tqdm
-
-        s, n = self.settings, self.settings["samples"]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.path.with_suffix(".json").write_text(json.dumps(s, indent=2) + "\n")
-        prompts = render(self.problems, engine.tokenizer, s["template"], s["chat"])
-        task = math_task(self.name, (), tuple(prompts), s["max_new_tokens"])
-        how = Sampling(n, s["max_new_tokens"], s["temperature"], s["top_p"], entropy=True)
-        bar = tqdm(total=len(prompts) * n, initial=done * n, desc=self.name, unit="sample")
-        for i in range(done, len(prompts), self.step):
-            digest = hashlib.sha256(f"{s['seed']}/{self.name}/{i}".encode()).digest()
-            generator = torch.Generator(engine.device).manual_seed(int.from_bytes(digest[:4], "little"))
-            part = prompts[i : i + self.step]
-            groups = to_samples((part, *answer(engine, task, part, how, generator)), n, i)
-            append(self.path, [x for g in groups for x in g])
-            bar.update(len(part) * n)
-        bar.close()
 
 
 def load_benchmarks(names: Sequence[str], data: Sequence[str], limit: int) -> dict[str, tuple[Problem, ...]]:
@@ -1263,19 +1232,20 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def open_engine(o: Options, s: dict[str, Any], everything: Sequence[Problem]) -> Engine:
-    """The engine of a benchmark's settings `s`.  The longest prompt must fit into the model's context
+def open_engine(o: Options, model: str, everything: Sequence[Problem]) -> Engine:
+    """An engine with a folder's or hub id's model.  The longest prompt must fit into the model's context
     together with a response.  Raises ValueError naming the flag."""
     from transformers import AutoConfig, AutoTokenizer
 
-    model, device, trust = s["model"], usable_device(o.machine.device), o.benchmarks.trust_remote_code
+    b, device = o.benchmarks, usable_device(o.machine.device)
+    s, trust = asked(o, model, 1.0, 1, b.max_new_tokens), b.trust_remote_code
     try:
         if s["engine"] == "torch":
-            policy, tokenizer = load_model(model, s["dtype"], trust, s.get("attention", "sdpa"), device)
+            policy, tokenizer = load_model(model, s["dtype"], trust, s["attention"], device)
         else:
             tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust).get_text_config()
-        prompts = render(everything, tokenizer, s["template"], s["chat"])
+        prompts = render(everything, tokenizer, b.template, not b.plain)
         longest = longest_prompt(prompts, tokenizer, getattr(config, "vocab_size", None))
     except Exception as error:  # missing, gated, damaged: a dozen classes of three libraries
         reason = " ".join(str(error).split()).removeprefix(f"{model}: ")[:300]
@@ -1292,90 +1262,57 @@ def open_engine(o: Options, s: dict[str, Any], everything: Sequence[Problem]) ->
         tokenizer.pad_token = tokenizer.eos_token
     return VllmEngine(
         model, tokenizer, device=device, dtype=getattr(torch, s["dtype"]), sleeps=False,
-        max_model_len=longest + s["max_new_tokens"], gpu_memory=o.benchmarks.gpu_memory,
+        max_model_len=longest + s["max_new_tokens"], gpu_memory=b.gpu_memory,
         trust_remote_code=trust,
     )  # fmt: skip
 
 
-def make_bench(o: Options, model: str, name: str, problems: tuple[Problem, ...], folder: Path) -> Bench:
-    """With everything that the samples depend on.  `model`: a folder, a hub id, or a training run."""
-    b, device = o.benchmarks, usable_device(o.machine.device)
-    inner = Path(model).expanduser() / "checkpoint"
-    model = str(inner) if (inner / "config.json").is_file() else model
-    text = json.dumps([[p.prompt, p.answer, *p.before] for p in problems])
-    n = o.sampling.samples or (o.sampling.k or 32 if BENCHMARKS.get(name, 32) > 1 else 1)
-    dtype = {"auto": "float32" if device.type == "cpu" else "bfloat16"}.get(b.dtype, b.dtype)
-    settings = {
-        "model": model, "weights": fingerprint(Path(model)), "engine": b.engine, "dtype": dtype,
-        "temperature": o.sampling.temperature, "top_p": o.sampling.top_p, "seed": o.sampling.seed,
-        "samples": n, "max_new_tokens": b.max_new_tokens, "template": b.template, "chat": not b.plain,
-        "problems": len(problems), "sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
-        "batch": b.batch or (512 if b.engine == "vllm" else 128),
-    }  # fmt: skip
-    kind = own_attention(model, device) if o.machine.attention == "auto" else o.machine.attention
-    if b.engine == "torch" and kind != "sdpa":  # older folders, which name none, have sdpa's
-        settings["attention"] = kind
-    return Bench(name, problems, settings, folder)
-
-
 def benchmark(o: Options) -> None:
-    """Generate what is missing, then tables, pictures and CSV from the stored samples."""
-    b = o.benchmarks
+    """Sample what is missing, then tables, pictures and CSV from the stored samples."""
+    b, s, rows, boxed = o.benchmarks, o.sampling, [], lambda text: (last_boxed(text) or "").strip()
     problems = load_benchmarks(b.benchmark, b.data, b.limit)
     set_threads(o.machine.threads, embedded=False)
     out = own_folder(Path(o.machine.out or "runs/benchmarks"))
-    what = "Surprisal -log π of the tokens drawn" if b.engine == "vllm" else "Entropy"
-    rows, boxed = [], lambda text: (last_boxed(text) or "").strip()
-    for model in b.model:
-        folder = out / model.strip("/.").replace("/", "--")
-        benches = [make_bench(o, model, name, p, folder) for name, p in problems.items()]
-        todo = [(x, done) for x in benches if (done := x.begin()) < len(x.problems)]
-        if todo:
-            engine = open_engine(o, benches[0].settings, [p for x in benches for p in x.problems])
-            for x, done in todo:
-                x.generate(engine, done)
-            engine.close()
-        stored = {x.name: (read_jsonl(x.path), x.settings["samples"]) for x in benches}
-        groups = {name: [rs[i : i + n] for i in range(0, len(rs), n)] for name, (rs, n) in stored.items()}
-        for x in benches:
-            n = x.settings["samples"]
-            row = {"model": model, "benchmark": x.name, "problems x samples": f"{len(x.problems)} x {n}"}
-            rows.append(row | measure(groups[x.name], o.sampling.k or n, str.strip, boxed))
-        namer = token_namer(benches[0].settings["model"], b.trust_remote_code)
-        draw_samples(groups, boxed, namer, folder / "samples.png", what)
+    for name in b.model:
+        inner, groups = Path(name).expanduser() / "checkpoint", {}
+        model = str(inner) if (inner / "config.json").is_file() else name  # a training run, or a model
+        opened = cache(lambda m: open_engine(o, m, [p for found in problems.values() for p in found]))
+        for x, found in problems.items():
+
+            def ask(x: str = x, found: Sequence[Problem] = found) -> tuple:
+                engine = opened(model)  # noqa: B023
+                prompts = render(found, engine.tokenizer, b.template, not b.plain)
+                return engine, math_task(x, (), tuple(prompts), b.max_new_tokens), prompts
+
+            n = s.samples or (s.k or 32 if BENCHMARKS.get(x, 32) > 1 else 1)
+            settings = asked(o, model, s.temperature, n, b.max_new_tokens)
+            settings |= {"template": b.template, "chat": not b.plain}
+            groups[x] = sampled(out / slug(name), x, found, settings, ask)
+            row = {"model": name, "benchmark": x, "problems x samples": f"{len(found)} x {n}"}
+            rows.append(row | measure(groups[x], s.k or n, str.strip, boxed))
+        if opened.cache_info().misses:
+            opened(model).close()
+        what = "Surprisal -log π of the tokens drawn" if b.engine == "vllm" else "Entropy"
+        namer = token_namer(model, b.trust_remote_code)
+        draw_samples(groups, boxed, namer, out / slug(name) / "samples.png", what)
     print_benchmarks(pd.DataFrame(rows), o, out)
     reported = pd.read_csv(io.StringIO(REPORTED), sep=";")
     for key in b.against:
         columns = ["method", *(x for x in problems if x in BENCHMARKS), "average"]
         rows = reported[reported["paper"] == key][columns]
         text = rows.to_string(index=False, na_rep="–", float_format="%.1f")
-        print(f"\nreported: {key}\n{text}\n{SOURCES[key]}")
-
-
-def averaged(block: pd.DataFrame) -> pd.DataFrame:
-    """A model's benchmarks, and their means.  The standard error is √(Σ se²) / m of m benchmarks, whose
-    problems are independent samples.  A pass@k that one of them lacks has no average."""
-    numbers = block.filter(regex=r"^(pass@\d+|length|truncated|entropy)$").mean(skipna=False)
-    errors = block.filter(regex=r"^pass@\d+ se$").pow(2).sum(skipna=False).pow(0.5) / len(block)
-    mean = {**numbers, **errors, "model": block["model"].iloc[0], "benchmark": "average"}
-    return pd.concat([block, pd.DataFrame([mean])], ignore_index=True)
+        print(f"\nreported: {key}, {SOURCES[key]}\n{text}")
 
 
 def print_benchmarks(frame: pd.DataFrame, o: Options, out: Path) -> None:
-    """The papers' table, in percent, one block a model; where there are several models (checkpoints of
-    several seeds), another of means and standard errors over them."""
-    ks = sorted({int(x[5:]) for x in frame if re.fullmatch(r"pass@\d+", x)} - {1})
-    shares = {"pass@1": "avg@n = pass@1, %", **{f"pass@{k}": f"pass@{k}, %" for k in ks}}
+    """The papers' table, in percent, one block a model, with the mean over the benchmarks; a pass@k that one
+    of them lacks has no average."""
+    shares = {x: f"{x}, %" for x in passes(frame)} | {"pass@1": "avg@n = pass@1, %"}
     keys = shares | {"length": "length", "truncated": "truncated, %", "entropy": "entropy"}
-    blocks = [averaged(block) for _, block in frame.groupby("model", sort=False)]
-    if len(blocks) > 1:
-        values = pd.concat(blocks).groupby("benchmark", sort=False)[list(keys)]
-        both = values.mean().join(values.sem().add_suffix(" se")).reset_index()
-        blocks.append(both.assign(model=f"mean over {len(blocks)} models, standard errors over models"))
-    for block in blocks:
-        columns = [x for x in ("benchmark", "problems x samples") if x in block]
-        rows = block.fillna({"problems x samples": ""}).to_dict("records")
-        print(f"\n{block['model'].iloc[0]}\n{shown(rows, dict(zip(columns, columns)) | keys)}")
+    columns = {x: x for x in ("benchmark", "problems x samples")} | keys
+    for model, block in frame.groupby("model", sort=False):
+        average = {"benchmark": "average"} | block[list(keys)].mean(skipna=False).to_dict()
+        print(f"\n{model}\n{shown([*block.to_dict('records'), average], columns)}")
     s, b = o.sampling, o.benchmarks
     kind = "exact, of the distribution that tokens were drawn from (after temperature and top-p)"
     if b.engine == "vllm":
@@ -1385,7 +1322,7 @@ def print_benchmarks(frame: pd.DataFrame, o: Options, out: Path) -> None:
         f"temperature {s.temperature:g}, top-p {s.top_p:g}, {b.max_new_tokens} tokens at most, seed {s.seed}"
         f"; settings and graded samples: {out}/*/\nEntropy, nats per token: {kind}."
     )
-    write_csv(out / "benchmarks.csv", pd.concat(blocks))
+    write_csv(out / "benchmarks.csv", frame)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1399,7 +1336,6 @@ class RunFlags:
     runs: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[RUN ...]")]] = ()
     """folders that train.py made, or folders of such"""
     temperatures: tuple[float, ...] = ()  # also sample at these test temperatures; name the runs first
-    sample: bool = False  # fresh samples of every run; without it of a single run only
     law: bool = False  # fit R = -a e^H + b to the first 15 percent of each run, predict the rest
     show: bool = False  # colour the tokens of a run by their entropy flow
 
@@ -1419,11 +1355,10 @@ class SamplingFlags:
 class BenchmarkFlags:
     """A model on benchmarks: aime24, aime25, amc23, math500, minerva, olympiadbench, or your own."""
 
-    model: tuple[str, ...] = ()  # folders or hub ids; several: a mean over them too
+    model: tuple[str, ...] = ()  # folders or hub ids
     benchmark: tuple[str, ...] = ()  # names
-    data: tuple[
-        str, ...
-    ] = ()  # NAME=FILE, NAME=owner/dataset@config:split; else $ENTROPY_FLOW_DATA/NAME.jsonl
+    data: tuple[str, ...] = ()
+    """NAME=FILE, NAME=owner/dataset@config:split; else $ENTROPY_FLOW_DATA/NAME.jsonl"""
     against: tuple[Literal["opefo", "steer", "clip_cov", "par"], ...] = ()  # print what these papers report
     limit: int = 0  # only the first problems of each (0: all)
     engine: Literal["torch", "vllm"] = "torch"  # our own loop, or vLLM
@@ -1440,9 +1375,8 @@ class BenchmarkFlags:
 class MachineFlags:
     """Where it runs, and where it writes."""
 
-    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = (
-        "auto"  # auto: that of the run, else sdpa
-    )
+    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
+    """auto: that of the run, else sdpa"""
     device: str = "auto"  # cpu, cuda, ... (auto: a GPU if there is one)
     threads: int = 0  # CPU threads (0: for embedded runs 1, else torch's choice)
     out: str = ""  # folder to write to (without: runs/compare, a single run's eval/, runs/benchmarks)
@@ -1508,7 +1442,7 @@ def check(o: Options) -> None:
         raise ValueError("--model and --benchmark: give both, and no runs beside them")
     if "{problem}" not in b.template:
         raise ValueError(f"--template {b.template!r}: needs {{problem}}, where the question goes")
-    if (f.law or f.show or f.sample or f.temperatures) and not f.runs:
+    if (f.law or f.show or f.temperatures) and not f.runs:
         raise ValueError("no run named: give folders that train.py made, before --temperatures")
 
 
@@ -1542,8 +1476,8 @@ def runs(o: Options) -> None:
                 place = own_folder(out / f"{i}-{Path(task).name or 'embedded'}")
                 print(f"\n== {task or 'the embedded task'}: {len(members)} of {len(records)} runs\n")
             compare(o, grouped(members), place)
-            if alone or o.finished.sample:
-                sample_runs(o, members, place)
+            if alone:
+                sample_run(o, records[0], place)
     print(f"\npictures and CSV: {out}")
 
 
@@ -1560,12 +1494,20 @@ def compare(o: Options, groups: dict[str, list[Record]], out: Path) -> None:
     if s.k > k and len(records) > 1 and not o.finished.temperatures:
         raise ValueError(f"--k {s.k}: the logs tell pass@{k}; leave --k out, or name a single run")
     k, panels = min(s.k or 32, k), []
-    sampled = over_temperatures(groups, sorted(o.finished.temperatures), n, s.top_p, s.seed, out)
-    for prefix, name in (("", "held-out problems"), ("hard_", "hard problems")):
+    temperatures = sorted(o.finished.temperatures) if len(groups) > 1 else []
+    counts = {
+        (label, r.seed, *key): [sum(x["correct"] for x in g) for g in found]
+        for label, members in (groups.items() if temperatures else ())
+        for r in members
+        for key, found in samples_of(o, r, temperatures, out)[1].items()
+    }
+    for prefix, name, of in (("", "held-out problems", "test"), ("hard_", "hard problems", "hard")):
         if len(groups) > 1 and (points := points_of(groups, prefix, k)):
             panels.append((f"{name}, along training", k, frontier(groups, points, "step")))
-        found = {x: {q: e for q, e in every.items() if f"{prefix}right" in e} for x, every in sampled.items()}
-        points = {x: {q: outcome(e, prefix, s.k or n) for q, e in y.items()} for x, y in found.items() if y}
+        points = {}
+        for (label, seed, x, t), right in counts.items():
+            if x == of:
+                points.setdefault((label, t), {})[seed] = outcome({"k": n, "right": right}, "", s.k or n)
         if points:
             rows = frontier(groups, points, "temperature")
             panels.append((f"{name}, over test temperatures", s.k or n, rows))
@@ -1578,26 +1520,22 @@ def compare(o: Options, groups: dict[str, list[Record]], out: Path) -> None:
         write_csv(out / "frontier.csv", rows)
 
 
-def sample_runs(o: Options, records: Sequence[Record], out: Path) -> None:
-    """Fresh samples of every run: tables, calibration, forking tokens."""
-    s, sets = o.sampling, {}
-    n = s.samples or s.k or 32
-    how = f"temperature {s.temperature:g}, top-p {s.top_p:g}, no top-k, seed {s.seed}"
-    print(f"Fresh samples: {n} per problem, {how}\n")
-    for r in records:
-        task, both = fresh(r, n, s.temperature, s.top_p, s.seed)
-        sets |= {(str(r.folder), name): groups for name, groups in both.items()}
-    length, key = min(map(common_length, sets.values())), task.signature
-    rows = [{"run": run, "set": x} | measure(g, s.k or n, key, key, length) for (run, x), g in sets.items()]
-    passes = [x for x in rows[0] if re.fullmatch(r"pass@\d+", x)]
+def sample_run(o: Options, record: Record, out: Path) -> None:
+    """Fresh samples of a run at its test temperatures: tables, calibration, forking tokens."""
+    s, temperatures = o.sampling, o.finished.temperatures or (o.sampling.temperature,)
+    n, at = s.samples or s.k or 32, " ".join(f"{t:g}" for t in temperatures)
+    print(f"Fresh samples: {n} per problem, temperature {at}, top-p {s.top_p:g}, no top-k, seed {s.seed}\n")
+    task, found = samples_of(o, record, temperatures, out)
+    sets, key = {f"{name} at {t:g}": g for (name, t), g in found.items()}, task.signature
+    length = min(map(common_length, sets.values()))
+    rows = [{"set": x} | measure(g, s.k or n, key, key, length) for x, g in sets.items()]
     more = ("distinct-1", "distinct-2", "distinct-3", "ece_vote", "ece_likelihood")
-    for names in ((*passes, "distinct_correct", "entropy", "length", "truncated"), more):
-        print(shown(rows, ("run", "set", *names)) + "\n")
+    for names in ((*passes(rows[0]), "distinct_correct", "entropy", "length", "truncated"), more):
+        print(shown(rows, ("set", *names)) + "\n")
     print(f"± standard error over problems (6.2); diversity (6.4) of the first {length} tokens\n")
     write_csv(out / "samples.csv", rows)
-    test = {Path(run).name if len(records) == 1 else run: g for (run, x), g in sets.items() if x == "test"}
-    name = token_namer(str(records[0].folder / "checkpoint"))
-    draw_samples(test, key, name, out / "samples.png", "Entropy")
+    test = {x: g for x, g in sets.items() if x.startswith("test")}
+    draw_samples(test, key, token_namer(str(record.folder / "checkpoint")), out / "samples.png", "Entropy")
 
 
 def demonstrate() -> None:

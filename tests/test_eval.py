@@ -26,9 +26,7 @@ from eval import (
     DRAWS,
     REPORTED,
     STYLES,
-    Bench,
     append,
-    averaged,
     calibration,
     calibration_error,
     common_length,
@@ -41,7 +39,6 @@ from eval import (
     evaluate,
     find_records,
     forking,
-    fresh,
     grouped,
     law_row,
     line,
@@ -57,15 +54,15 @@ from eval import (
     read_jsonl,
     read_record,
     resample,
+    responses,
     rivals,
-    series,
     shade,
-    smooth,
     sweep_of,
     table,
+    to_samples,
 )
 from grpo import Tokens
-from rollout import Problem, Task, TinyModel, TorchEngine, chain_task, tiny_tokenizer
+from rollout import Problem, Sampling, Task, TinyModel, TorchEngine, chain_task, tiny_tokenizer
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -90,27 +87,6 @@ def test_eq_6_1_equals_exact_binomials_for_any_size(nck):
     exact = 1 - Fraction(math.comb(n - c, k), math.comb(n, k))
     assert pass_at_k(n, c, k) == pytest.approx(float(exact), abs=1e-12)
     assert 0.0 <= pass_at_k(n, c, k) <= 1.0
-
-
-@given(counts)
-def test_pass_at_k_is_monotone_in_k_and_in_c_and_pass_at_1_is_the_mean(nck):
-    n, c, k = nck
-    assert pass_at_k(n, c, 1) == pytest.approx(c / n, abs=1e-12)
-    if k < n:
-        assert pass_at_k(n, c, k + 1) >= pass_at_k(n, c, k) - 1e-12
-    if c < n:
-        assert pass_at_k(n, c + 1, k) >= pass_at_k(n, c, k) - 1e-12
-    assert pass_at_k(n, 0, k) == 0.0 and pass_at_k(n, n, k) == 1.0
-    assert pass_at_k(n, c, n) == float(c > 0)
-
-
-def test_pass_at_k_is_unbiased_and_the_plug_in_is_not():
-    """Mean over c ~ Binomial(n, q), by enumeration, against 1 - (1 - q)^k."""
-    n, k, q = 8, 4, 0.2
-    weight = [math.comb(n, c) * q**c * (1 - q) ** (n - c) for c in range(n + 1)]
-    truth = 1 - (1 - q) ** k
-    assert sum(w * pass_at_k(n, c, k) for c, w in enumerate(weight)) == pytest.approx(truth, abs=1e-12)
-    assert sum(w * (1 - (1 - c / n) ** k) for c, w in enumerate(weight)) < truth - 0.02
 
 
 @pytest.mark.parametrize("n, c, k", [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5), (0, 0, 1), (4, 2, -1)])
@@ -189,19 +165,6 @@ def test_evaluate_repeats_with_its_seed_and_changes_nothing_else():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_evaluate_draws_from_held_out_problems_only():
-    """No prompt of an evaluation is a training prompt."""
-    seen = []
-    tokenizer, task = tiny_tokenizer(), chain_task(16)
-    real = task.verify
-    object.__setattr__(task, "verify", lambda texts, p: seen.extend(p) or real(texts, p))
-    try:
-        evaluate(TorchEngine(TinyModel().build(tokenizer, 0).eval(), tokenizer), task, 2)
-    finally:
-        object.__setattr__(task, "verify", real)
-    assert len(seen) == 2 * 16 * 2 and not set(seen) & set(task.train)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The picture and the table
 
@@ -219,12 +182,6 @@ def rows(n=6, shift=0.0, **extra):
             row |= {"hard_pass@k": 0.5, "distinct_correct": 3.25}
         out.append(row | extra)
     return out
-
-
-def test_series_and_smooth():
-    data = [{"step": 1, "x": 1.0}, {"step": 2}, {"step": 3, "x": None}, {"step": 4, "x": 0.0}]
-    assert series(data, "x").to_dict() == {1: 1.0, 4: 0.0} and series([], "x").empty
-    assert smooth(series(data, "x")).tolist() == pytest.approx([1.0, 0.8])
 
 
 @pytest.mark.parametrize("count", [1, 3, 5, len(STYLES) + 2])
@@ -251,10 +208,6 @@ def test_the_picture_is_a_png_for_any_number_of_methods(tmp_path, count):
 def test_the_picture_survives_runs_that_stopped_early_or_diverged(tmp_path, data):
     draw({"short": data, "whole": rows()}, tmp_path / "entropy.png")
     assert (tmp_path / "entropy.png").read_bytes().startswith(PNG)
-
-
-def test_styles_differ_in_colour_and_dash():
-    assert len({c for c, _ in STYLES}) == len(STYLES) == len({str(d) for _, d in STYLES})
 
 
 def test_the_table_shows_first_and_last_evaluation():
@@ -470,18 +423,17 @@ def complains(result, *words):
         assert str(word) in err, f"{word!r} is not in {err!r}"
 
 
-def test_evaluate_and_fresh_samples_tell_the_same(tmp_path, checkpoint):
-    record = read_record(make_run(tmp_path / "run", checkpoint=checkpoint))
-    _, engine = chapter.reopen(record)
-    told = evaluate(engine, chain_task(), 4, 0.9, 0.95, seed=3)
-    key = chain_task().signature
-    for prefix, name in (("test", ""), ("hard", "hard_")):
-        groups = fresh(record, 4, 0.9, 0.95, 3)[1][prefix]
-        got = measure(groups, 4, key, key)
-        assert [sum(s["correct"] for s in g) for g in groups] == told[name + "right"]
-        pairs = {"pass@1": "pass@1", "pass@k": "pass@4", "distinct_correct": "distinct_correct"}
-        for old, new in (pairs | {"eval_entropy": "entropy", "eval_length": "length"}).items():
-            assert got[new] == pytest.approx(told[name + old], abs=1e-4)
+def test_evaluate_and_stored_samples_tell_the_same(tmp_path, checkpoint):
+    task, engine = chapter.reopen(read_record(make_run(tmp_path / "run", checkpoint=checkpoint)))
+    told = evaluate(engine, task, 4, 0.9, 0.95, seed=3)
+    how = Sampling(4, task.max_new_tokens, 0.9, 0.95, entropy=True)
+    parts = responses(engine, task, task.test, how, torch.Generator().manual_seed(3))
+    groups = [g for part in parts for g in to_samples(part, 4)]
+    got = measure(groups, 4, task.signature, task.signature)
+    assert [sum(s["correct"] for s in g) for g in groups] == told["right"]
+    pairs = {"pass@1": "pass@1", "pass@k": "pass@4", "distinct_correct": "distinct_correct"}
+    for old, new in (pairs | {"eval_entropy": "entropy", "eval_length": "length"}).items():
+        assert got[new] == pytest.approx(told[old], abs=1e-4)
 
 
 def test_evaluate_counts_right_samples_problem_by_problem(monkeypatch):
@@ -674,7 +626,7 @@ def test_one_run_gives_its_log_and_fresh_samples(cli, tmp_path, checkpoint):
         assert word in out
     assert "tokens drawn most often at forks" in out and "0.167 → 0.250" in out
     made = {p.name for p in (run / "eval").iterdir()}
-    assert made == {"eval.json", "samples.csv", "samples.png", "forks.csv"}
+    assert len(made) == 5 and made > {"eval.json", "samples.csv", "samples.png", "forks.csv"}
     assert (run / "eval" / "samples.png").read_bytes().startswith(PNG)
     assert cli(run, "--k", 4, "--temperature", 0.8, "--top-p", 0.9, "--seed", 5)[1] == out  # repeats
 
@@ -730,17 +682,18 @@ def test_runs_of_two_tasks_are_compared_apart(cli, tmp_path):
 def test_test_temperatures_are_sampled_once_and_reused_after_a_kill(cli, tmp_path, checkpoint, monkeypatch):
     make_run(tmp_path / "a", "grpo", 0, checkpoint=checkpoint)
     make_run(tmp_path / "b", "opefo", 0, checkpoint=checkpoint)
-    asked, real = [], chapter.evaluate
-    monkeypatch.setattr(chapter, "evaluate", lambda *a, **b: asked.append(a[3]) or real(*a, **b))
+    asked, real = [], chapter.answer
+    spy = lambda *a: (asked.append(a[3].temperature), real(*a))[1]  # noqa: E731
+    monkeypatch.setattr(chapter, "answer", spy)
     runs = ("a", "b", "--k", 2, "--out", "cmp", "--temperatures")
     code, out, err = cli(*runs, 0.5, 1)
-    # both folders hold the same weights, so that one of them is enough
-    assert code == 0 and asked == [0.5, 1.0], err
+    assert code == 0 and asked == [0.5, 0.5, 1.0, 1.0] * 2, err  # two sets of problems
     assert "test temperatures" in out and "D1" in out
-    store = tmp_path / "cmp" / "temperatures.jsonl"
-    store.write_bytes(store.read_bytes()[:-20])  # killed while writing the second line
-    assert cli(*runs, 0.5, 1, 1.2)[0] == 0 and asked == [0.5, 1.0, 1.0, 1.2]
-    assert len([json.loads(line) for line in store.read_text().splitlines()]) == 3
+    store = next((tmp_path / "cmp" / "a").glob("test*.jsonl"))
+    store.write_bytes(store.read_bytes()[:-20])  # killed while writing
+    asked.clear()
+    assert cli(*runs, 0.5, 1)[:2] == (0, out) and len(asked) == 1
+    assert cli(*runs, 0.5, 1, 1.2)[0] == 0 and asked[1:] == [1.2] * 4
 
 
 def test_law_on_the_command_line(cli, tmp_path):
@@ -907,7 +860,7 @@ def bench(cli, tmp_path, reader, quick_grader):
 
 
 def stored(tmp_path):
-    (path,) = (tmp_path / "out").glob("*/sums.jsonl")
+    (path,) = (tmp_path / "out").glob("*/sums-*.jsonl")
     return path
 
 
@@ -951,14 +904,14 @@ def test_a_kill_loses_at_most_one_batch(bench, tmp_path, monkeypatch):
     assert bench()[0] == 0 and calls == [2, 2, 1, 1]  # only the last batch again
 
 
-@pytest.mark.parametrize(
-    "flag, value, name",
-    [("--temperature", 0.7, "temperature 1.0"), ("--top-p", 0.7, "top_p"), ("--seed", 1, "seed"),
-     ("--samples", 4, "samples 2"), ("--limit", 3, "problems 5"), ("--batch", 8, "batch 4")],
-)  # fmt: skip
-def test_other_settings_in_the_same_folder_are_refused(bench, flag, value, name):
+def test_other_settings_are_other_samples(bench, tmp_path):
+    """Beside the first, which stay as they are."""
     bench()
-    complains(bench(flag, value), "--out", name, str(value))
+    first, before = stored(tmp_path), stored(tmp_path).read_bytes()
+    changes = (["--temperature", 0.7], ["--top-p", 0.7], ["--seed", 1], ["--samples", 4], ["--limit", 3])
+    for count, change in enumerate([*changes, ["--batch", 8]], 2):
+        assert bench(*change)[0] == 0
+        assert len(list(first.parent.glob("sums-*.jsonl"))) == count and first.read_bytes() == before
 
 
 def test_damaged_samples_are_named(bench, tmp_path):
@@ -968,7 +921,7 @@ def test_damaged_samples_are_named(bench, tmp_path):
     path.write_text("".join([lines[0], "{broken\n", *lines[2:]]))
     complains(bench(), "line 2", "remove")
     path.write_text("".join([lines[1], lines[0], *lines[2:]]))
-    complains(bench(), "line 1", "out of order")
+    complains(bench(), "out of order", "remove the file")
 
 
 def test_attention_is_the_flags_else_the_runs_own(bench, reader, tmp_path, monkeypatch):
@@ -980,45 +933,23 @@ def test_attention_is_the_flags_else_the_runs_own(bench, reader, tmp_path, monke
     own.write_text(json.dumps({"settings": {"attention": "eager"}}))
     assert bench("--model", "run", "--out", "a")[0] == 0
     assert bench("--model", "run", "--out", "b", "--attention", "sdpa")[0] == 0 and used == ["eager", "sdpa"]
-    complains(bench("--model", "run", "--out", "b"), "--out b", "attention None", "'eager'")
     own.write_text(json.dumps({"settings": {"attention": "flash_attention_2"}}))
     kinds = [chapter.own_attention("run/checkpoint", torch.device(x)) for x in ("cpu", "cuda")]
     assert kinds == ["sdpa", "flash_attention_2"], "flash attention does not run on a CPU"
-
-
-def test_a_batch_depends_on_its_place_only(tmp_path):
-    """`begin` keeps whole batches, whatever the sizes."""
-    problems = tuple(Problem(str(i), "1") for i in range(7))
-    b = Bench("x", problems, {"samples": 3, "batch": 7}, tmp_path)
-    assert b.step == 2 and b.begin() == 0
-    lines = [json.dumps({"problem": p, "sample": s}) + "\n" for p in range(7) for s in range(3)]
-    for count in range(len(lines) + 1):
-        b.path.write_text("".join(lines[:count]) + '{"pro')
-        done = 7 if count == 21 else count // 6 * 2
-        assert b.begin() == done and b.path.read_text() == "".join(lines[: done * 3])
 
 
 def test_a_prompt_that_does_not_fit_is_refused_before_sampling(bench):
     complains(bench("--max-new-tokens", 9000, "--out", "new"), "--max-new-tokens 9000", "at most")
 
 
-def test_several_models_give_an_error_over_models(bench, tmp_path, reader):
+def test_the_average_is_over_the_benchmarks_of_each_model(bench, tmp_path, reader):
     shutil.copytree(reader, tmp_path / "other")
-    code, out, err = bench("--model", reader, "other", "--samples", 16)
-    assert code == 0 and "mean over 2 models, standard errors over models" in out, err
-    with open("out/benchmarks.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [r["benchmark"] for r in rows] == ["sums", "average"] * 3
-    for key in ("pass@1", "pass@2", "length", "truncated", "entropy"):
-        assert len({float(r[key]) for r in rows}) == 1, f"{key}: one benchmark, two copies of one model"
-    assert [float(r["pass@1 se"]) for r in rows[4:]] == [0, 0] and float(rows[0]["pass@1 se"]) > 0
-
-
-@given(st.lists(st.tuples(floats, st.floats(0, 5)), min_size=1, max_size=6))
-def test_average_row_adds_independent_errors(pairs):
-    row = averaged(pd.DataFrame(pairs, columns=["pass@1", "pass@1 se"]).assign(model="m")).iloc[-1]
-    assert row["pass@1"] == pytest.approx(statistics.fmean(m for m, _ in pairs), abs=1e-9)
-    assert row["pass@1 se"] == pytest.approx(math.sqrt(sum(s * s for _, s in pairs)) / len(pairs), abs=1e-9)
+    both = ["--benchmark", "sums", "more", "--data", "sums=sums.jsonl", "more=sums.jsonl"]
+    code, out, err = bench("--model", reader, "other", "--samples", 16, *both)
+    assert code == 0, err
+    told = pd.read_csv("out/benchmarks.csv").groupby("model")["pass@1"].mean() * 100
+    shown = [line.split()[1] for line in out.splitlines() if line.startswith("average")]
+    assert shown == [f"{x:.1f}" for x in told] and len(shown) == 2
 
 
 def test_reported_numbers_agree_with_their_own_averages():

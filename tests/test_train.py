@@ -552,8 +552,8 @@ def test_the_checkpoint_is_the_policy_that_was_evaluated(cli, home, capsys):
     assert all(again[k] == last[k] for k in AT_EVALUATIONS)
     assert eval_main(["a", "--k", "2", "--seed", str(seed)]) == 0
     lines = [x.split() for x in capsys.readouterr().out.splitlines()]
-    shown = next(x for x in lines if x[:2] == ["a", "test"])
-    assert [shown[2], shown[5], shown[11]] == [f"{last[k]:.3f}" for k in ("pass@1", "pass@k", "eval_entropy")]
+    mean, _, error = next(x[3:6] for x in lines if x[:2] == ["test", "at"])  # other draws, the same policy
+    assert abs(float(mean) - last["pass@1"]) < 6 * float(error)
 
 
 ALL = [f"{name}:updates_per_rollout=2" if not cls.on_policy else name for name, cls in METHODS.items()]
