@@ -58,7 +58,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from entropy_math import head_token_stats
-from grpo import Tokens
+from grpo import Tokens, overlong_penalty
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Problems
@@ -1881,17 +1881,6 @@ def grade(completion: str, answer: str) -> bool:
     return shared_grader().grade_all([completion], [answer])[0]
 
 
-def overlong_penalty(lengths: Tensor, max_length: int, buffer: int | None = None) -> Tensor:
-    """(B,) 0 for lengths up to max_length - buffer, then falling linearly to -1 at max_length.
-
-    DAPO's soft overlong punishment (2503.14476 eq. 13), whose max_length is 20,480 and buffer 4,096: a fifth,
-    which is the buffer here unless another is given.  lengths (B,), in tokens.  The method `dapo` adds its
-    own: use one of the two.
-    """
-    buffer = max(1, max_length // 5 if buffer is None else buffer)
-    return ((max_length - buffer - lengths) / buffer).clamp(-1, 0)
-
-
 Reward = Callable[[Tensor, Tensor, int, "torch.Generator | None"], Tensor]
 
 
@@ -1901,8 +1890,9 @@ def correct_reward(correct: Tensor, lengths: Tensor, max_length: int, generator:
 
 
 def length_penalty_reward(correct: Tensor, lengths: Tensor, max_length: int, generator: Any = None) -> Tensor:
-    """The same less `overlong_penalty`: who is about to run out of room should learn to finish."""
-    return correct.float() + overlong_penalty(lengths, max_length)
+    """The same less DAPO's `overlong_penalty` over the last fifth of the room, as in its recipe: who is about
+    to run out of room should learn to finish.  The method `dapo` adds its own: use one of the two."""
+    return correct.float() + overlong_penalty(lengths, max_length, max(1, max_length // 5))
 
 
 def random_reward(correct: Tensor, lengths: Tensor, max_length: int, generator: Any = None) -> Tensor:

@@ -624,8 +624,8 @@ class Run:
         reward, cut = (sum(r[key] for r in self.rows[-10:]) / 10 for key in ("reward", "truncated"))
         why = (
             "answers are not in the form that is graded: look at samples.jsonl, change --prompt-template; or "
+            "the problems are too hard: other --data"
         )
-        why += "the problems are too hard: other --data"
         if not self.settings.model:
             why = "the policy has collapsed or broken: another --method or a smaller --lr"
         elif reward > 0.5:

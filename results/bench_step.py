@@ -52,15 +52,16 @@ def new_run(spec: str, folder: Path) -> Run:
     return run
 
 
-def update(run: Run, batch: Tokens) -> None:
-    """Loss, gradient and metrics of one update, without the optimizer's step."""
-    run.policy.zero_grad(set_to_none=True)
+def update(run: Run, batch: Tokens) -> Update:
+    """Loss, gradient and metrics of one update as `train` makes them, without the optimizer's step."""
+    run.optimizer.zero_grad(set_to_none=True)
     made = Update(run, batch)
     for part, plan in made.micro_batches():
         loss, metrics = batch_loss(part, plan, run.method)
         loss.backward()
         made.collect(part, loss, metrics)
     made.close()
+    return made
 
 
 def parts(folder: Path) -> None:

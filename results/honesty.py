@@ -32,9 +32,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 
-import interventions  # noqa: E402
+from bench_step import new_run, update  # noqa: E402
+
 from entropy_math import (  # noqa: E402
     FORMS,
     Agreement,
@@ -49,9 +50,9 @@ from entropy_math import (  # noqa: E402
     second_order_change,
     token_stats,
 )
-from grpo import Tokens, batch_loss, masked_mean  # noqa: E402
-from rollout import Policy, WarmStart, chain_task, warm_policy  # noqa: E402
-from train import Ledger, Run, Settings, Update, draw_responses, make_run, train  # noqa: E402
+from grpo import Tokens, masked_mean  # noqa: E402
+from rollout import Policy  # noqa: E402
+from train import Ledger, Run, Settings, draw_responses, train  # noqa: E402
 
 STEPS, PROBES = 60, (5, 25, 45)  # real steps; those at which single tokens and halves are probed
 TOKENS, HALVES = 60, 20  # of each probe
@@ -133,31 +134,16 @@ def tabular_honesty(optimizer: str, steps: int = 80, seed: int = 0) -> dict[str,
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. The embedded transformer. `begin` and `force_of` are all that knows how train.py runs a step
+# 2. The embedded transformer. bench_step.py knows how train.py runs a step
 # ------------------------------------------------------------------------------------------------------------
 
 
 def begin(optimizer: str, lr: float = Settings.lr, folder: str = ".") -> Run:
     """Plain GRPO on the embedded task."""
-    model, tokenizer = warm_policy(WarmStart(seed=0))
-    settings, method = Settings(lr=lr, eval_every=10**6), interventions.build("grpo")
-    run = make_run(settings, method, Path(folder), chain_task(), model, tokenizer)
-    run.rows = [{"step": 0}]  # no evaluation of the first policy
+    run = new_run(f"grpo:lr={lr}", Path(folder))
     if optimizer == "sgd":
-        run.optimizer = torch.optim.SGD(model.parameters(), lr)
+        run.optimizer = torch.optim.SGD(run.policy.parameters(), lr)
     return run
-
-
-def force_of(run: Run, batch: Tokens) -> Tensor:
-    """(B, T) F_t of the method's loss, whose gradient it leaves in the parameters."""
-    run.optimizer.zero_grad(set_to_none=True)
-    update = Update(run, batch)
-    for part, plan in update.micro_batches():
-        loss, metrics = batch_loss(part, plan, run.method)
-        loss.backward()
-        update.collect(part, loss, metrics)
-    update.close()
-    return update.force
 
 
 def transformer_honesty(optimizer: str) -> dict[str, dict[str, Agreement]]:
@@ -172,7 +158,7 @@ def transformer_honesty(optimizer: str) -> dict[str, dict[str, Agreement]]:
         before = copy.deepcopy(run.policy)
         with torch.no_grad():
             tk = replace(batch, **run.policy(batch))
-        force = force_of(run, batch)
+        force = update(run, batch).force
         norms.append(float(nn.utils.clip_grad_norm_(run.policy.parameters(), run.settings.grad_clip)))
         run.optimizer.step()
         flows = {form: entropy_change(tk.stats, force, form) for form in FORMS}
