@@ -902,7 +902,7 @@ def sampled(
     from tqdm import tqdm
 
     s, n = settings, settings["samples"]
-    text = json.dumps([s, [[p.prompt, p.answer, *p.before] for p in problems]])
+    text = json.dumps([s, [[p.prompt, p.answer] for p in problems]])
     path = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.jsonl"
     step = max(1, s["batch"] // n)  # problems in a batch
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
@@ -1246,16 +1246,10 @@ def open_engine(o: Options, model: str, everything: Sequence[Problem]) -> Engine
             tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust).get_text_config()
         prompts = render(everything, tokenizer, b.template, not b.plain)
-        longest = longest_prompt(prompts, tokenizer, getattr(config, "vocab_size", None))
+        longest = longest_prompt(prompts, tokenizer, config, s["max_new_tokens"])
     except Exception as error:  # missing, gated, damaged: a dozen classes of three libraries
         reason = " ".join(str(error).split()).removeprefix(f"{model}: ")[:300]
         raise ValueError(f"--model {model}: {reason}") from None
-    room = (getattr(config, "max_position_embeddings", None) or math.inf) - longest
-    if s["max_new_tokens"] > room:
-        raise ValueError(
-            f"--max-new-tokens {s['max_new_tokens']}: the longest prompt has {longest} tokens, {model} sees "
-            f"{longest + room} in all; {f'give {room} at most' if room > 0 else 'take another model'}"
-        )
     if s["engine"] == "torch":
         return TorchEngine(policy, tokenizer)
     if tokenizer.pad_token_id is None:

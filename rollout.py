@@ -31,8 +31,8 @@ import gc
 import hashlib
 import importlib.util
 import inspect
-import io
 import json
+import math
 import os
 import queue
 import random
@@ -40,13 +40,12 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -66,19 +65,10 @@ from grpo import Tokens, overlong_penalty
 
 @dataclass(frozen=True)
 class Problem:
-    """One prompt and what counts as right: the text that the policy sees, and the reference answer.
-
-    Of chat data the prompt is the last user turn, until `render` makes one text of the whole conversation.
-    """
+    """One prompt and what counts as right: the text that the policy sees, and the reference answer."""
 
     prompt: str
     answer: str
-    before: tuple[tuple[str, str], ...] = ()  # (role, text) of the turns before the prompt
-
-    @property
-    def question(self) -> str:
-        """What the held-out split goes by: all turns but a system's, under which it is the same question."""
-        return "\n\n".join([*(text for role, text in self.before if role != "system"), self.prompt])
 
 
 @dataclass(frozen=True)
@@ -376,48 +366,41 @@ def data_file(source: str) -> Path | None:
         return path
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or re.search(r"\.[A-Za-z]{2,7}$", name):
         what = "is a folder" if path.is_dir() else "no such file"
-        kinds = ".jsonl, .json, .csv or .parquet"
-        raise ValueError(f"{source}: {what}; give a {kinds} file of problems and answers")
+        raise ValueError(
+            f"{source}: {what}; give a .jsonl, .json, .csv or .parquet file of problems and answers"
+        )
     return None
 
 
 def read_problems(source: str) -> tuple[list[Problem], list[str]]:
     """Problems with answers, in file order, and what a user should know about them.
 
-    `source` is a file (.csv, .parquet, .json with an array, else JSONL), or a hub data set
-    `owner/name[@config][:split]` (split train) read by the package `datasets`. A row needs a question and an
-    answer under one of the usual names; the second value says which were taken, and counts the rows that
-    could not be used, with the reasons. Accepted besides plain strings: chat messages of text, a user's last;
-    {"ground_truth": ...}, a flat list of answers (joined by commas), GSM8K's "#### 18", and a worked solution
-    that ends in \\boxed{...}. Where a question has two different answers nobody knows which is right: none of
-    its rows is used.
+    `source` is a file (.csv, .parquet, .json with an array, else JSONL) or a hub data set
+    `owner/name[@config][:split]` (split train), read by the package `datasets`.  A row needs a question (text
+    or the one turn of a chat) and an answer under a usual name.  An answer may be {"ground_truth": ...}, a
+    flat list (joined by commas), GSM8K's "#### 18", a solution that ends in \\boxed{...}.  Where a question
+    has two answers nobody knows which is right, and none of its rows is used.  The second value says which
+    fields were taken, and how many rows could not be used, with the reasons.
     Raises ValueError where there is no such file, or not one usable row.
     """
     found, bad, taken, answers = [], [], {}, {}
     for where, row in _rows(source):
         try:
-            asked, (*before, (_, prompt)) = _field(row, PROBLEM_KEYS, _question)
-            told, right = _field(row, ANSWER_KEYS, _answer)
-            if len(right) > LONGEST_ANSWER:
-                raise ValueError(f"'{told}' has over {LONGEST_ANSWER} characters, no \\boxed{{}} and no ####")
+            asked, prompt = _question(row)
+            told, answer = _answer(row)
         except ValueError as error:
             bad.append((where, str(error)))
             continue
         taken[f"problem from '{asked}', answer from '{told}'"] = True
-        found.append((where, Problem(prompt, right, tuple(before))))
-        answers.setdefault((prompt, *before), {})[right] = True
-    torn = {
-        asked
-        for asked, (one, *more) in answers.items()
-        if any(plain_answer(other) != plain_answer(one) for other in more)
-    }
-    bad += [(w, "its question has another answer too") for w, p in found if (p.prompt, *p.before) in torn]
-    problems = [p for _, p in found if (p.prompt, *p.before) not in torn]
-    told = f"{len(bad)} unusable rows left out: {_reasons(bad)}"
+        found.append((where, Problem(prompt, answer)))
+        answers.setdefault(prompt, set()).add(plain_answer(answer))
+    bad += [(w, "its question has another answer too") for w, p in found if len(answers[p.prompt]) > 1]
+    problems = [p for _, p in found if len(answers[p.prompt]) == 1]
+    left_out = f"{len(bad)} unusable rows left out: {_reasons(bad)}"
     if not problems:
-        raise ValueError(f"{source}: no usable row; {told if bad else 'it is empty'}")
+        raise ValueError(f"{source}: no usable row; {left_out if bad else 'it is empty'}")
     notes = [f"{source}: {len(problems)} problems ({'; '.join(taken)})"]
-    return problems, notes + [f"{source}: {told}"] * bool(bad)
+    return problems, notes + [f"{source}: {left_out}"] * bool(bad)
 
 
 def _reasons(bad: Sequence[tuple[str, str]]) -> str:
@@ -428,176 +411,136 @@ def _reasons(bad: Sequence[tuple[str, str]]) -> str:
     return "; ".join(told) + f", and {rest} more" * (rest > 0)
 
 
-def _rows(source: str) -> Iterable[tuple[str, Any]]:
-    """(place, row) of a file or of a hub data set; a line that is not JSON gives its text."""
+def _rows(source: str) -> list[tuple[str, Any]]:
+    """(place, row) of a file or of a hub data set; a line that is not JSON gives its bytes."""
     path = data_file(source)
-    if path is None:
-        return ((f"row {n}: ", row) for n, row in enumerate(_hub(source), 1))
-    kind, data = path.suffix.lower(), path.read_bytes()
+    kind = path.suffix.lower() if path else "hub"
     try:
-        if kind == ".csv":  # as text: what guesses types makes 18.0 of an 18 above an empty cell
-            reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), skipinitialspace=True)
-            return [(f"line {reader.line_num}: ", row) for row in reader]
-        if kind == ".parquet":
+        if kind == "hub":
+            from datasets import load_dataset
+
+            name, _, split = source.partition(":")
+            name, _, config = name.partition("@")
+            rows = load_dataset(name, config or None, split=split or "train")
+        elif kind == ".csv":  # as text: what guesses types makes 18.0 of an 18 above an empty cell
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                rows = list(csv.DictReader(file, skipinitialspace=True))
+        elif kind == ".parquet":
             from pyarrow.parquet import ParquetFile
 
-            table = ParquetFile(io.BytesIO(data)).read().to_pylist()
-            return [(f"row {n}: ", row) for n, row in enumerate(table, 1)]
-        if kind == ".json" and data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-            return [(f"row {n}: ", row) for n, row in enumerate(_loads(data), 1)]
-    except ImportError:
-        raise ValueError(f"{source}: parquet needs the package pyarrow: pip install pyarrow") from None
-    except Exception as error:  # damaged: classes of three libraries
-        raise ValueError(f"{source}: cannot be read ({' '.join(str(error).split())[:300]})") from None
-    lines = enumerate(data.split(b"\n"), 1)  # str.splitlines would also split inside strings, at U+2028
-    return ((f"line {n}: ", _line(line)) for n, line in lines if line.strip())
-
-
-def _loads(data: bytes) -> Any:
-    return json.loads(data, parse_constant=lambda _: None)  # NaN is no answer
+            rows = ParquetFile(path).read().to_pylist()
+        elif kind == ".json" and path.read_bytes().removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        else:  # str.splitlines would also split inside strings, at U+2028
+            lines = enumerate(path.read_bytes().split(b"\n"), 1)
+            return [(f"line {n}: ", _line(line)) for n, line in lines if line.strip()]
+    except ImportError as error:
+        package = str(error.name).partition(".")[0]
+        raise ValueError(f"{source}: needs the package {package}: pip install {package}") from None
+    except Exception as error:  # damaged, offline, unknown, gated, unknown split: classes of four libraries
+        reason = " ".join(str(error).split())[:300]
+        hint = "; give a file, or owner/name@config:split" * (kind == "hub")
+        raise ValueError(f"{source}: cannot be read ({reason}){hint}") from None
+    return [(f"row {n}: ", row) for n, row in enumerate(rows, 1)]
 
 
 def _line(data: bytes) -> Any:
     try:
-        return _loads(data)
+        return json.loads(data)
     except ValueError:  # UnicodeDecodeError is one too
         return data
 
 
-def _hub(source: str) -> Iterable[Any]:
-    """The rows of a hub data set."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise ValueError(f"{source}: hub data sets need the package datasets: pip install datasets") from None
-    name, _, split = source.partition(":")
-    name, _, config = name.partition("@")
-    try:
-        return load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # offline, unknown, gated, unknown split: classes of three libraries
-        reason = " ".join(str(error).split())[:300]
-        hint = "give a file, or owner/name@config:split"
-        raise ValueError(f"{source}: cannot be loaded ({reason}); {hint}") from None
-
-
-def _field(row: Any, keys: Sequence[str], read: Callable[[str, Any], Any]) -> tuple[str, Any]:
-    """The first of `keys` that the row has, and what `read` makes of its value.  Raises ValueError saying
-    what is missing."""
+def _field(row: Any, keys: Sequence[str]) -> tuple[str, Any]:
+    """The first of `keys` under which the row has something, and what."""
     if not isinstance(row, dict):
-        hint = (
-            "a file that is one array has to be called .json" if isinstance(row, list) else "convert to JSONL"
-        )
-        raise ValueError(f"not a JSON object; {hint}")
+        array = "a file that is one array has to be called .json"
+        raise ValueError(f"not a JSON object; {array if isinstance(row, list) else 'convert to JSONL'}")
     if None in row:
         raise ValueError("more cells than the file has columns")
-    found = [k for k in keys if row.get(k) not in (None, "", []) and row[k] == row[k]]  # NaN is not itself
-    if not found:
-        raise ValueError(f"no field named {' or '.join(keys[:3])} among {', '.join(map(str, row))[:80]}")
-    return found[0], read(found[0], row[found[0]])
+    for key in keys:
+        if row.get(key) not in (None, "", []) and row[key] == row[key]:  # NaN is not itself
+            return key, row[key]
+    raise ValueError(f"no field named {' or '.join(keys[:3])} among {', '.join(map(str, row))[:80]}")
 
 
-def _question(key: str, value: Any) -> list[tuple[str, str]]:
-    """(role, text) of every turn, a user's last.  Raises ValueError on what would not be shown as it is."""
+def _question(row: Any) -> tuple[str, str]:
+    """Field and question.  Raises ValueError on what would not be shown as it is."""
+    key, value = _field(row, PROBLEM_KEYS)
     if isinstance(value, str) and re.match(r"\s*\[\s*\{.*['\"]role['\"]", value):  # a CSV's cell
         raise ValueError(f"'{key}' is chat messages written as text; give them as JSON, in JSONL or parquet")
-    turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
-    if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
-        raise ValueError(f"'{key}' is neither text nor a list of chat messages")
-    out = []
-    for t in turns:
-        parts, role = t.get("content"), t.get("role")
-        parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
-        plain = isinstance(parts, list) and all(
-            isinstance(p, dict) and p.get("type", "text") == "text" and isinstance(p.get("text"), str)
-            for p in parts
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+        value = value[0].get("content") if value[0].get("role") == "user" else None
+    if not isinstance(value, str):
+        raise ValueError(
+            f"'{key}' is neither text nor one turn of a user; a system's text is --prompt-template's"
         )
-        if not plain or role not in ("system", "user", "assistant"):
-            raise ValueError(f"'{key}' has a turn (of {role}) that is not just text")
-        out.append((role, "\n".join(p["text"] for p in parts)))
-    role, text = out[-1]
-    if role != "user":
-        raise ValueError(f"'{key}' ends with a turn of {role}, not with a user's")
-    if not text.strip():
+    if not value.strip():
         raise ValueError(f"'{key}' is empty")
-    return [*out[:-1], (role, text.strip())]
+    return key, value.strip()
 
 
-def _answer(key: str, value: Any) -> str:
-    if isinstance(value, dict):
-        value = value.get("ground_truth")
+def _answer(row: Any) -> tuple[str, str]:
+    """Field and answer, which may stand at the end of a solution."""
+    key, value = _field(row, ANSWER_KEYS)
+    value = value.get("ground_truth") if isinstance(value, dict) else value
     several = value if isinstance(value, list) else [value]
     if any(isinstance(x, list | dict) for x in several):
         raise ValueError(f"'{key}' is nested, not one answer")
-    texts = [_last_part(key, "" if x is None else str(x)).strip() for x in several]
-    if not all(texts):
-        raise ValueError(f"'{key}' is empty")
-    return ", ".join(texts)
-
-
-def _last_part(key: str, text: str) -> str:
-    """The answer where it stands at the end of a solution, else all of the text."""
-    if "####" in text:  # GSM8K
-        return text.rsplit("####", 1)[1]
-    if "\\boxed" in text:
-        return last_boxed(text) or ""
-    if key == "solution":
+    texts = ["" if x is None else str(x) for x in several]
+    if key == "solution" and not re.search(r"####|\\boxed", texts[0]):
         raise ValueError("'solution' has neither \\boxed{} nor ####, and a worked solution is not an answer")
-    return text
+    texts = [
+        x.rsplit("####", 1)[-1] if "####" in x else last_boxed(x) or "" if "\\boxed" in x else x
+        for x in texts
+    ]
+    if not all(map(str.strip, texts)):
+        raise ValueError(f"'{key}' is empty")
+    answer = ", ".join(map(str.strip, texts))
+    if len(answer) > LONGEST_ANSWER:
+        raise ValueError(f"'{key}' has over {LONGEST_ANSWER} characters, no \\boxed{{}} and no ####")
+    return key, answer
 
 
 def render(
-    problems: Sequence[Problem],
-    tokenizer: Any,
-    template: str = PROMPT_TEMPLATE,
-    chat: bool = True,
-    bad: list[tuple[str, str]] | None = None,
+    problems: Sequence[Problem], tokenizer: Any, template: str = PROMPT_TEMPLATE, chat: bool = True
 ) -> list[Problem]:
-    """The problems as the policy reads them: `template` with {problem} filled in, as the last user's turn
-    where the tokenizer has a chat template and `chat` is true, else as plain text after the tokenizer's BOS.
-
-    Raises ValueError with the reason on a problem that cannot be put so; where there is a list `bad`, the
-    reason goes there, and the problem is left out.
-    """
-    if "{problem}" not in template:
-        raise ValueError(f"{template!r}: needs {{problem}}, where the question goes")
-    bos = tokenizer.bos_token_id
-    begins = bos is not None and tokenizer("x")["input_ids"][:1] == [bos]
-    out = []
+    """The problems as the policy reads them: `template` with {problem} filled in, as a user's turn where the
+    tokenizer has a chat template and `chat` is true, else as plain text after the tokenizer's BOS."""
+    bos, out = tokenizer.bos_token_id, []
+    begin = tokenizer.bos_token if bos is not None and tokenizer("x")["input_ids"][:1] == [bos] else ""
     for p in problems:
-        text, why = template.replace("{problem}", p.prompt), ""  # LaTeX is full of braces: no format
+        text = template.replace("{problem}", p.prompt)  # LaTeX is full of braces: no format
         if chat and tokenizer.chat_template:
-            turns = [{"role": role, "content": said} for role, said in [*p.before, ("user", text)]]
-            try:
-                text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            except Exception as error:  # whatever a template raises
-                why = f"the chat template refuses it ({' '.join(str(error).split())[:200]})"
-            if lost := [t["role"] for t in turns if t["content"].strip() not in text and not why]:
-                why = f"the chat template drops a turn (of {lost[0]})"
-        elif p.before:
-            why = "several turns need a chat template"
-        elif begins:
-            text = tokenizer.bos_token + text
-        if why and bad is None:
-            raise ValueError(f"{p.prompt[:60]!r}: {why}")
-        if why:
-            bad.append(("", why))
+            turn = [{"role": "user", "content": text}]
+            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         else:
-            out.append(Problem(text, p.answer))
+            text = begin + text
+        out.append(Problem(text, p.answer))
     return out
 
 
-def longest_prompt(problems: Iterable[Problem], tokenizer: Any, rows: int | None = None) -> int:
-    """In tokens.  Raises ValueError on a token, of a prompt or the padding, that an embedding of `rows` rows
-    does not have."""
+def longest_prompt(
+    problems: Iterable[Problem], tokenizer: Any, config: Any = None, max_new_tokens: int = 0
+) -> int:
+    """In tokens.  Raises ValueError where a model of that `config` has no room for it and a response, or no
+    embedding for a token of a prompt or the padding."""
     ids = tokenizer([p.prompt for p in problems], add_special_tokens=False)["input_ids"]
     top = max([tokenizer.pad_token_id or 0, *(i for prompt in ids for i in prompt)])
-    if rows is not None and top >= rows:
+    longest, rows = max(map(len, ids)), getattr(config, "vocab_size", math.inf)
+    if top >= rows:
         name = tokenizer.convert_ids_to_tokens(top)
         raise ValueError(
             f"its tokenizer's {name!r} has the id {top}, but its embedding has {rows} rows; call "
             "resize_token_embeddings(len(tokenizer)) and save both, or take the tokenizer that belongs to it"
         )
-    return max(map(len, ids))
+    room = (getattr(config, "max_position_embeddings", None) or math.inf) - longest
+    if max_new_tokens > room:
+        raise ValueError(
+            f"--max-new-tokens {max_new_tokens}: the longest prompt has {longest} tokens, and the model sees "
+            f"{longest + room} in all; give {f'{room} at most' if room > 0 else 'shorter prompts'}"
+        )
+    return longest
 
 
 def task_of_data(
@@ -612,42 +555,38 @@ def task_of_data(
 ) -> tuple[Task, list[str]]:
     """Problems to train on and held out, rendered; and what a user should know about them.
 
-    `eval_problems` are held out by the hash of their text, of `eval_data` where given, which then leave the
-    training problems too. What cannot be rendered and prompts above `max_prompt_tokens` are left out. Raises
-    ValueError naming the flag.
+    `eval_problems` are held out by the hash of their text, from `eval_data` where given; they then leave the
+    training problems, too.  Prompts above `max_prompt_tokens` are left out.  Raises ValueError naming the
+    flag.
     """
-
-    def flagged(name: str, f: Callable[..., Any], *args: Any) -> Any:
+    if "{problem}" not in template:
+        raise ValueError(f"--prompt-template {template!r}: needs {{problem}}, where the question goes")
+    read = {}
+    for flag, source in {"--data": data, "--eval-data": eval_data}.items():
         try:
-            return f(*args)
+            read[flag] = read_problems(source) if source else read["--data"]
         except ValueError as error:
-            raise ValueError(f"{name} {error}") from None
-
-    problems, notes = flagged("--data", read_problems, data)
+            raise ValueError(f"{flag} {error}") from None
+    (problems, notes), (held, more) = read.values()
+    test = hold_out(held, eval_problems)[1]
+    asked = {p.prompt for p in test}
+    train = [p for p in problems if p.prompt not in asked]
     if eval_data:
-        held, more = flagged("--eval-data", read_problems, eval_data)
-        test, notes = hold_out(held, eval_problems)[1], notes + more
-        asked = {p.question for p in test}
-        train = [p for p in problems if p.question not in asked]
-        if len(train) < len(problems):
-            notes.append(f"{len(problems) - len(train)} training problems left out: they are in {eval_data}")
-    else:
-        train, test = hold_out(problems, eval_problems)
+        gone = len(problems) - len(train)
+        notes = notes + more + [f"{gone} training problems left out: they are in {eval_data}"] * bool(gone)
     kept = []
     for what, source, found in (("training", data, train), ("evaluation", eval_data or data, test)):
-        bad: list[tuple[str, str]] = []
-        texts = flagged("--prompt-template", render, found, tokenizer, template, chat, bad)
+        texts = render(found, tokenizer, template, chat)
         short = [p for p in texts if longest_prompt([p], tokenizer) <= max_prompt_tokens]
-        bad += [("", f"more than --max-prompt-tokens {max_prompt_tokens}")] * (len(texts) - len(short))
+        gone = f"{len(found) - len(short)} {what} problems left out"
+        gone += f": their prompts have more than --max-prompt-tokens {max_prompt_tokens}"
+        if not found:
+            gone = f"--eval-problems {eval_problems} leave no {what} problem of {len(problems)}"
         if not short:
-            why = f"all {len(found)} {what} problems left out: {_reasons(bad)}"
-            if not found:
-                why = f"no {what} problem is left of {len(problems)} with --eval-problems {eval_problems}"
-            raise ValueError(f"--data {source}: {why}")
-        if bad:
-            notes.append(f"{len(bad)} {what} problems left out: {_reasons(bad)}")
+            raise ValueError(f"--data {source}: {gone}")
+        notes = notes + [gone] * (len(found) > len(short))
         kept.append(short)
-    notes.append(f"{len(kept[0])} problems to train on, {len(kept[1])} held out")
+    notes = [*notes, f"{len(kept[0])} problems to train on, {len(kept[1])} held out"]
     return math_task(Path(data).stem, *kept, max_new_tokens), notes
 
 
@@ -666,12 +605,11 @@ def math_task(name: str, train: Sequence[Problem], test: Sequence[Problem], max_
 
 
 def hold_out(problems: Sequence[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
-    """(train, test): `count` problems for evaluation, those with the smallest hash of their question, so that
-    the split depends neither on a seed nor on the order; a question that occurs twice is never in both."""
-    ranked = sorted({p.question for p in problems}, key=lambda t: hashlib.sha256(t.encode()).digest())
-    held = set(ranked[:count])
-    first = {p.question: p for p in reversed(problems)}
-    return [p for p in problems if p.question not in held], [first[t] for t in ranked[:count]]
+    """(train, test): `count` problems for evaluation, those with the smallest hash of their text, so that the
+    split depends neither on a seed nor on the order; a question that occurs twice is never in both."""
+    first = {p.prompt: p for p in reversed(problems)}
+    held = dict.fromkeys(sorted(first, key=lambda text: hashlib.sha256(text.encode()).digest())[:count])
+    return [p for p in problems if p.prompt not in held], [first[text] for text in held]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1612,24 +1550,17 @@ class Grader:
 
     Every check has `seconds` of wall time and `memory` bytes beyond what the process has mapped, then it is
     killed and counts as wrong: no completion makes `grade_all` raise or wait longer than that per check.  Any
-    thread may call it.  Results are kept by (answer, reference), up to `remember` of them.  The processes
-    start with the object and need a few seconds to import math-verify, in the background; Ctrl-C does not
-    reach them, and they end with this process, however that ends.  Raises ImportError where math-verify is
-    missing, and at the first check where it is broken: else such answers would be wrong in silence.
+    thread may call it.  The processes start with the object and need a few seconds to import math-verify, in
+    the background; Ctrl-C does not reach them, and they end with this process, however that ends.  Raises
+    ImportError where math-verify is missing, and at the first check where it is broken: else such answers
+    would be wrong in silence.
     """
 
-    def __init__(
-        self,
-        workers: int | None = None,
-        seconds: float = 1.5,
-        memory: int = 2**30,
-        remember: int = 100_000,
-    ) -> None:
+    def __init__(self, workers: int | None = None, seconds: float = 1.5, memory: int = 2**30) -> None:
         if importlib.util.find_spec("math_verify") is None:
             raise ImportError("grading mathematics needs math-verify: pip install 'entropy-flow[llm]'")
         self.limits = {"seconds": seconds, "memory": memory}
-        self.remember, self.lock = remember, threading.Lock()
-        self.known: dict[tuple[str, str, bool], bool] = {}
+        self.check = lru_cache(maxsize=100_000)(self._check)  # many of a group give the same answer
         self.idle: queue.Queue[subprocess.Popen[str]] = queue.Queue()
         self.threads = ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1))
         for _ in range(self.threads._max_workers):
@@ -1643,19 +1574,12 @@ class Grader:
 
     def grade_all(self, completions: Sequence[str], answers: Sequence[str]) -> list[bool]:
         """Whether each completion gives its answer, in order."""
-        jobs = []
-        for text, reference in zip(completions, answers):
-            boxed = "\\boxed" in text or "\\fbox" in text
-            jobs.append(((last_boxed(text) or "") if boxed else text[-LONGEST_WRITTEN:], reference, boxed))
-        with self.lock:  # copied, as another thread may throw them out
-            right = {job: self.known.get(job) for job in jobs}
-        new = [job for job, known in right.items() if known is None]
-        right.update(zip(new, self.threads.map(lambda job: self._check(*job), new)))
-        with self.lock:
-            self.known.update((job, right[job]) for job in new)
-            while len(self.known) > self.remember:
-                del self.known[next(iter(self.known))]
-        return [right[job] for job in jobs]
+        boxed = ["\\boxed" in text or "\\fbox" in text for text in completions]
+        given = [
+            (last_boxed(text) or "") if box else text[-LONGEST_WRITTEN:]
+            for text, box in zip(completions, boxed)
+        ]
+        return list(self.threads.map(self.check, given, answers, boxed))
 
     def _check(self, candidate: str, reference: str, boxed: bool) -> bool:
         if boxed:

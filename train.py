@@ -1117,15 +1117,9 @@ def load_task_and_policy(
     with user_error(""):
         how = (s.prompt_template, s.chat == "auto", s.max_prompt_tokens, s.max_new_tokens)
         task, notes = rollout.task_of_data(tokenizer, s.data, s.eval_data, s.eval_problems, *how)
-    rows = model.get_input_embeddings().weight.shape[0]
     with user_error(f"--model {s.model}:"):
-        longest = rollout.longest_prompt((*task.train, *task.test), tokenizer, rows)
-    room = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf) - longest
-    if s.max_new_tokens > room:
-        raise UserError(
-            f"--max-new-tokens {s.max_new_tokens}: the longest prompt has {longest} tokens, {s.model} sees "
-            f"{longest + room} in all; give {f'{room} or ' * (room > 0)}a smaller --max-prompt-tokens"
-        )
+        config = model.config.get_text_config()
+        rollout.longest_prompt((*task.train, *task.test), tokenizer, config, s.max_new_tokens)
     shown = [note for note in notes if not quiet or "left out" in note]
     shown += [] if quiet else ["the first prompt:", task.train[0].prompt, ""]
     if shown and ranks.is_main:

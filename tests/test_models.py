@@ -328,69 +328,17 @@ def lines_of(path, rows):
     return str(path)
 
 
-TALK = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<bot>"
-
-
-def test_a_conversation_reaches_the_policy_whole_or_not_at_all(tmp_path):
-    text, image = (
-        ({"type": "text", "text": "p"}, {"type": "text", "text": "q"}),
-        {"type": "image", "text": None},
-    )
-    good = [
-        (turns(("user", list(text))), "<user>Q p\nq<bot>"),
-        (turns(("system", "s"), ("user", "p")), "<system>s<user>Q p<bot>"),
-        (turns(("user", "a"), ("assistant", "b"), ("user", "c")), "<user>a<assistant>b<user>Q c<bot>"),
-    ]
+def test_a_chat_of_one_turn_is_a_question_and_a_longer_one_is_not(tmp_path):
+    rows = [{"prompt": turns(("user", "p")), "answer": "1"}, {"prompt": "q", "answer": "2"}]
     bad = [
-        turns(("user", [text[0], image])), turns(("user", "a"), ("assistant", "b")), turns(("tool", "a")),
-        turns(("user", "a"), ("assistant", None), ("user", "c")), turns(("user", [])), ["a", "b"], {"a": 1},
+        turns(("system", "s"), ("user", "p")), turns(("user", "a"), ("assistant", "b"), ("user", "c")),
+        turns(("tool", "a")), turns(("user", [{"type": "image"}])), turns(("user", None)),
+        ["a", "b"], {"a": 1},
     ]  # fmt: skip
-    rows = [{"prompt": p, "answer": str(i)} for i, p in enumerate([*(p for p, _ in good), *bad])]
-    problems, notes = read_problems(path := lines_of(tmp_path / "a.jsonl", rows))
-    tokenizer = byte_tokenizer(chat_template=TALK)
-    assert [p.prompt for p in render(problems, tokenizer, "Q {problem}")] == [want for _, want in good]
-    assert "7 unusable rows" in notes[1] and "'prompt' has a turn (of user) that is not just text" in notes[1]
-
-    lines_of(tmp_path / "b.jsonl", [{"prompt": "x", "answer": "1"}, {"prompt": "y", "answer": "1"}])
-    both = path, str(tmp_path / "b.jsonl")
-    task, _ = task_of_data(tokenizer, *both, 2, "Q {problem}", True, 100, 8)
-    assert [p.prompt for p in task.train] == [want for _, want in good]
-    for plain, chat in ((byte_tokenizer(), True), (tokenizer, False)):
-        task, notes = task_of_data(plain, *both, 2, "{problem}", chat, 100, 8)
-        assert [p.prompt for p in task.train] == ["p\nq"]
-        assert "2 training problems left out: several turns need a chat template (2 in all)" in notes
-        with pytest.raises(ValueError, match="several turns need"):
-            render(problems, plain, "{problem}", chat)  # a benchmark with holes is another benchmark
-
-
-def test_the_split_goes_by_the_turns_and_not_by_a_systems():
-    problems = [Problem("go on", "1", (("user", x), ("assistant", "b"))) for x in "uvw"]
-    train_set, test_set = hold_out(problems, 1)
-    assert len(train_set) == 2 and len(test_set) == 1
-    asked = [Problem("p", "1"), Problem("p", "1", (("system", "s"),))]
-    assert hold_out(asked, 1) == ([], asked[:1]), "the same question under a system's turn is not trained on"
-
-
-@pytest.mark.parametrize(
-    "template, why",
-    [
-        ("{{ raise_exception('System role not supported') }}", "refuses it (System role not supported)"),
-        ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "refuses it"),
-        ("{{ messages[-1].content }}", "drops a turn (of system)"),
-    ],
-)
-def test_what_a_chat_template_refuses_or_drops_is_left_out_with_its_words(tmp_path, template, why):
-    whole = "{% if messages[0].role == 'system' %}" + template + "{% else %}" + TALK + "{% endif %}"
-    rows = [{"prompt": turns(("user", f"{i}?")), "answer": "1"} for i in range(4)]
-    rows += [{"prompt": turns(("system", "s"), ("user", f"{i}!")), "answer": "1"} for i in range(9)]
-    data, tokenizer = lines_of(tmp_path / "a.jsonl", rows), byte_tokenizer(chat_template=whole)
-    task, notes = task_of_data(tokenizer, data, "", 5, "{problem}", True, 100, 8)
-    assert all("?" in p.prompt for p in (*task.train, *task.test)) and len(task.train + task.test) == 4
-    assert sum(why in note and "left out" in note for note in notes) == 2, notes
-    only = lines_of(tmp_path / "b.jsonl", rows[4:])
-    with pytest.raises(ValueError) as error:
-        task_of_data(tokenizer, only, "", 5, "{problem}", True, 100, 8)
-    assert "all 4 training problems left out" in str(error.value) and why in str(error.value)
+    rows += [{"prompt": p, "answer": "3"} for p in bad]
+    problems, notes = read_problems(lines_of(tmp_path / "a.jsonl", rows))
+    assert problems == [Problem("p", "1"), Problem("q", "2")]
+    assert "7 unusable rows left out: line 3: 'prompt' is neither text nor one turn of a user" in notes[1]
 
 
 def test_what_is_not_one_answer_is_left_out(tmp_path):
@@ -401,8 +349,8 @@ def test_what_is_not_one_answer_is_left_out(tmp_path):
         {"problem": "d", "answer": "1"},
         {"problem": "d", "answer": "2"},
         {"problem": "d", "answer": "1"},
-        {"problem": "e", "answer": "1/2"},
-        {"problem": "e", "answer": "0.5"},
+        {"problem": "e", "answer": "1,200"},
+        {"problem": "e", "answer": "$1200$"},
         {"problem": "f", "answer": "x"},
         {"problem": "f", "answer": "x"},
         {"problem": "g", "answer": ["1", None]},
@@ -411,8 +359,6 @@ def test_what_is_not_one_answer_is_left_out(tmp_path):
     assert [p.prompt for p in problems] == ["e", "e", "f", "f"] and "7 unusable rows" in notes[1]
     assert "line 4: its question has another answer too (3 in all)" in notes[1]
     assert "line 1: 'answer' is nested" in notes[1]
-    system = [{"prompt": turns(("system", s), ("user", "p")), "answer": s} for s in "12"]
-    assert len(read_problems(lines_of(tmp_path / "b.jsonl", system))[0]) == 2, "not the same prompt"
     with pytest.raises(ValueError, match="a worked solution is not an answer"):
         read_problems(lines_of(tmp_path / "c.jsonl", rows[2:3]))
 
@@ -447,12 +393,12 @@ def test_json_csv_and_parquet_files_tell_the_same(tmp_path, monkeypatch):
     with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8-sig") as file:
         csv.writer(file).writerows([["problem", "answer"], *(r.values() for r in rows)])
     want = [Problem('p, "q"\nr', "018"), Problem("2 + 2?", "4")]
-    for name, place in (("a.json", "row 2"), ("lines.json", "line 2"), ("a.csv", "line 4")):
+    for name, place in (("a.json", "row 2"), ("lines.json", "line 2"), ("a.csv", "row 2")):
         problems, notes = read_problems(str(tmp_path / name))
         assert problems == want and f"1 unusable rows left out: {place}" in notes[1], name
     (tmp_path / "b.csv").write_text("problem,answer\n2, 3 or 4?,9\n1?,1\n")
     problems, notes = read_problems(str(tmp_path / "b.csv"))
-    assert problems == [Problem("1?", "1")] and "line 2: more cells than" in notes[1]
+    assert problems == [Problem("1?", "1")] and "row 1: more cells than" in notes[1]
     (tmp_path / "c.csv").write_text("prompt,answer\n\"[{'role': 'user', 'content': 'p'}]\",9\n1?,1\n")
     problems, notes = read_problems(str(tmp_path / "c.csv"))
     assert problems == [Problem("1?", "1")] and "chat messages written as text" in notes[1]
@@ -480,7 +426,7 @@ def test_json_csv_and_parquet_files_tell_the_same(tmp_path, monkeypatch):
 )
 def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rollout, "_hub", lambda source: pytest.fail(f"{source} was looked for on the hub"))
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=f"{name}: no such file"):
         read_problems(name)
     for hub in ("openai/gsm8k@main:test", "AI-MO/NuminaMath-1.5", "allenai/c4@en.noclean"):
@@ -515,8 +461,6 @@ def test_prompts_are_a_users_turn_or_plain_text_after_bos():
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<bot>"
     assert render(problem, tokenizer, "{problem}")[0].prompt == "<user>1 {x} 2<bot>"
     assert render(problem, tokenizer, "{problem}", chat=False)[0].prompt == "1 {x} 2"
-    with pytest.raises(ValueError, match="problem"):
-        render(problem, tokenizer, "no place")
 
 
 def test_a_prompt_is_as_long_as_what_is_sampled_from(tmp_path):
@@ -629,13 +573,11 @@ def test_a_run_is_shown_at_its_temperature_with_its_attention_whatever_its_data_
 ):
     """And a token that the tokenizer has no name for, an embedding being larger, is shown as its id."""
     pytest.importorskip("math_verify")
-    talk = {"prompt": turns(("system", "s"), ("user", "p")), "answer": "1"}
-    (tmp_path / "chain.jsonl").write_text(data_file.read_text() + json.dumps(talk) + "\n{}\n")
+    (tmp_path / "chain.jsonl").write_text(data_file.read_text() + "{}\n")
     code, _, folder = lm("--method", "grpo", "--temperature", 0.7, "--data", "chain.jsonl",
                          "--attention", "eager", "--reward", "random", steps=1)  # fmt: skip
     err = capsys.readouterr().err
-    assert code == 0 and "1 unusable rows left out: line 38: no field named" in err
-    assert "problems left out: several turns need a chat template" in err
+    assert code == 0 and "1 unusable rows left out: line 37: no field named" in err
     asked, real, scored = [], eval.answer, Policy.forward
 
     def answer(engine, task, problems, how, *rest):
@@ -863,8 +805,8 @@ def test_the_best_checkpoint_is_marked_and_loads(lm):
         (("--eval-data", "data/missing.csv"), ("--eval-data data/missing.csv", "no such file")),
         (("--model", "nowhere"), ("--model nowhere", "no such folder")),
         (("--prompt-template", "no place"), ("--prompt-template", "{problem}")),
-        (("--max-prompt-tokens", 3), ("--max-prompt-tokens 3", "all 32 training problems")),
-        (("--eval-problems", 10**6), ("no training problem is left", "--eval-problems 1000000")),
+        (("--max-prompt-tokens", 3), ("--max-prompt-tokens 3", "32 training problems left out")),
+        (("--eval-problems", 10**6), ("no training problem", "--eval-problems 1000000")),
         (("--max-new-tokens", 10**6), ("--max-new-tokens 1000000", "the longest prompt has")),
         (("--lora", 2, "--method", "prorl"), ("prorl", "--lora")),
         (("--dtype", "bfloat16", "--ledger", "full"), ("--ledger full", "--dtype float32")),
