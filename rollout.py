@@ -1411,10 +1411,9 @@ def same(candidate: str, reference: str, boxed: bool) -> bool:
 
     signs = zip("−–∞∪π°×·≤≥±√", "- - \\infty \\cup \\pi ^\\circ \\times \\cdot \\le \\ge \\pm \\sqrt".split())
     wide = {c: c - 0xFEE0 for c in range(0xFF01, 0xFF5F)} | {0: None}  # full-width brackets, commas, digits
-    text, gold = (
-        s.translate(wide | {ord(a): b + " " * (b > "Z") for a, b in signs}) for s in (candidate, reference)
-    )
-    gold, configs = tidy(gold), [LatexExtractionConfig(), ExprExtractionConfig()]
+    table = wide | {ord(a): b + " " * (b > "Z") for a, b in signs}
+    text, gold = candidate.translate(table), tidy(reference.translate(table))
+    configs = [LatexExtractionConfig(), ExprExtractionConfig()]
     if boxed:
         if (told := literal(tidy(text), gold)) is not None:
             return told
@@ -1446,13 +1445,9 @@ def equal(x: Any, y: Any, slack: float) -> bool:
         chain = parts(z) if isinstance(z, And) else [z]
         return [side for e in chain for side in (e.args if isinstance(e, Eq) else [e])]
 
-    if (
-        isinstance(x, Eq | And) and not x.free_symbols
-    ):  # 1 + 1 = 5 is not 5, nor is 1 + 1 = 2 what 2 + 2 = 4 is
+    if isinstance(x, Eq | And) and not x.free_symbols:  # 1 + 1 = 5 is not 5, nor 1 + 1 = 2 what 2 + 2 = 4 is
         return all(equal(a, b, slack) for a in sides(x) for b in sides(y))
-    if not (
-        isinstance(x, Relational | And) and isinstance(y, Relational | And)
-    ):  # x = 5 says 5, as does 5 = x
+    if not all(isinstance(z, Relational | And) for z in (x, y)):  # x = 5 says 5, as does 5 = x
         x, y = ((z.lhs if z.lhs.is_number else z.rhs) if isinstance(z, Eq) else z for z in (x, y))
     x, y = (parts(z)[0] if isinstance(z, FiniteSet) and len(parts(z)) == 1 else z for z in (x, y))
     x, y = (Tuple(z.start, z.end) if isinstance(z, Interval) and z.is_open else z for z in (x, y))
@@ -1575,10 +1570,8 @@ class Grader:
     def grade_all(self, completions: Sequence[str], answers: Sequence[str]) -> list[bool]:
         """Whether each completion gives its answer, in order."""
         boxed = ["\\boxed" in text or "\\fbox" in text for text in completions]
-        given = [
-            (last_boxed(text) or "") if box else text[-LONGEST_WRITTEN:]
-            for text, box in zip(completions, boxed)
-        ]
+        end = slice(-LONGEST_WRITTEN, None)
+        given = [(last_boxed(t) or "") if box else t[end] for t, box in zip(completions, boxed)]
         return list(self.threads.map(self.check, given, answers, boxed))
 
     def _check(self, candidate: str, reference: str, boxed: bool) -> bool:
