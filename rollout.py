@@ -55,10 +55,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from entropy_math import head_token_stats
-from grpo import Tokens, overlong_penalty
+from grpo import Policy, Tokens, cache_arguments
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Problems
@@ -872,7 +871,8 @@ def _sample(
     prompts, attend = _left_pad(prompt_ids, pad, device)  # (P, L)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     past = DynamicCache(config=model.config)
-    cached, ragged, ends = _cached(decoder, past), not bool(attend.all()), torch.tensor(stops, device=device)
+    cached, ends = cache_arguments(decoder, past), torch.tensor(stops, device=device)
+    ragged = not bool(attend.all())
     place = {"attention_mask": attend, "position_ids": (attend.cumsum(-1) - 1).clamp(min=0)} if ragged else {}
     hidden = decoder(prompts, **place, **cached).last_hidden_state[:, -1][owner]  # (B, D)
     past.reorder_cache(owner)  # the one way to choose rows that recurrent layers have too
@@ -939,14 +939,6 @@ def sample_categorical(logprob: Tensor, uniform: Tensor) -> Tensor:
     total = logprob.exp().cumsum(-1, dtype=torch.float64)
     total /= total[:, -1:].clone()  # ends in exactly 1, which no uniform number reaches
     return torch.searchsorted(total, uniform[:, None], right=True)[:, 0]
-
-
-def _cached(decoder: nn.Module, past: Any) -> dict[str, Any]:
-    """The arguments that give a decoder its cache: `cache`, before transformers 5.24 (and in code that comes
-    with a model) `past_key_values`, `cache_params` in Mamba."""
-    known = inspect.signature(type(decoder).forward).parameters  # an instance may have a wrapper
-    name = next((name for name in ("cache", "cache_params") if name in known), "past_key_values")
-    return {name: past, "use_cache": True}
 
 
 def _left_pad(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -1281,106 +1273,6 @@ def check_push(
             f"{moved:.2g} nats: the push does not arrive. The engine is {remedy}"
         )
     return worst
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 8. Scoring
-
-
-class Policy(nn.Module):
-    """A causal LM as a function from responses to the four statistics of each of their tokens.
-
-    A module of its own, so that whatever wraps a module (FSDP2, `torch.func.functional_call`) wraps scoring.
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-        self.sharded = (
-            False  # weights split over processes, which must all make as many passes (`train.shard`)
-        )
-
-    def forward(
-        self,
-        tokens: Tokens,
-        temperature: float = 1.0,
-        entropy_grad: bool = False,
-        chunk: int | None = 2**22,
-        of_logits: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> dict[str, Tensor]:
-        """logp, entropy, p2 and p2logp of every response token, each (B, T), 0 where masked; so
-        `replace(tokens, **policy(tokens))` is scored.
-
-        Only the hidden states of response tokens, packed, go through the output head, in chunks: no (B, T, V)
-        tensor exists.  `of_logits` (logits (N, V), ids (N,)) -> (N,) asks for something else that needs the
-        logits / temperature themselves, all at once; it comes as "of_logits".
-        """
-        row, col = tokens.mask.nonzero(as_tuple=True)  # (N,)
-        head, length = self.model.get_output_embeddings(), int(tokens.lengths.max())
-        with _attention(head.weight, tokens.full_ids.shape[1]):
-            shared = None if chunk is None else self._hidden_of_groups(tokens.full_ids, tokens.start, length)
-            if shared is None:
-                used = int((tokens.start + 1 + tokens.lengths).max())
-                read = tokens.full_ids[:, : used - 1]
-                hidden = self.model.get_decoder()(read, use_cache=False).last_hidden_state
-                packed = hidden[row, tokens.start[row] + col]  # (N, D) of (B, L', D)
-            else:
-                packed = shared[row, col]
-        ids = tokens.ids[row, col]
-        if of_logits is not None:
-            found = {"of_logits": of_logits(head(packed).float() / temperature, ids)}
-        else:
-            found = vars(
-                head_token_stats(packed, head.weight, ids, temperature, head.bias, chunk, entropy_grad)
-            )
-        return {k: x.new_zeros(tokens.mask.shape).index_put((row, col), x) for k, x in found.items()}
-
-    def _hidden_of_groups(self, full_ids: Tensor, start: Tensor, length: int) -> Tensor | None:
-        """(B, length, D): the hidden states that predict the response tokens, every prompt read once for all
-        of its responses, as in sampling: the gradient flows back through the shared keys and values.
-
-        None where that saves less than a quarter of all tokens (it costs the fused kernels their causal
-        shortcut) or cannot be: layers that keep no plain cache (sliding windows), recomputation (which
-        switches the cache off), weights split over processes.
-        """
-        from transformers import DynamicCache
-
-        past = DynamicCache(config=self.model.config)
-        plain = all(type(layer).__name__ == "DynamicLayer" for layer in past.layers)
-        recomputes = self.training and any(
-            getattr(m, "gradient_checkpointing", False) for m in self.modules()
-        )
-        if not plain or recomputes or self.sharded or length < 2:
-            return None
-        width = int(start.max()) + 1
-        column = torch.arange(width, device=start.device)
-        prompt = torch.where(column <= start[:, None], full_ids[:, :width], -1)
-        prompt, owner = torch.unique(prompt, dim=0, return_inverse=True)  # (P, L), (B,)
-        if 4 * (len(owner) - len(prompt)) * width < len(owner) * (width + length - 1):
-            return None
-        position = column - (width - (prompt >= 0).sum(-1, keepdim=True))  # padded on the left
-        attend = position >= 0
-        ids = torch.where(attend, prompt.gather(1, position.clamp(min=0)), 0)
-        ragged, decoder = not bool(attend.all()), self.model.get_decoder()
-        place = {"attention_mask": attend.long(), "position_ids": position.clamp(min=0)} if ragged else {}
-        cached = _cached(decoder, past)
-        last = decoder(ids, **place, **cached).last_hidden_state[:, -1]  # (P, D)
-        past.batch_select_indices(owner)
-        column = start[:, None] + torch.arange(1, length, device=start.device)  # (B, length - 1)
-        ids = full_ids.gather(1, column.clamp(max=full_ids.shape[1] - 1))
-        if ragged:
-            attend = torch.cat([attend[owner], torch.ones_like(ids, dtype=torch.bool)], 1).long()
-            place = {"attention_mask": attend, "position_ids": column}
-        rest = decoder(ids, **place, **cached).last_hidden_state
-        return torch.cat([last[owner][:, None], rest], 1)
-
-
-def _attention(weight: Tensor, length: int) -> Any:
-    """Where plain products are faster than torch's fused attention: on a CPU the fused backward pass takes
-    four times as long in bfloat16 at 17 tokens, twice as long at 64, and less from about 150 on (torch 2.13).
-    `weight` is one that the pass computes with, not its float32 master."""
-    short = torch.is_grad_enabled() and weight.device.type == "cpu" and length <= 128
-    return sdpa_kernel(SDPBackend.MATH) if short and weight.dtype == torch.bfloat16 else nullcontext()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1881,39 +1773,6 @@ def grade(completion: str, answer: str) -> bool:
     return shared_grader().grade_all([completion], [answer])[0]
 
 
-Reward = Callable[[Tensor, Tensor, int, "torch.Generator | None"], Tensor]
-
-
-def correct_reward(correct: Tensor, lengths: Tensor, max_length: int, generator: Any = None) -> Tensor:
-    """(B,) 1 if right, else 0."""
-    return correct.float()
-
-
-def length_penalty_reward(correct: Tensor, lengths: Tensor, max_length: int, generator: Any = None) -> Tensor:
-    """The same less DAPO's `overlong_penalty` over the last fifth of the room, as in its recipe: who is about
-    to run out of room should learn to finish.  The method `dapo` adds its own: use one of the two."""
-    return correct.float() + overlong_penalty(lengths, max_length, max(1, max_length // 5))
-
-
-def random_reward(correct: Tensor, lengths: Tensor, max_length: int, generator: Any = None) -> Tensor:
-    """1 with probability one half, whatever the answer: a method without any signal (2506.10947)."""
-    return (torch.rand(len(correct), generator=generator) < 0.5).float().to(correct.device)
-
-
-def wrong_reward(correct: Tensor, lengths: Tensor, max_length: int, generator: Any = None) -> Tensor:
-    """1 if wrong, else 0: what is learned from the opposite (2506.10947's incorrect labels)."""
-    return 1.0 - correct.float()
-
-
-REWARDS: dict[str, Reward] = {
-    "correct": correct_reward,
-    "length_penalty": length_penalty_reward,
-    "random": random_reward,
-    "wrong": wrong_reward,
-}
-SPURIOUS = ("random", "wrong")  # a method must then not see `correct` either
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 10. Warm start
 
@@ -2002,7 +1861,7 @@ def warm_policy(
     from safetensors.torch import load_model, save_model
 
     tokenizer = tiny_tokenizer()
-    code = [Path(inspect.getfile(x)).read_text() for x in (head_token_stats, warm_policy)]
+    code = [Path(inspect.getfile(x)).read_text() for x in (head_token_stats, Policy, warm_policy)]
     versions = [torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability()]
     key = hashlib.sha256(repr([how, shape, code, versions]).encode()).hexdigest()[:16]
     path = (folder or cache_folder()) / f"warm-{key}.safetensors"

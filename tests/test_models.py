@@ -30,9 +30,9 @@ from test_train import draw_batch, gradient, short_answers, small_world, update
 import eval
 import rollout
 import train
-from grpo import Tokens, concat_padded
+from grpo import Policy, Tokens, _attention, concat_padded
 from interventions import build
-from rollout import Policy, Problem, Sampling, hold_out, load_model, read_problems, render, task_of_data
+from rollout import Problem, Sampling, hold_out, load_model, read_problems, render, task_of_data
 from train import Passes, Ranks, Settings
 
 ROOT = Path(train.__file__).parent
@@ -841,7 +841,7 @@ def test_one_rank_shares_prompts_and_chooses_its_attention(dtype, most, monkeypa
     assert torch.backends.cuda.flash_sdp_enabled()
     gap = float((got - want).norm() / want.norm())
     assert gap <= most, gap
-    with torch.no_grad(), rollout._attention(torch.zeros(1, dtype=dtype), 17):
+    with torch.no_grad(), _attention(torch.zeros(1, dtype=dtype), 17):
         assert torch.backends.cuda.flash_sdp_enabled(), "the forward pass alone is fast"
 
 
@@ -954,7 +954,7 @@ torch.set_num_threads(1)
 import train
 from dataclasses import replace
 from interventions import build, parse
-from rollout import Policy
+from grpo import Policy
 from test_train import draw_batch, small_world, update
 from train import Ranks, Settings, full_tensor, shard
 

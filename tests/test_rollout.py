@@ -14,12 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rollout
-from grpo import Tokens
+from grpo import Policy, Tokens
 from rollout import (
     EOS,
     PAD,
     VOCABULARY,
-    Policy,
     Problem,
     Sampling,
     TinyModel,
@@ -640,11 +639,11 @@ def test_the_cache_key_holds_everything_that_determines_the_weights(training, tm
     ):
         warm_policy(how, shape, tmp_path)
     read = Path.read_text
-    for changed in ("rollout.py", "entropy_math.py"):  # the code of the policy and of its loss
+    for changed in ("rollout.py", "grpo.py", "entropy_math.py"):  # the code of the policy and of its loss
         edited = lambda path, name=changed: read(path) + "#" * (path.name == name)  # noqa: E731
         monkeypatch.setattr(Path, "read_text", edited)
         warm_policy(folder=tmp_path)
-    assert len(training) == 6 == len(list(tmp_path.iterdir()))
+    assert len(training) == 7 == len(list(tmp_path.iterdir()))
 
 
 def test_the_warm_start_has_one_thread_whoever_asks(monkeypatch, tmp_path):

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import rollout
+from grpo import Policy
 from rollout import (
-    Policy,
     Sampling,
     TinyModel,
     TorchEngine,
@@ -499,7 +499,8 @@ flags = "--engine vllm --steps 3 --prompts 8 --group-size 8 --eval-every 3 --eva
 code = train.main(["--method", "opefo", *flags.split(), "--lr", "3e-3", "--quiet", "--out", "a"])
 print(json.dumps({{"code": code, "pushes": pushes}}))
 if code == 0:
-    from rollout import Policy, VllmEngine, check_push, load_model
+    from grpo import Policy
+    from rollout import VllmEngine, check_push, load_model
     model, tokenizer = load_model("a/checkpoint")
     engine = VllmEngine("a/checkpoint", tokenizer, device="cpu", dtype=model.dtype, max_model_len=32)
     print(check_push(engine, Policy(model), [3, 5, 7], model.dtype))  # vLLM loads the checkpoint as it is
