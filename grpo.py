@@ -188,7 +188,8 @@ class Policy(nn.Module):
 
         past = DynamicCache(config=self.model.config)
         plain = all(type(layer).__name__ == "DynamicLayer" for layer in past.layers)
-        recomputes = self.training and self.model.is_gradient_checkpointing
+        modules = self.modules() if self.training else ()
+        recomputes = any(getattr(m, "gradient_checkpointing", False) for m in modules)
         if not plain or recomputes or self.sharded or length < 2:
             return None
         width = int(start.max()) + 1

