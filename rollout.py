@@ -1,23 +1,19 @@
 """Chapter 4. Rollouts: problems, a policy that answers them, and rewards that cannot be argued with.
 
 Claim. To see entropy collapse one needs a task in which many different answers are right, a policy that
-starts broad, and a verifier.  Seven billion parameters are not needed: a transformer of 0.13 M parameters
-shows the collapse in a minute.
+starts broad, and a verifier, not seven billion parameters: a transformer of 0.13 M shows it in a minute.
 
-     1, 2  the embedded world, "chain": reach a target in one to three arithmetic steps; 6,348 problems, most
-           with dozens of right answers
+     1, 2  the embedded world, "chain": reach a target in one to three arithmetic steps; 6,348 problems
         3  a real `transformers` tokenizer and a real Llama, made in code: the 7 B path, smaller
         4  any causal LM of `transformers`, any file of problems and answers
         5  masks: the first EOS belongs to the response and nothing after it does
         6  sampling: batched, KV-cached, from the exact softmax at a temperature; top-p in evaluations only
         7  vLLM: the same from a production engine in this process, and a check that pushes arrived
-        8  scoring: log π, H, Σp², Σp² log p of every response token, through entropy_math's chunked head
         9  rewards: is this answer that answer, in 1.5 s a comparison at most, whatever the answer is
        10  the warm start: supervised learning on random right chains; a policy often wrong and very diverse
 
-Left out, compared with a production trainer: responses of several turns, tools, code that is run to be
-judged, reward models.  Our own sampling loop has no stop strings, no paged attention, and no continuous
-batching beyond dropping rows that ended; section 7 has the latter two from vLLM.
+Left out: responses of several turns, tools, code that is run to be judged, reward models; in our own sampling
+loop stop strings, paged attention and continuous batching.
 
 Run `python rollout.py` to see problems, answers, and where the policy is unsure.
 """
@@ -47,6 +43,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -65,10 +62,8 @@ from grpo import Policy, Tokens, cache_arguments
 
 @dataclass(frozen=True)
 class Problem:
-    """One prompt and what counts as right: the text that the policy sees, and the reference answer.
-
-    Of chat data the prompt is the last user turn, until `render` makes one text of the whole conversation.
-    """
+    """The text that the policy sees, and the reference answer.  Of chat data the prompt is the last user's
+    turn, until `render` makes one text of the whole conversation."""
 
     prompt: str
     answer: str
@@ -82,19 +77,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Task:
-    """Problems with a verifier.
-
-    `verify(responses, problems)` says of each response, in order, whether it solves its problem, and never
-    raises; `signature(response)` maps responses that are the same answer written differently to one string,
-    so that distinct right answers can be counted.
-    """
+    """Problems with a verifier."""
 
     name: str
     train: tuple[Problem, ...]
     test: tuple[Problem, ...]  # held out
     hard: tuple[Problem, ...]  # held out, fewest solutions
-    verify: Callable[[Sequence[str], Sequence[Problem]], list[bool]]
-    signature: Callable[[str], str]
+    verify: Callable[[Sequence[str], Sequence[Problem]], list[bool]]  # right responses; never raises
+    signature: Callable[[str], str]  # one string for all ways to write an answer: counts distinct right ones
     max_new_tokens: int
 
 
@@ -107,8 +97,7 @@ class Task:
 #
 # Numbers may be used again; every result must be right and lie in 0..99; the last one must be the target.  A
 # response has 4, 7 or 10 tokens and an EOS.  The median problem has dozens of solutions, so diversity means
-# something; a problem with three solutions is hard.  Each number 0..99 is one token: arithmetic is a table
-# that the model can learn in seconds.
+# something; one with three is hard.  Each number is one token: arithmetic is a table, learned in seconds.
 
 OPERATORS = ("+", "-", "*")
 MAX_OPS = 3
@@ -118,7 +107,7 @@ VOCABULARY = (PAD, EOS, ARROW, *OPERATORS, *map(str, range(100)))
 
 
 def chain_verify(response: str, problem: Problem) -> bool:
-    """True iff the response is a right chain for the problem.  Any string is fine; nothing is ever raised."""
+    """Whether any string is a right chain for the problem."""
     words, prompt = response.split(), problem.prompt.split()
     allowed, target = set(prompt[:4]), problem.answer
     if len(words) not in range(4, 3 * MAX_OPS + 2, 3) or words[0] not in allowed or words[-1] != target:
@@ -138,16 +127,13 @@ def chain_solutions() -> tuple[tuple[Problem, ...], np.ndarray, np.ndarray]:
     """Every problem, every solution, by enumeration of all chains (under a second).
 
     Returns the P problems, sorted; solutions as (S, 11) token ids with EOS and padding, sorted by problem
-    and, within a problem, by length; and the (P, 4) offsets: solutions of problem p with k operations are
-    rows offset[p, k-1] : offset[p, k].
+    and then length; and (P, 4) offsets: solutions of problem p with k operations are rows
+    offset[p, k-1] : offset[p, k].
     """
-    ids = {w: i for i, w in enumerate(VOCABULARY)}
-    num, ops = ids["0"], [ids[o] for o in OPERATORS]
-    subsets = np.array(
-        [(a, b, c, d) for a in NUMBERS for b in NUMBERS for c in NUMBERS for d in NUMBERS if a < b < c < d]
-    )
-    which = np.repeat(np.arange(len(subsets)), 4)
-    value = subsets.reshape(-1).astype(np.int64)
+    num = VOCABULARY.index("0")
+    ops = np.array([VOCABULARY.index(o) for o in OPERATORS])
+    subsets = np.array(list(combinations(NUMBERS, 4)))
+    which, value = np.repeat(np.arange(len(subsets)), 4), subsets.reshape(-1)
     text = (value + num)[:, None]  # (n, tokens so far)
     found = []
     for k in range(1, MAX_OPS + 1):
@@ -156,37 +142,39 @@ def chain_solutions() -> tuple[tuple[Problem, ...], np.ndarray, np.ndarray]:
         op, pick = np.tile(np.repeat(np.arange(3), 4), n), np.tile(np.arange(4), 3 * n)
         b = subsets[which, pick]
         value = np.select([op == 0, op == 1], [value + b, value - b], value * b)
-        text = np.concatenate([text, np.stack([np.array(ops)[op], b + num, value + num], 1)], 1)
+        text = np.concatenate([text, np.stack([ops[op], b + num, value + num], 1)], 1)
         ok = (value >= 0) & (value <= 99)
         which, value, text = which[ok], value[ok], text[ok]
         hit = (value >= TARGETS.start) & (value < TARGETS.stop)
-        rows = np.full((hit.sum(), 3 * MAX_OPS + 2), ids[PAD], dtype=np.int64)
+        rows = np.full((hit.sum(), 3 * MAX_OPS + 2), VOCABULARY.index(PAD))
         rows[:, : text.shape[1]] = text[hit]
-        rows[:, text.shape[1]] = ids[EOS]
+        rows[:, text.shape[1]] = VOCABULARY.index(EOS)
         found.append((which[hit] * 100 + value[hit], np.full(hit.sum(), k), rows))
     key, length, rows = (np.concatenate(x) for x in zip(*found))
     order = np.lexsort((length, key))
     key, length, rows = key[order], length[order], rows[order]
     names = np.unique(key)
-    problems = tuple(
-        Problem(" ".join(map(str, subsets[x // 100])) + f" {ARROW} {x % 100}", str(x % 100)) for x in names
-    )
-    start = np.searchsorted(key * 4 + length, names[:, None] * 4 + np.arange(1, MAX_OPS + 2)[None])
+    asked = [(" ".join(map(str, subsets[x // 100])), str(x % 100)) for x in names]
+    problems = tuple(Problem(f"{numbers} {ARROW} {target}", target) for numbers, target in asked)
+    start = np.searchsorted(key * 4 + length, names[:, None] * 4 + np.arange(1, MAX_OPS + 2))
     return problems, rows, start
 
 
+def _hash(problem: Problem) -> bytes:
+    return hashlib.sha256(problem.prompt.encode()).digest()
+
+
 def _held_out(problem: Problem) -> bool:
-    """One problem in five, by a hash of its prompt: the split does not depend on any seed."""
-    return hashlib.sha256(problem.prompt.encode()).digest()[0] < 51
+    """One problem in five, by a hash: the split does not depend on any seed."""
+    return _hash(problem)[0] < 51
 
 
 @cache
 def chain_task(size: int = 96) -> Task:
-    """The embedded task.  `test` are `size` held-out problems in hash order, `hard` those with the fewest
-    solutions."""
+    """The embedded task: `size` test problems in the order of their hashes, `size` hard ones."""
     problems, _, start = chain_solutions()
     count = dict(zip(problems, start[:, -1] - start[:, 0]))
-    held = sorted(filter(_held_out, problems), key=lambda p: hashlib.sha256(p.prompt.encode()).digest())
+    held = sorted(filter(_held_out, problems), key=_hash)
     return Task(
         name="chain",
         train=tuple(p for p in problems if not _held_out(p)),
@@ -203,7 +191,7 @@ def chain_task(size: int = 96) -> Task:
 
 
 def tiny_tokenizer() -> Any:
-    """A word-level `PreTrainedTokenizerFast` over the chain vocabulary; words are separated by blanks."""
+    """Word-level over the chain vocabulary; words are separated by blanks."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -214,11 +202,8 @@ def tiny_tokenizer() -> Any:
 
 @dataclass(frozen=True)
 class TinyModel:
-    """Shape of the embedded policy, a Llama.  head_dim is 32, the least that vLLM accepts.
-
-    Not a Qwen2: `AutoTokenizer` gives every folder of that model type a byte-level Qwen2 tokenizer, whatever
-    tokenizer was saved there, and a checkpoint must load as it is.
-    """
+    """Shape of the embedded policy, a Llama; head_dim is 32, the least that vLLM accepts.  (Not a Qwen2:
+    `AutoTokenizer` gives every folder of that type a byte-level tokenizer, whatever was saved there.)"""
 
     hidden_size: int = 64
     intermediate_size: int = 128
@@ -226,7 +211,7 @@ class TinyModel:
     num_attention_heads: int = 2
 
     def build(self, tokenizer: Any, seed: int) -> nn.Module:
-        """A Llama with random weights drawn from `seed`; global random state is left as it was."""
+        """Random weights drawn from `seed`; global random state is left as it was."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
         config = LlamaConfig(
@@ -262,22 +247,20 @@ def load_model(
 ) -> tuple[nn.Module, Any]:
     """A causal LM and its tokenizer, from a folder or by hub id; safetensors only.  In eval mode.
 
-    What is random in training mode is set to 0 (`_still`); a tokenizer without a pad token that the model
+    What is random in training mode is set to 0 (`_still`).  A tokenizer without a pad token that the model
     knows pads with its EOS, which is safe because masks go by position (`response_mask`).  A model without
-    sdpa attention gets eager attention, and a line says so.
-    Raises ValueError, with the remedy, on anything that is not such a model, and on what `_check_policy`
-    finds.
+    sdpa attention gets eager attention, and a line says so.  Raises ValueError, with the remedy, on anything
+    that is not such a model, and on what `_check_policy` finds.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    here = Path(name).expanduser()
-    if here.exists() and not (here / "config.json").is_file():
-        raise ValueError(f"{name}: no model folder (no config.json); name one that save_pretrained wrote")
-    if not here.exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise ValueError(f"{name}: no such folder, and not a hub id of the form owner/model")
-    source, trust = (str(here) if here.exists() else name), {"trust_remote_code": trust_remote_code}
+    here, trust = Path(name).expanduser(), {"trust_remote_code": trust_remote_code}
+    found = (here / "config.json").is_file()
+    if not found and (here.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)):
+        raise ValueError(f"{name}: no such folder with a config.json, nor a hub id owner/model")
+    source = str(here) if found else name
     load = {"dtype": dtype, "use_safetensors": True, "attn_implementation": attention, **trust}
     try:
         config = AutoConfig.from_pretrained(source, **trust)
@@ -293,10 +276,7 @@ def load_model(
         raise ValueError(f"{name}: cannot be loaded as a causal LM ({reason}){hint}") from None
     known = model.get_input_embeddings().weight.shape[0]
     if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= known:
-        raise ValueError(
-            f"{name}: its tokenizer has no EOS token that the model knows, so no response could end; "
-            "set eos_token"
-        )
+        raise ValueError(f"{name}: its tokenizer has no EOS token that the model knows; set eos_token")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= known:
         tokenizer.pad_token = tokenizer.eos_token
     model = model.to(device).eval()
@@ -308,14 +288,13 @@ LOAD_HINTS = {  # a word of the error: what to do about it
     "trust_remote_code": "; if you trust its authors: --trust-remote-code",
     "safetensors": "; only safetensors weights are read: convert with save_pretrained",
     "flash": "; try --attention sdpa",
-    "offline": "; download it first, and give the folder",
     "connect": "; download it first, and give the folder",
 }
 
 
 def _still(config: Any) -> None:
     """Dropout, dropped layers and noise in routers to 0, in a config and all that are inside it: the ratio of
-    two passes must come from the weights alone, also in training mode, which gradient checkpointing needs."""
+    two passes must come from the weights alone, in training mode too (gradient checkpointing)."""
     for key, value in vars(config).items():
         if isinstance(value, float) and ("drop" in key or "jitter" in key):
             setattr(config, key, 0.0)
@@ -671,12 +650,10 @@ def response_mask(ids: Tensor, stops: int | Sequence[int]) -> Tensor:
     """(B, T) bool: True up to and including the first stop token (EOS), False after it.  (B, T) ids.
 
     The EOS itself is an action and is trained.  Built from the *position* of the first EOS, never from "is
-    not pad", so that a model whose pad token is its EOS token loses nothing.  A row without EOS is True
-    throughout.
+    not pad": a model whose pad token is its EOS loses nothing.  A row without EOS is True throughout.
     """
-    ends = torch.isin(
-        ids, torch.tensor([stops] if isinstance(stops, int) else list(stops), device=ids.device)
-    )
+    stops = torch.tensor([stops] if isinstance(stops, int) else list(stops), device=ids.device)
+    ends = torch.isin(ids, stops)
     return ends.cumsum(-1) - ends.long() == 0
 
 
@@ -699,8 +676,8 @@ class Sampling:
 
 
 class Engine:
-    """What turns prompts into responses.  Two exist: `TorchEngine`, our own loop on the model that is
-    trained, and `VllmEngine`, which has a copy of it."""
+    """What turns prompts into responses: `TorchEngine`, our loop on the model that is trained, or
+    `VllmEngine`, which has a copy of it."""
 
     tokenizer: Any
     device: torch.device  # of its generators and of what it returns
@@ -708,10 +685,9 @@ class Engine:
     copies = False  # its weights are a copy, which `push` renews
 
     def sample(self, prompts: list[list[int]], how: Sampling, generator: Generator | None = None) -> Tokens:
-        """`how.n` responses to each prompt, row i answering prompt i // n, as `batch` makes them.  All
-        randomness comes from `generator`, which lives on `device`.  An engine that cannot run a hook raises
-        ValueError; one that does not see the whole distribution gives -log π of the drawn token for H: their
-        expectations are equal."""
+        """`how.n` responses to each prompt, in order.  All randomness comes from `generator`, which lives on
+        `device`.  An engine that cannot run a hook raises ValueError; one that does not see the whole
+        distribution gives -log π of the drawn token for H: their expectations are equal."""
         raise NotImplementedError
 
     def push(self, named: Iterable[tuple[str, Tensor]]) -> None:
@@ -727,12 +703,9 @@ class Engine:
         """Give everything back."""
 
     def batch(self, prompts: list[list[int]], ids: Tensor, logp: Tensor, nats: Tensor | None) -> Tokens:
-        """P prompts, the (B, T) responses to them, n = B/P each in order, and the text that scoring reads.
-
-        `full_ids` (B, L) is prompt and response in one row, padded on the right only: a causal model then
-        needs no attention mask, as no real token ever looks at a pad.  `start` (B,) is the position whose
-        hidden state predicts the first response token.
-        """
+        """(B, T) responses to P prompts, B/P each in order, with the text that scoring reads: prompt and
+        response in one row, padded on the right only.  A causal model then needs no attention mask, as no
+        real token ever looks at a pad."""
         mask, device, pad = response_mask(ids, self.stops), ids.device, self.tokenizer.pad_token_id
         T = int(mask.any(0).sum())  # of the longest response
         ids, mask, logp = ids[:, :T], mask[:, :T], logp[:, :T]
@@ -760,9 +733,8 @@ class TorchEngine(Engine):
     """Our own loop on a `transformers` model: the one that is trained, or a whole copy of it where the
     trained weights are split.  Works everywhere, and is the faster one for tiny models.
 
-    Responses come from softmax(z/τ) exactly (its nucleus where top_p < 1).  All rows of the embeddings count,
-    also those beyond the tokenizer's vocabulary: they are part of the softmax that is trained, and decode to
-    nothing.
+    Rows of the embeddings beyond the tokenizer's vocabulary count too: they are part of the softmax that is
+    trained, and decode to nothing.
     """
 
     model: nn.Module
@@ -786,8 +758,8 @@ class TorchEngine(Engine):
 
     @torch.no_grad()
     def sample(self, prompts: list[list[int]], how: Sampling, generator: Generator | None = None) -> Tokens:
-        """As the base class says.  How many rows are sampled at once changes nothing, since each has its own
-        uniform numbers from the start; a hook draws for itself, and with one all rows go at once."""
+        """How many rows are sampled at once changes nothing: each has its own uniform numbers from the start.
+        A hook draws for itself; with one all rows go at once."""
         if not prompts or not all(prompts):
             raise ValueError("every prompt needs at least one token")
         shape, longest = (len(prompts) * how.n, how.max_new_tokens), max(map(len, prompts))
@@ -801,11 +773,9 @@ class TorchEngine(Engine):
     def _sample(
         self, prompts: list[list[int]], rows: Tensor, uniform: Tensor, how: Sampling, generator: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """ids, log-probs and entropies, each (B, T), of the `rows` that are in memory at once.
-
-        Their prompts are read once each.  This beats `generate` because it stops paying for rows that ended:
-        whenever a quarter of the living rows has, their cache is dropped.
-        """
+        """ids, log-probs and entropies, each (B, T), of the `rows` that are in memory at once.  Every prompt
+        is read once for all of them.  This beats `generate` because it stops paying for rows that ended:
+        whenever a quarter of the living rows has, their cache is dropped."""
         from transformers import DynamicCache
 
         (B, T), device, pad = uniform.shape, uniform.device, self.tokenizer.pad_token_id
@@ -863,9 +833,8 @@ def _choose(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The next token of each row of (B, V) logits, its log-probability, and H if asked for, each (B,).
 
-    A hook returns ids, and the log-probability is then the policy's; or (ids, their log-probabilities under
-    its own distribution) as CUTS does; or None to leave the token alone.
-    """
+    A hook returns ids, whose log-probability is then the policy's; (ids, log-probabilities of its own), as
+    CUTS does; or None to leave the token alone."""
     if how.top_p < 1:
         logits = nucleus(logits, how.top_p)
     logprob = logits.log_softmax(-1)
@@ -889,23 +858,16 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
 
 
 def sample_categorical(logprob: Tensor, uniform: Tensor) -> Tensor:
-    """(B,) an index for each row of (B, V) log-probabilities: where their cumulated probability passes that
-    row's uniform number.
-
-    In float64, so that a token of probability 1e-12 in a vocabulary of 150,000 keeps it.  `torch.multinomial`
-    makes a random number for every entry, which on a CPU took a tenth of a training step of the tiny model.
-    """
+    """(B,) for each row of (B, V) log-probabilities the index where the cumulated probability passes its
+    uniform number; in float64, so that a token of probability 1e-12 among 150,000 keeps it.
+    (`torch.multinomial` makes a random number for every entry: a tenth of a step of the tiny model.)"""
     total = logprob.exp().cumsum(-1, dtype=torch.float64)
     total /= total[:, -1:].clone()  # ends in exactly 1, which no uniform number reaches
     return torch.searchsorted(total, uniform[:, None], right=True)[:, 0]
 
 
 def answer(
-    engine: Engine,
-    task: Task,
-    problems: Sequence[Problem],
-    how: Sampling,
-    generator: Generator | None = None,
+    engine: Engine, task: Task, problems: Sequence[Problem], how: Sampling, generator: Generator | None = None
 ) -> tuple[Tokens, list[str]]:
     """Text in, text out: `how.n` responses to each problem, verified (`correct`), and their texts."""
     prompts = engine.tokenizer([p.prompt for p in problems], add_special_tokens=False)["input_ids"]
@@ -920,9 +882,8 @@ def answer(
 # 7. Sampling with vLLM
 #
 # The engine for real models: paged attention, continuous batching, a prompt's prefix shared by its samples.
-# It lives in the trainer's process, on the trainer's device: pushing weights is then a copy on that device,
-# and while the update runs the engine's memory is the trainer's.  A second copy of the weights can be stale
-# without any error: `check_push` looks.
+# It lives in the trainer's process and on its device: a push is a copy there, and during an update the
+# engine's memory is the trainer's.  Its copy of the weights can be stale without any error: `check_push`.
 
 ENVIRONMENT = {  # what vLLM reads from the environment; a value that is set already stays
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it cannot report processed log-probabilities, and compiles at start
@@ -934,13 +895,13 @@ PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.06, torch.bfloat16: 0.5
 
 @contextmanager
 def _guarded(seed: int, device: torch.device) -> Iterator[None]:
-    """vLLM shares this process: here it finds global generators seeded (its two model runners draw from
-    torch's and NumPy's) and autocast off, and leaves them as they were.
+    """vLLM shares this process: here it finds autocast off and global generators, from which it draws,
+    seeded, and leaves them as they were.
 
-    On a CPU `torch.compile` is off (10 s for two small functions), and Linear layers keep their weights: its
-    CPU backend repacks each and drops the original; `load_weights` then raises, and `reload_weights` changes
-    nothing, without an error (0.32).  What it does to the whole process is undone: `torch.set_num_threads`
-    made a function that does nothing, LD_PRELOAD and LOCAL_WORLD_SIZE overwritten.
+    On a CPU `torch.compile` is off (10 s for two small functions), and Linear layers keep their weights:
+    vLLM would repack them, after which `load_weights` raises and `reload_weights` changes nothing, without an
+    error (0.32).  What it does to the whole process is undone: a `torch.set_num_threads` that does nothing,
+    LD_PRELOAD and LOCAL_WORLD_SIZE overwritten.
     """
     cpu, own = device.type == "cpu", {}
     with ExitStack() as stack:
@@ -985,17 +946,16 @@ def _import_vllm(device: torch.device) -> Any:
 class VllmEngine(Engine):
     """`Engine` on vLLM 0.26 to 0.32, through its public interface only, for a model's folder or hub id.
 
-    Weights are held and computed with in `dtype`, to which `push` converts; `gpu_memory` is the share of the
-    device for weights and KV cache (a CPU has a cache of 0.5 GiB).  With `sleeps` a GPU's engine gives its
-    memory back during updates, weights included.
+    Weights are held in `dtype`, to which `push` converts; `gpu_memory` is the share of the device for weights
+    and KV cache (a CPU has a cache of 0.5 GiB).  With `sleeps` a GPU's engine gives its memory back during
+    updates, weights included.
 
-    Several ranks (torchrun, torch.distributed initialised first): each has an engine, or `tensor_parallel`
-    neighbours share one.  Those call `sample` and `push` together: all sample the prompts of all, and each
-    keeps its own.  A rank's part of the engine is in the rank's own process, so that `push` needs neither
-    files nor CUDA IPC.  One engine at a time in a process: vLLM keeps its groups in globals.
+    Of several ranks each has an engine, or `tensor_parallel` neighbours share one, for which all sample the
+    prompts of all and keep their own.  A rank's part of it is in the rank's own process, so that `push` needs
+    neither files nor CUDA IPC.  One engine at a time in a process: vLLM keeps its groups in globals.
 
-    Deterministic: the same weights, arguments and state of `generator` give the same tokens, since the engine
-    seeds itself from one draw of it and forgets cached prefixes before every call.
+    Deterministic: the engine seeds itself from one draw of `generator`, and forgets cached prefixes before
+    every call.
     """
 
     copies = True
@@ -1052,12 +1012,9 @@ class VllmEngine(Engine):
                 )
         except Exception as error:  # model unknown to vLLM, too long, no memory: many libraries' classes
             reason = " ".join(str(error).split())[:300] or type(error).__name__
-            hint = "; give a smaller --max-new-tokens" * ("max_model_len" in reason)
-            raise ValueError(f"--engine vllm: vLLM cannot start {model} ({reason}){hint}") from error
+            raise ValueError(f"--engine vllm: vLLM cannot start {model} ({reason})") from error
 
     def sample(self, prompts: list[list[int]], how: Sampling, generator: Generator | None = None) -> Tokens:
-        """As the base class says.  Raises ValueError on a hook, on an empty prompt, and on one too long;
-        FloatingPointError on NaN."""
         from vllm import SamplingParams
 
         if how.hook is not None:
@@ -1066,10 +1023,8 @@ class VllmEngine(Engine):
             raise ValueError("every prompt needs at least one token")
         longest = max(map(len, prompts))
         if longest + how.max_new_tokens > self.max_model_len:  # vLLM would cut the response short
-            raise ValueError(
-                f"a prompt of {longest} tokens and max_new_tokens {how.max_new_tokens} exceed the engine's "
-                f"max_model_len {self.max_model_len}"
-            )
+            text = f"a prompt of {longest} tokens and max_new_tokens {how.max_new_tokens}"
+            raise ValueError(f"{text} exceed the engine's max_model_len {self.max_model_len}")
         seed = int(torch.randint(2**31, (1,), generator=generator, device=self.device))
         parts: list[Any] = [(prompts, seed)]
         if self.group is not None:  # neighbours that share the engine feed it the same requests and seed
@@ -1103,7 +1058,8 @@ class VllmEngine(Engine):
     def push(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """At most three tensors are held at once, so that a generator which gathers or converts them needs no
         second copy of the model.  Raises RuntimeError where the engine has a parameter that none filled."""
-        self._wake("weights")
+        if "weights" in self.asleep:
+            self.llm.wake_up(tags=[self.asleep.pop(0)])
         unset: set[str] = set()
 
         def load(model: nn.Module) -> None:
@@ -1121,21 +1077,14 @@ class VllmEngine(Engine):
 
     def sleep(self) -> None:
         if self.sleeps and not self.asleep:
-            self.llm.sleep(level=2)  # which drops the weights
-            self.asleep = ["weights", "kv_cache"]
+            self.llm.sleep(level=2)  # drops the weights, and keeps buffers that no checkpoint holds
+            self.asleep = ["weights", "kv_cache"]  # wake one by one: a push needs memory of its own
 
     def wake(self) -> None:
-        """Raises RuntimeError after a sleep without a push: there are no weights."""
         if "weights" in self.asleep:
             raise RuntimeError("the engine dropped its weights when it went to sleep: push before wake")
-        self._wake("kv_cache")
-
-    def _wake(self, tag: str) -> None:
-        """Weights first and the cache after the push, so that the push's own memory and the cache are never
-        needed at once.  vLLM keeps the buffers that no checkpoint holds (rotary frequencies) by itself."""
-        if tag in self.asleep:
-            self.llm.wake_up(tags=[tag])  # empties torch's cache first, too
-            self.asleep.remove(tag)
+        if self.asleep:
+            self.llm.wake_up(tags=[self.asleep.pop()])
 
     def close(self) -> None:
         """Give everything back, torch.distributed too where vLLM started it."""
@@ -1155,9 +1104,8 @@ class VllmEngine(Engine):
 def check_push(
     engine: Engine, policy: Policy, prompt_ids: list[int], dtype: torch.dtype, tolerance: float | None = None
 ) -> float:
-    """After a push: do engine and trainer hold the same policy?  Returns max |Δ log π| of the probe, eight
-    answers of the engine to one prompt under a fixed seed, which the trainer scores; 0 for an engine that
-    samples from the trainer's own model.  Raises RuntimeError
+    """After a push: do engine and trainer hold the same policy?  Returns max |Δ log π| over eight answers of
+    the engine to one prompt, always under the same seed; 0 for an engine without a copy.  Raises RuntimeError
       - where one token differs by more than `tolerance` nats, or the mean by more than a fifth of it.
         float32 agrees to 2e-6.  In bfloat16 a logit between 16 and 32 is a multiple of 1/8 and every layer
         adds to that: with the same weights, 12 random layers differ by 0.13 at most and 0.03 on average, and
@@ -1172,23 +1120,16 @@ def check_push(
     out = engine.sample([prompt_ids], how, Generator(engine.device).manual_seed(0))
     trainer = policy(out)["logp"]  # (B, T)
     gap = (out.rollout_logp - trainer).abs()[out.mask]
-    worst, mean = float(gap.max()), float(gap.mean())
-    wrong, last = "", engine.probe
+    worst, mean, last, wrong = float(gap.max()), float(gap.mean()), engine.probe, ""
     if not (worst <= limit and mean <= limit / 5):
-        wrong = (
-            f"after a push the engine's log-probabilities differ from the trainer's by up to {worst:.2g} "
-            f"nats, {mean:.2g} on average; {dtype} allows {limit:.2g} and {limit / 5:.2g}: stale weights, or "
-            "another dtype"
-        )
+        wrong = f"differ from the trainer's by up to {worst:.2g} nats, {mean:.2g} on average ({dtype} allows"
+        wrong += f" {limit:.2g} and {limit / 5:.2g}): stale weights, or another dtype"
     elif last is None or not (torch.equal(last[0], out.ids) and torch.equal(last[1], out.rollout_logp)):
         engine.probe = out.ids, out.rollout_logp, trainer
     elif (moved := float((trainer - last[2]).abs().max())) > limit / 100:
-        wrong = (
-            "a push does not arrive: the engine's log-probabilities did not change at all while the "
-            f"trainer's moved by up to {moved:.2g} nats"
-        )
+        wrong = f"did not change while the trainer's moved by up to {moved:.2g} nats: it does not arrive"
     if wrong:
-        raise RuntimeError(f"{wrong}.  The remedy that always works is --engine torch")
+        raise RuntimeError(f"after a push the engine's log-probabilities {wrong}; remedy: --engine torch")
     return worst
 
 
@@ -1693,25 +1634,23 @@ def grade(completion: str, answer: str) -> bool:
 # ------------------------------------------------------------------------------------------------------------
 # 10. Warm start
 
+Bar = Callable[[Iterable[int]], Iterable[int]]  # a progress bar, or `iter`
+
 
 @dataclass(frozen=True)
 class WarmStart:
-    """How the embedded policy is prepared: supervised learning on right chains, drawn at random.
-
-    It ends early on purpose.  What is wanted is not a good policy but a broad one: often wrong (pass@1 about
-    .2), with almost every problem solved by some of 32 samples.
-    """
+    """Supervised learning on random right chains.  It ends early on purpose: a broad policy is wanted, often
+    wrong (pass@1 about .2), with almost every problem solved by some of 32 samples."""
 
     steps: int = 450
     batch: int = 256
     lr: float = 4e-3
-    decay_steps: int = 900  # linear decay towards here, so training stops at half of the peak rate
+    decay_steps: int = 900  # linear decay towards here: training stops at half of the peak rate
     seed: int = 0
 
     def draw(self, generator: Generator) -> Tensor:
-        """(batch, 6 + 11) token ids: a training problem uniformly, a length uniformly among those it has, a
-        solution."""
-        problems, rows, start = chain_solutions()
+        """(batch, 6 + 11) token ids: a training problem, a length that it has, a solution, each uniformly."""
+        _, rows, start = chain_solutions()
         prompts, train = _train_prompts()
         pick = train[torch.randint(len(train), (self.batch,), generator=generator)]  # (batch,)
         offset = torch.from_numpy(start)[pick]  # (batch, 4)
@@ -1731,22 +1670,18 @@ def _train_prompts() -> tuple[Tensor, Tensor]:
     return prompts, torch.tensor([i for i, p in enumerate(problems) if not _held_out(p)])
 
 
-def supervised(
-    model: nn.Module, how: WarmStart, progress: Callable[[Iterable[int]], Iterable[int]] = iter
-) -> float:
+def supervised(model: nn.Module, how: WarmStart, progress: Bar = iter) -> float:
     """Minimise the cross-entropy of right chains; returns the last batch's loss in nats per token."""
     generator = Generator().manual_seed(how.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=how.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    width = _train_prompts()[0].shape[1]
-    pad, eos = VOCABULARY.index(PAD), VOCABULARY.index(EOS)
+    width, eos = _train_prompts()[0].shape[1], VOCABULARY.index(EOS)
     policy = Policy(model).train()
     for step in progress(range(how.steps)):
-        for group in optimizer.param_groups:
-            group["lr"] = how.lr * min(1.0, (step + 1) / 20) * (1 - step / how.decay_steps)
+        optimizer.param_groups[0]["lr"] = how.lr * min(1.0, (step + 1) / 20) * (1 - step / how.decay_steps)
         full = how.draw(generator)
         ids, start = full[:, width:], torch.full((len(full),), width - 1)
         batch = Tokens(ids, response_mask(ids, eos), full_ids=full, start=start)
-        loss = -policy(batch)["logp"].sum() / (ids != pad).sum()
+        loss = -policy(batch)["logp"].sum() / batch.mask.sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -1756,28 +1691,24 @@ def supervised(
 
 
 def cache_folder() -> Path:
-    """Where warm starts are kept: $ENTROPY_FLOW_CACHE, else $XDG_CACHE_HOME/entropy-flow, else
-    ~/.cache/entropy-flow."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    """Where warm starts are kept: $ENTROPY_FLOW_CACHE, else entropy-flow in $XDG_CACHE_HOME or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("ENTROPY_FLOW_CACHE") or Path(base) / "entropy-flow")
 
 
 def warm_policy(
-    how: WarmStart = WarmStart(),
-    shape: TinyModel = TinyModel(),
-    folder: Path | None = None,
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    how: WarmStart = WarmStart(), folder: Path | None = None, progress: Bar = iter
 ) -> tuple[nn.Module, Any]:
     """The embedded policy after its warm start, float32 on the CPU, and its tokenizer.  Made once, then read
-    from a cache, whose key is a hash of the settings, the shape, the files with the code, and the versions.
+    from a cache, whose key is a hash of the settings, the files with the code, and the versions.
 
-    It trains with one thread, whatever the caller's number, which changes rounding.  A cached file that
-    cannot be read is made anew; a cache that cannot be written is reported, not fatal.
+    It trains with one thread, since their number changes rounding.  A cached file that cannot be read is made
+    anew; a cache that cannot be written is reported, not fatal.
     """
     import transformers
     from safetensors.torch import load_model, save_model
 
-    tokenizer = tiny_tokenizer()
+    tokenizer, shape = tiny_tokenizer(), TinyModel()
     code = [Path(inspect.getfile(x)).read_text() for x in (head_token_stats, Policy, warm_policy)]
     versions = [torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability()]
     key = hashlib.sha256(repr([how, shape, code, versions]).encode()).hexdigest()[:16]
@@ -1788,8 +1719,7 @@ def warm_policy(
             load_model(model, path)
             return model, tokenizer
         except Exception as error:  # a truncated file: safetensors has its own error class
-            reason = str(error).splitlines()[0]
-            print(f"warm start: {path} cannot be read ({reason}); making it anew", file=sys.stderr)
+            print(f"warm start: {path} cannot be read ({error}); making it anew", file=sys.stderr)
             model = shape.build(tokenizer, how.seed).eval()  # a part of the file may have been loaded already
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -1816,15 +1746,12 @@ def main() -> None:
     """Show three problems, what the warm policy answers, and how uncertain it is at each token."""
     from tqdm import tqdm
 
-    task = chain_task()
-    _, _, start = chain_solutions()
+    task, (_, _, start) = chain_task(), chain_solutions()
     count = start[:, -1] - start[:, 0]
     print(f"{len(count)} problems, {len(task.train)} for training; median solutions: {np.median(count):.0f}")
-    model, tokenizer = warm_policy(progress=lambda it: tqdm(it, desc="warm start", unit="step"))
-    generator = Generator().manual_seed(0)
-    engine = TorchEngine(model, tokenizer)
+    engine = TorchEngine(*warm_policy(progress=lambda it: tqdm(it, desc="warm start", unit="step")))
     how = Sampling(6, task.max_new_tokens, entropy=True)
-    out, texts = answer(engine, task, task.test[:3], how, generator)
+    out, texts = answer(engine, task, task.test[:3], how, Generator().manual_seed(0))
     print("\nresponses, and the entropy at each of their tokens, nats")
     for i, text in enumerate(texts):
         if i % 6 == 0:

@@ -635,19 +635,14 @@ def test_a_second_call_reads_the_cache(training, tmp_path, capsys):
 
 
 def test_the_cache_key_holds_everything_that_determines_the_weights(training, tmp_path, monkeypatch):
-    for how, shape in (
-        (WarmStart(), TinyModel()),
-        (WarmStart(seed=1), TinyModel()),
-        (WarmStart(lr=1e-3), TinyModel()),
-        (WarmStart(), TinyModel(intermediate_size=64)),
-    ):
-        warm_policy(how, shape, tmp_path)
+    for how in (WarmStart(), WarmStart(seed=1), WarmStart(lr=1e-3)):
+        warm_policy(how, tmp_path)
     read = Path.read_text
     for changed in ("rollout.py", "grpo.py", "entropy_math.py"):  # the code of the policy and of its loss
         edited = lambda path, name=changed: read(path) + "#" * (path.name == name)  # noqa: E731
         monkeypatch.setattr(Path, "read_text", edited)
         warm_policy(folder=tmp_path)
-    assert len(training) == 7 == len(list(tmp_path.iterdir()))
+    assert len(training) == 6 == len(list(tmp_path.iterdir()))
 
 
 def test_the_warm_start_has_one_thread_whoever_asks(monkeypatch, tmp_path):
