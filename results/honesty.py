@@ -50,8 +50,7 @@ from entropy_math import (  # noqa: E402
     second_order_change,
     token_stats,
 )
-from grpo import Tokens, masked_mean  # noqa: E402
-from rollout import Policy  # noqa: E402
+from grpo import Policy, Tokens, masked_mean  # noqa: E402
 from train import Ledger, Run, Settings, draw_responses, train  # noqa: E402
 
 STEPS, PROBES = 60, (5, 25, 45)  # real steps; those at which single tokens and halves are probed

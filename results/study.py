@@ -115,8 +115,9 @@ from eval import (
     responses,
     style,
 )
+from grpo import Policy
 from interventions import METHODS, OPEFO, Method
-from rollout import Policy, Problem, Sampling, Task, TorchEngine, WarmStart, chain_task, warm_policy
+from rollout import Problem, Sampling, Task, TorchEngine, WarmStart, chain_task, warm_policy
 from train import Run, Settings, parse_spec, seeded
 
 HERE = Path(__file__).resolve().parent

@@ -30,9 +30,9 @@ from test_train import draw_batch, gradient, short_answers, small_world, update
 import eval
 import rollout
 import train
-from grpo import Tokens, concat_padded
+from grpo import Policy, Tokens, _attention, concat_padded
 from interventions import build
-from rollout import Policy, Problem, Sampling, hold_out, load_model, read_problems, render, task_of_data
+from rollout import Problem, Sampling, hold_out, load_model, read_problems, render, task_of_data
 from train import Passes, Ranks, Settings
 
 ROOT = Path(train.__file__).parent
@@ -177,7 +177,8 @@ def test_every_kind_of_cache_samples_and_scores_the_unpadded_model(saved, capsys
     for prompts in ([[5, 4, 3, 9, 7]], [[5, 4, 3], [7], [*range(20, 31)], [9, 9]]):
         stops = list(range(0, 259, 4))
         generator = torch.Generator().manual_seed(0)
-        out = rollout.sample(model, prompts, Sampling(3, 10), stops, 0, generator)
+        model.generation_config.eos_token_id = stops
+        out = rollout.TorchEngine(model, byte_tokenizer()).sample(prompts, Sampling(3, 10), generator)
         with torch.no_grad():
             scored = Policy(model)(out)["logp"]
         for i, (ids, mask) in enumerate(zip(out.ids, out.mask)):
@@ -783,7 +784,7 @@ def test_one_rank_shares_prompts_and_chooses_its_attention(dtype, most, monkeypa
     assert torch.backends.cuda.flash_sdp_enabled()
     gap = float((got - want).norm() / want.norm())
     assert gap <= most, gap
-    with torch.no_grad(), rollout._attention(torch.zeros(1, dtype=dtype), 17):
+    with torch.no_grad(), _attention(torch.zeros(1, dtype=dtype), 17):
         assert torch.backends.cuda.flash_sdp_enabled(), "the forward pass alone is fast"
 
 
@@ -896,7 +897,7 @@ torch.set_num_threads(1)
 import train
 from dataclasses import replace
 from interventions import build, parse
-from rollout import Policy
+from grpo import Policy
 from test_train import draw_batch, small_world, update
 from train import Ranks, Settings, full_tensor, shard
 

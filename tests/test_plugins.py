@@ -19,9 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import interventions
-from grpo import Progress, Tokens, batch_loss, concat_padded, policy_loss
+from grpo import Policy, Progress, Tokens, batch_loss, concat_padded, policy_loss
 from interventions import METHODS, build, parse, trl_trainer
-from rollout import Policy, TinyModel, tiny_tokenizer
+from rollout import TinyModel, tiny_tokenizer
 from train import Run, Settings, Update, score_batch
 
 PROMPTS = ["3 5 7 9 -> 41", "2 3 -> 5", "4 4 9 -> 1", "8 -> 8"]  # of different lengths: TRL pads on the left

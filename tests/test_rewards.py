@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 pytest.importorskip("math_verify")
 
 import rollout  # noqa: E402
-from rollout import REWARDS, SPURIOUS, Grader, grade, last_boxed, overlong_penalty, plain_answer  # noqa: E402
+from grpo import REWARDS, SPURIOUS, overlong_penalty  # noqa: E402
+from rollout import Grader, grade, last_boxed, plain_answer  # noqa: E402
 
 ROOT = Path(rollout.__file__).parent
 

@@ -6,6 +6,7 @@ import operator
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,25 +15,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rollout
-from grpo import Tokens
+from grpo import Policy, Tokens
 from rollout import (
     EOS,
     PAD,
     VOCABULARY,
-    Policy,
     Problem,
     Sampling,
     TinyModel,
     TorchEngine,
     WarmStart,
     answer,
-    as_tokens,
     chain_solutions,
     chain_task,
     chain_verify,
     nucleus,
     response_mask,
-    sample,
     sample_categorical,
     tiny_tokenizer,
     warm_policy,
@@ -78,8 +76,13 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def drawn(model, prompts, n, limit, stops=(1,), pad=0, seed=0, memory=2**33, **how):
-    return sample(model, prompts, Sampling(n, limit, **how), stops, pad, seeded(seed), memory)
+def engine_of(model, stops=(1,), pad=0, memory=2**33):
+    model.generation_config.eos_token_id = list(stops)
+    return TorchEngine(model, SimpleNamespace(eos_token_id=stops[0], pad_token_id=pad), memory=memory)
+
+
+def drawn(model, prompts, n, limit, seed=0, stops=(1,), pad=0, memory=2**33, **how):
+    return engine_of(model, stops, pad, memory).sample(prompts, Sampling(n, limit, **how), seeded(seed))
 
 
 @torch.no_grad()
@@ -122,7 +125,7 @@ def test_mask_includes_the_first_eos_and_nothing_after_it(rows, stops):
 @pytest.mark.parametrize("pad, stops", [(0, [1]), (1, [1]), (1, [1, 2])])
 def test_sample_masks_end_at_the_first_eos_and_pads_follow(model, pad, stops):
     """Also where the pad token is an EOS: the one real EOS stays."""
-    out = drawn(model, PROMPTS, 40, 6, stops, pad, seed=1)
+    out = drawn(model, PROMPTS, 40, 6, 1, stops, pad)
     for ids, mask, truncated, logp in zip(
         out.ids.tolist(), out.mask.tolist(), out.truncated.tolist(), out.rollout_logp.tolist()
     ):
@@ -163,7 +166,7 @@ def test_eos_as_first_token_and_no_eos_side_by_side(model, pad):
 def test_the_text_to_score_has_the_prompt_first_and_pads_last():
     """Whatever an engine leaves behind the mask (9 here) is replaced by pads."""
     ids = torch.tensor([[7, 8, 1], [5, 1, 9], [3, 3, 3], [1, 9, 9]])
-    out = as_tokens([[5], [6, 6]], ids, response_mask(ids, 1), torch.zeros(4, 3), torch.zeros(4).bool(), 0)
+    out = engine_of(small_model(5)).batch([[5], [6, 6]], ids, torch.zeros(4, 3), None)
     assert out.full_ids.tolist() == [[5, 7, 8, 1, 0], [5, 5, 1, 0, 0], [6, 6, 3, 3, 3], [6, 6, 1, 0, 0]]
     assert out.start.tolist() == out.group.tolist() == [0, 0, 1, 1]
 
@@ -297,13 +300,13 @@ def test_sampling_uses_only_its_generator(model):
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
 def test_what_is_drawn_does_not_depend_on_how_many_rows_are_sampled_at_once(model, monkeypatch, top_p):
     """Rows end at different times and parts cut through groups; the memory of 5, 1 and all rows."""
-    seen, real = [], rollout._sample
+    seen, real = [], TorchEngine._sample
 
-    def spy(*args):
-        seen.append(len(args[2]))
-        return real(*args)
+    def spy(self, prompts, rows, *args):
+        seen.append(len(rows))
+        return real(self, prompts, rows, *args)
 
-    monkeypatch.setattr(rollout, "_sample", spy)
+    monkeypatch.setattr(TorchEngine, "_sample", spy)
     row = rollout._row_bytes(model, 7 + 9)
     how = {"seed": 3, "top_p": top_p, "entropy": True}
     whole = drawn(model, PROMPTS, 3, 9, **how)
@@ -632,15 +635,10 @@ def test_a_second_call_reads_the_cache(training, tmp_path, capsys):
 
 
 def test_the_cache_key_holds_everything_that_determines_the_weights(training, tmp_path, monkeypatch):
-    for how, shape in (
-        (WarmStart(), TinyModel()),
-        (WarmStart(seed=1), TinyModel()),
-        (WarmStart(lr=1e-3), TinyModel()),
-        (WarmStart(), TinyModel(intermediate_size=64)),
-    ):
-        warm_policy(how, shape, tmp_path)
+    for how in (WarmStart(), WarmStart(seed=1), WarmStart(lr=1e-3)):
+        warm_policy(how, tmp_path)
     read = Path.read_text
-    for changed in ("rollout.py", "entropy_math.py"):  # the code of the policy and of its loss
+    for changed in ("rollout.py", "grpo.py", "entropy_math.py"):  # the code of the policy and of its loss
         edited = lambda path, name=changed: read(path) + "#" * (path.name == name)  # noqa: E731
         monkeypatch.setattr(Path, "read_text", edited)
         warm_policy(folder=tmp_path)

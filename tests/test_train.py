@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 import grpo
 import rollout
 import train
-from grpo import Progress, concat_padded
+from grpo import Policy, Progress, concat_padded
 from interventions import METHODS, build
-from rollout import Policy, Sampling, TinyModel, TorchEngine, answer, chain_task, tiny_tokenizer
+from rollout import Sampling, TinyModel, TorchEngine, answer, chain_task, tiny_tokenizer
 from train import Ledger, Ranks, Run, Settings, Update, prompts_at, score_batch, seeded
 
 ALONE = Ranks()
