@@ -567,7 +567,6 @@ class Run:
     dtype: torch.dtype = torch.float32  # of the weights that a checkpoint holds for others to load
     reference: Policy | None = None
     ranks: Ranks = field(default_factory=lambda: Ranks())
-    report: Callable[[dict[str, Any]], None] = lambda row: None
     step: int = 0  # rollouts done
     prompts_used: int = 0
     skipped_in_row: int = 0  # updates
@@ -607,7 +606,6 @@ class Run:
         """A row of metrics.jsonl; where an evaluation was due, a checkpoint with it."""
         self.rows.append(row)
         self.append("metrics.jsonl", [row])
-        self.report(row)
         if not self.warned and self.step >= 10 and all(r.get("no_contrast") == 1 for r in self.rows[-10:]):
             self.warned = True
             if self.ranks.is_main:
@@ -994,7 +992,6 @@ class Machine:
     seed: int = 0  # seed of the warm start, the order of the prompts and the sampling
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto takes a GPU if there is one
     threads: int = 0  # CPU threads; 0: one for the embedded model, with --model what torch takes
-    report_to: Literal["none", "tensorboard", "wandb"] = "none"  # also log there
 
 
 @dataclass(frozen=True)
@@ -1218,27 +1215,7 @@ def make_run(
         reference = reference and shard(reference, dtype, device, offload=device.type == "cuda")
     engine = engine or TorchEngine(model, tokenizer)
     run = Run(s, method, folder, task, policy, tokenizer, engine, dtype, reference, ranks)
-    if ranks.is_main and s.report_to != "none":
-        run.report = reporter(s, folder)
     return run
-
-
-def reporter(s: Settings, folder: Path) -> Callable[[dict[str, Any]], None]:
-    """Where else the numbers of metrics.jsonl go.  Raises UserError where the package is missing."""
-    try:
-        if s.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(folder / "tensorboard"))
-            log = lambda row, step: [writer.add_scalar(k, v, step) for k, v in row.items()]  # noqa: E731
-        else:
-            import wandb
-
-            log = wandb.init(project="entropy-flow", name=folder.name, dir=folder, config=asdict(s)).log
-    except ImportError:
-        text = f"--report-to {s.report_to}: the package is not installed: pip install {s.report_to}"
-        raise UserError(text) from None
-    return lambda row: log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=row["step"])
 
 
 # ------------------------------------------------------------------------------------------------------------
