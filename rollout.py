@@ -12,10 +12,9 @@ starts broad, and a verifier, not seven billion parameters: a transformer of 0.1
         9  rewards: is this answer that answer, in 1.5 s a comparison at most, whatever the answer is
        10  the warm start: supervised learning on random right chains; a policy often wrong and very diverse
 
-Left out: responses of several turns, tools, code that is run to be judged, reward models; in our own sampling
-loop stop strings, paged attention and continuous batching.
+Left out: responses of several turns, tools, code that is run to be judged, reward models.
 
-Run `python rollout.py` to see problems, answers, and where the policy is unsure.
+    python rollout.py     problems, answers, and where the policy is unsure
 """
 
 from __future__ import annotations
@@ -95,9 +94,9 @@ class Task:
 #   response   5 * 7 35 + 9 44 - 3 41      an allowed number, then one to three times:
 #                                          operator, allowed number, result
 #
-# Numbers may be used again; every result must be right and lie in 0..99; the last one must be the target.  A
-# response has 4, 7 or 10 tokens and an EOS.  The median problem has dozens of solutions, so diversity means
-# something; one with three is hard.  Each number is one token: arithmetic is a table, learned in seconds.
+# Numbers may be used again; every result must be right and lie in 0..99; the last one must be the target.
+# The median problem has dozens of solutions, so diversity means something; one with three is hard.  Each
+# number is one token: arithmetic is a table, learned in seconds.
 
 OPERATORS = ("+", "-", "*")
 MAX_OPS = 3
@@ -124,12 +123,9 @@ def chain_verify(response: str, problem: Problem) -> bool:
 
 @cache
 def chain_solutions() -> tuple[tuple[Problem, ...], np.ndarray, np.ndarray]:
-    """Every problem, every solution, by enumeration of all chains (under a second).
-
-    Returns the P problems, sorted; solutions as (S, 11) token ids with EOS and padding, sorted by problem
-    and then length; and (P, 4) offsets: solutions of problem p with k operations are rows
-    offset[p, k-1] : offset[p, k].
-    """
+    """Every problem, every solution, by enumeration of all chains (under a second): the P problems, sorted;
+    solutions as (S, 11) token ids with EOS and padding; and (P, 4) offsets: solutions of problem p with k
+    operations are rows offset[p, k-1] : offset[p, k]."""
     num = VOCABULARY.index("0")
     ops = np.array([VOCABULARY.index(o) for o in OPERATORS])
     subsets = np.array(list(combinations(NUMBERS, 4)))
@@ -145,19 +141,18 @@ def chain_solutions() -> tuple[tuple[Problem, ...], np.ndarray, np.ndarray]:
         text = np.concatenate([text, np.stack([ops[op], b + num, value + num], 1)], 1)
         ok = (value >= 0) & (value <= 99)
         which, value, text = which[ok], value[ok], text[ok]
-        hit = (value >= TARGETS.start) & (value < TARGETS.stop)
+        hit = np.isin(value, TARGETS)
         rows = np.full((hit.sum(), 3 * MAX_OPS + 2), VOCABULARY.index(PAD))
         rows[:, : text.shape[1]] = text[hit]
         rows[:, text.shape[1]] = VOCABULARY.index(EOS)
-        found.append((which[hit] * 100 + value[hit], np.full(hit.sum(), k), rows))
-    key, length, rows = (np.concatenate(x) for x in zip(*found))
-    order = np.lexsort((length, key))
-    key, length, rows = key[order], length[order], rows[order]
-    names = np.unique(key)
+        found.append((which[hit] * 400 + value[hit] * 4 + k, rows))
+    rank, rows = (np.concatenate(x) for x in zip(*found))  # rank: by problem, then by length
+    order = rank.argsort(kind="stable")
+    names = np.unique(rank // 4)
     asked = [(" ".join(map(str, subsets[x // 100])), str(x % 100)) for x in names]
     problems = tuple(Problem(f"{numbers} {ARROW} {target}", target) for numbers, target in asked)
-    start = np.searchsorted(key * 4 + length, names[:, None] * 4 + np.arange(1, MAX_OPS + 2))
-    return problems, rows, start
+    start = np.searchsorted(rank[order], names[:, None] * 4 + np.arange(1, MAX_OPS + 2))
+    return problems, rows[order], start
 
 
 def _hash(problem: Problem) -> bytes:
@@ -245,12 +240,11 @@ def load_model(
     attention: str = "sdpa",
     device: str | torch.device = "cpu",
 ) -> tuple[nn.Module, Any]:
-    """A causal LM and its tokenizer, from a folder or by hub id; safetensors only.  In eval mode.
+    """A causal LM in eval mode and its tokenizer, from a folder or by hub id; safetensors only.
 
-    What is random in training mode is set to 0 (`_still`).  A tokenizer without a pad token that the model
-    knows pads with its EOS, which is safe because masks go by position (`response_mask`).  A model without
-    sdpa attention gets eager attention, and a line says so.  Raises ValueError, with the remedy, on anything
-    that is not such a model, and on what `_check_policy` finds.
+    A tokenizer without a pad token that the model knows pads with its EOS, which is safe because masks go by
+    position (`response_mask`).  A model without sdpa attention gets eager attention, and a line says so.
+    Raises ValueError on anything that is not such a model, and on what `_check_policy` finds.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -272,8 +266,7 @@ def load_model(
         if attention == "sdpa" and "scaled_dot_product_attention" in reason:
             print(f"{name}: has no sdpa attention; eager, which needs more memory, is used", file=sys.stderr)
             return load_model(name, dtype, trust_remote_code, "eager", device)
-        hint = next((h for word, h in LOAD_HINTS.items() if word in reason.lower()), "")
-        raise ValueError(f"{name}: cannot be loaded as a causal LM ({reason}){hint}") from None
+        raise ValueError(f"{name}: cannot be loaded as a causal LM ({reason})") from None
     known = model.get_input_embeddings().weight.shape[0]
     if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= known:
         raise ValueError(f"{name}: its tokenizer has no EOS token that the model knows; set eos_token")
@@ -282,14 +275,6 @@ def load_model(
     model = model.to(device).eval()
     _check_policy(name, TorchEngine(model, tokenizer))
     return model, tokenizer
-
-
-LOAD_HINTS = {  # a word of the error: what to do about it
-    "trust_remote_code": "; if you trust its authors: --trust-remote-code",
-    "safetensors": "; only safetensors weights are read: convert with save_pretrained",
-    "flash": "; try --attention sdpa",
-    "connect": "; download it first, and give the folder",
-}
 
 
 def _still(config: Any) -> None:
@@ -660,8 +645,6 @@ def response_mask(ids: Tensor, stops: int | Sequence[int]) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------
 # 6. Sampling
 
-SampleHook = Callable[[Tensor, int, Tensor, "Generator | None"], Any]  # see `grpo.Method.sample`
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -672,7 +655,7 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0  # evaluation only: the gradient of a policy sampled from a nucleus is biased
     entropy: bool = False  # keep H of the distribution that each token was drawn from
-    hook: SampleHook | None = None  # may choose the tokens instead
+    hook: Callable[..., Any] | None = None  # may choose the tokens instead: `grpo.Method.sample`
 
 
 class Engine:
@@ -731,11 +714,8 @@ def stop_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
 @dataclass
 class TorchEngine(Engine):
     """Our own loop on a `transformers` model: the one that is trained, or a whole copy of it where the
-    trained weights are split.  Works everywhere, and is the faster one for tiny models.
-
-    Rows of the embeddings beyond the tokenizer's vocabulary count too: they are part of the softmax that is
-    trained, and decode to nothing.
-    """
+    trained weights are split.  Rows of the embeddings beyond the tokenizer's vocabulary count too: they are
+    part of the softmax that is trained, and decode to nothing."""
 
     model: nn.Module
     tokenizer: Any
@@ -779,8 +759,8 @@ class TorchEngine(Engine):
         from transformers import DynamicCache
 
         (B, T), device, pad = uniform.shape, uniform.device, self.tokenizer.pad_token_id
-        first, last = int(rows[0]) // how.n, int(rows[-1]) // how.n
-        owner, number = rows.to(device) // how.n - first, rows.to(device) % how.n  # (B,)
+        first, last, rows = int(rows[0]) // how.n, int(rows[-1]) // how.n, rows.to(device)
+        owner, number = rows // how.n - first, rows % how.n  # (B,)
         read = [torch.tensor(p) for p in prompts[first : last + 1]]
         length = torch.tensor([len(p) for p in read], device=device)
         read = nn.utils.rnn.pad_sequence(read, True, pad, "left").to(device)  # (P, L)
@@ -947,15 +927,13 @@ class VllmEngine(Engine):
     """`Engine` on vLLM 0.26 to 0.32, through its public interface only, for a model's folder or hub id.
 
     Weights are held in `dtype`, to which `push` converts; `gpu_memory` is the share of the device for weights
-    and KV cache (a CPU has a cache of 0.5 GiB).  With `sleeps` a GPU's engine gives its memory back during
-    updates, weights included.
+    and KV cache (a CPU has 0.5 GiB).  With `sleeps` a GPU's engine gives all of it back during updates.
 
     Of several ranks each has an engine, or `tensor_parallel` neighbours share one, for which all sample the
     prompts of all and keep their own.  A rank's part of it is in the rank's own process, so that `push` needs
     neither files nor CUDA IPC.  One engine at a time in a process: vLLM keeps its groups in globals.
 
-    Deterministic: the engine seeds itself from one draw of `generator`, and forgets cached prefixes before
-    every call.
+    Deterministic: it seeds itself from one draw of `generator`, and forgets cached prefixes before a call.
     """
 
     copies = True
@@ -1701,26 +1679,23 @@ def warm_policy(
 ) -> tuple[nn.Module, Any]:
     """The embedded policy after its warm start, float32 on the CPU, and its tokenizer.  Made once, then read
     from a cache, whose key is a hash of the settings, the files with the code, and the versions.
-
-    It trains with one thread, since their number changes rounding.  A cached file that cannot be read is made
-    anew; a cache that cannot be written is reported, not fatal.
-    """
+    It trains with one thread, since their number changes rounding."""
     import transformers
     from safetensors.torch import load_model, save_model
 
-    tokenizer, shape = tiny_tokenizer(), TinyModel()
+    tokenizer = tiny_tokenizer()
     code = [Path(inspect.getfile(x)).read_text() for x in (head_token_stats, Policy, warm_policy)]
     versions = [torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability()]
-    key = hashlib.sha256(repr([how, shape, code, versions]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr([how, code, versions]).encode()).hexdigest()[:16]
     path = (folder or cache_folder()) / f"warm-{key}.safetensors"
-    model = shape.build(tokenizer, how.seed).eval()
+    model = TinyModel().build(tokenizer, how.seed).eval()
     if path.exists():
         try:
             load_model(model, path)
             return model, tokenizer
         except Exception as error:  # a truncated file: safetensors has its own error class
             print(f"warm start: {path} cannot be read ({error}); making it anew", file=sys.stderr)
-            model = shape.build(tokenizer, how.seed).eval()  # a part of the file may have been loaded already
+            model = TinyModel().build(tokenizer, how.seed).eval()  # without what was loaded
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
