@@ -668,9 +668,9 @@ class Engine:
     copies = False  # its weights are a copy, which `push` renews
 
     def sample(self, prompts: list[list[int]], how: Sampling, generator: Generator | None = None) -> Tokens:
-        """`how.n` responses to each prompt, in order.  All randomness comes from `generator`, which lives on
-        `device`.  An engine that cannot run a hook raises ValueError; one that does not see the whole
-        distribution gives -log π of the drawn token for H: their expectations are equal."""
+        """`how.n` responses to each prompt, in order; all randomness comes from `generator`, on `device`.  An
+        engine that does not see the whole distribution gives -log π of the drawn token for H: their
+        expectations are equal."""
         raise NotImplementedError
 
     def push(self, named: Iterable[tuple[str, Tensor]]) -> None:
@@ -704,8 +704,7 @@ class Engine:
 
 
 def stop_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends a response: the tokenizer's EOS and those of the model's generation config (chat
-    models have several)."""
+    """Every token that ends a response: the tokenizer's EOS, and more in chat models' generation config."""
     more = getattr(generation_config, "eos_token_id", None)
     more = [more] if isinstance(more, int) else list(more or [])
     return [i for i in dict.fromkeys([tokenizer.eos_token_id, *more]) if i is not None]
@@ -878,11 +877,10 @@ def _guarded(seed: int, device: torch.device) -> Iterator[None]:
     """vLLM shares this process: here it finds autocast off and global generators, from which it draws,
     seeded, and leaves them as they were.
 
-    On a CPU `torch.compile` is off (10 s for two small functions), and Linear layers keep their weights:
-    vLLM would repack them, after which `load_weights` raises and `reload_weights` changes nothing, without an
-    error (0.32).  What it does to the whole process is undone: a `torch.set_num_threads` that does nothing,
-    LD_PRELOAD and LOCAL_WORLD_SIZE overwritten.
-    """
+    On a CPU `torch.compile` is off (10 s for two small functions), Linear layers keep their weights, which
+    vLLM would repack (then `load_weights` raises, and `reload_weights` changes nothing, without an error:
+    0.32), and what it does to the process is undone: `torch.set_num_threads` made a function that does
+    nothing, LD_PRELOAD and LOCAL_WORLD_SIZE overwritten."""
     cpu, own = device.type == "cpu", {}
     with ExitStack() as stack:
         stack.callback(random.setstate, random.getstate())
@@ -931,10 +929,7 @@ class VllmEngine(Engine):
 
     Of several ranks each has an engine, or `tensor_parallel` neighbours share one, for which all sample the
     prompts of all and keep their own.  A rank's part of it is in the rank's own process, so that `push` needs
-    neither files nor CUDA IPC.  One engine at a time in a process: vLLM keeps its groups in globals.
-
-    Deterministic: it seeds itself from one draw of `generator`, and forgets cached prefixes before a call.
-    """
+    neither files nor CUDA IPC.  One engine at a time in a process: vLLM keeps its groups in globals."""
 
     copies = True
 
@@ -1003,7 +998,7 @@ class VllmEngine(Engine):
         if longest + how.max_new_tokens > self.max_model_len:  # vLLM would cut the response short
             text = f"a prompt of {longest} tokens and max_new_tokens {how.max_new_tokens}"
             raise ValueError(f"{text} exceed the engine's max_model_len {self.max_model_len}")
-        seed = int(torch.randint(2**31, (1,), generator=generator, device=self.device))
+        seed = int(torch.randint(2**31, (1,), generator=generator, device=self.device))  # repeats exactly
         parts: list[Any] = [(prompts, seed)]
         if self.group is not None:  # neighbours that share the engine feed it the same requests and seed
             parts = [None] * self.group.size()
@@ -1083,11 +1078,11 @@ def check_push(
     engine: Engine, policy: Policy, prompt_ids: list[int], dtype: torch.dtype, tolerance: float | None = None
 ) -> float:
     """After a push: do engine and trainer hold the same policy?  Returns max |Δ log π| over eight answers of
-    the engine to one prompt, always under the same seed; 0 for an engine without a copy.  Raises RuntimeError
-      - where one token differs by more than `tolerance` nats, or the mean by more than a fifth of it.
-        float32 agrees to 2e-6.  In bfloat16 a logit between 16 and 32 is a multiple of 1/8 and every layer
-        adds to that: with the same weights, 12 random layers differ by 0.13 at most and 0.03 on average, and
-        24 with logits of standard deviation 7 by 1.1 and 0.13, which need a larger `tolerance`;
+    the engine to one prompt, always under the same seed; 0 for any other engine.  Raises RuntimeError
+      - where one token differs by more than `tolerance` nats, or the mean by more than a fifth of it.  With
+        the same weights float32 agrees to 2e-6.  In bfloat16, where a logit between 16 and 32 is a multiple
+        of 1/8, 12 random layers differ by 0.13 at most and 0.03 on average, and 24 with logits of standard
+        deviation 7 by 1.1 and 0.13, which need a larger `tolerance`;
       - where the engine repeats its last answer bit for bit while the trainer's score of it has moved by a
         hundredth of the tolerance since: weights that lag behind by less than bfloat16's noise.
     """
@@ -1612,8 +1607,6 @@ def grade(completion: str, answer: str) -> bool:
 # ------------------------------------------------------------------------------------------------------------
 # 10. Warm start
 
-Bar = Callable[[Iterable[int]], Iterable[int]]  # a progress bar, or `iter`
-
 
 @dataclass(frozen=True)
 class WarmStart:
@@ -1648,7 +1641,7 @@ def _train_prompts() -> tuple[Tensor, Tensor]:
     return prompts, torch.tensor([i for i, p in enumerate(problems) if not _held_out(p)])
 
 
-def supervised(model: nn.Module, how: WarmStart, progress: Bar = iter) -> float:
+def supervised(model: nn.Module, how: WarmStart, progress: Callable[..., Any] = iter) -> float:
     """Minimise the cross-entropy of right chains; returns the last batch's loss in nats per token."""
     generator = Generator().manual_seed(how.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=how.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -1675,7 +1668,7 @@ def cache_folder() -> Path:
 
 
 def warm_policy(
-    how: WarmStart = WarmStart(), folder: Path | None = None, progress: Bar = iter
+    how: WarmStart = WarmStart(), folder: Path | None = None, progress: Callable[..., Any] = iter
 ) -> tuple[nn.Module, Any]:
     """The embedded policy after its warm start, float32 on the CPU, and its tokenizer.  Made once, then read
     from a cache, whose key is a hash of the settings, the files with the code, and the versions.
