@@ -12,10 +12,9 @@ starts broad, and a verifier, not seven billion parameters: a transformer of 0.1
         9  rewards: is this answer that answer, in 1.5 s a comparison at most, whatever the answer is
        10  the warm start: supervised learning on random right chains; a policy often wrong and very diverse
 
-Left out: responses of several turns, tools, code that is run to be judged, reward models; in our own sampling
-loop stop strings, paged attention and continuous batching.
+Left out: responses of several turns, tools, code that is run to be judged, reward models.
 
-Run `python rollout.py` to see problems, answers, and where the policy is unsure.
+    python rollout.py     problems, answers, and where the policy is unsure
 """
 
 from __future__ import annotations
@@ -87,9 +86,9 @@ class Task:
 #   response   5 * 7 35 + 9 44 - 3 41      an allowed number, then one to three times:
 #                                          operator, allowed number, result
 #
-# Numbers may be used again; every result must be right and lie in 0..99; the last one must be the target.  A
-# response has 4, 7 or 10 tokens and an EOS.  The median problem has dozens of solutions, so diversity means
-# something; one with three is hard.  Each number is one token: arithmetic is a table, learned in seconds.
+# Numbers may be used again; every result must be right and lie in 0..99; the last one must be the target.
+# The median problem has dozens of solutions, so diversity means something; one with three is hard.  Each
+# number is one token: arithmetic is a table, learned in seconds.
 
 OPERATORS = ("+", "-", "*")
 MAX_OPS = 3
@@ -116,12 +115,9 @@ def chain_verify(response: str, problem: Problem) -> bool:
 
 @cache
 def chain_solutions() -> tuple[tuple[Problem, ...], np.ndarray, np.ndarray]:
-    """Every problem, every solution, by enumeration of all chains (under a second).
-
-    Returns the P problems, sorted; solutions as (S, 11) token ids with EOS and padding, sorted by problem
-    and then length; and (P, 4) offsets: solutions of problem p with k operations are rows
-    offset[p, k-1] : offset[p, k].
-    """
+    """Every problem, every solution, by enumeration of all chains (under a second): the P problems, sorted;
+    solutions as (S, 11) token ids with EOS and padding; and (P, 4) offsets: solutions of problem p with k
+    operations are rows offset[p, k-1] : offset[p, k]."""
     num = VOCABULARY.index("0")
     ops = np.array([VOCABULARY.index(o) for o in OPERATORS])
     subsets = np.array(list(combinations(NUMBERS, 4)))
@@ -137,19 +133,18 @@ def chain_solutions() -> tuple[tuple[Problem, ...], np.ndarray, np.ndarray]:
         text = np.concatenate([text, np.stack([ops[op], b + num, value + num], 1)], 1)
         ok = (value >= 0) & (value <= 99)
         which, value, text = which[ok], value[ok], text[ok]
-        hit = (value >= TARGETS.start) & (value < TARGETS.stop)
+        hit = np.isin(value, TARGETS)
         rows = np.full((hit.sum(), 3 * MAX_OPS + 2), VOCABULARY.index(PAD))
         rows[:, : text.shape[1]] = text[hit]
         rows[:, text.shape[1]] = VOCABULARY.index(EOS)
-        found.append((which[hit] * 100 + value[hit], np.full(hit.sum(), k), rows))
-    key, length, rows = (np.concatenate(x) for x in zip(*found))
-    order = np.lexsort((length, key))
-    key, length, rows = key[order], length[order], rows[order]
-    names = np.unique(key)
+        found.append((which[hit] * 400 + value[hit] * 4 + k, rows))
+    rank, rows = (np.concatenate(x) for x in zip(*found))  # rank: by problem, then by length
+    order = rank.argsort(kind="stable")
+    names = np.unique(rank // 4)
     asked = [(" ".join(map(str, subsets[x // 100])), str(x % 100)) for x in names]
     problems = tuple(Problem(f"{numbers} {ARROW} {target}", target) for numbers, target in asked)
-    start = np.searchsorted(key * 4 + length, names[:, None] * 4 + np.arange(1, MAX_OPS + 2))
-    return problems, rows, start
+    start = np.searchsorted(rank[order], names[:, None] * 4 + np.arange(1, MAX_OPS + 2))
+    return problems, rows[order], start
 
 
 def _hash(problem: Problem) -> bytes:
@@ -237,12 +232,11 @@ def load_model(
     attention: str = "sdpa",
     device: str | torch.device = "cpu",
 ) -> tuple[nn.Module, Any]:
-    """A causal LM and its tokenizer, from a folder or by hub id; safetensors only.  In eval mode.
+    """A causal LM in eval mode and its tokenizer, from a folder or by hub id; safetensors only.
 
-    What is random in training mode is set to 0 (`_still`).  A tokenizer without a pad token that the model
-    knows pads with its EOS, which is safe because masks go by position (`response_mask`).  A model without
-    sdpa attention gets eager attention, and a line says so.  Raises ValueError, with the remedy, on anything
-    that is not such a model, and on what `_check_policy` finds.
+    A tokenizer without a pad token that the model knows pads with its EOS, which is safe because masks go by
+    position (`response_mask`).  A model without sdpa attention gets eager attention, and a line says so.
+    Raises ValueError on anything that is not such a model, and on what `_check_policy` finds.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -264,8 +258,7 @@ def load_model(
         if attention == "sdpa" and "scaled_dot_product_attention" in reason:
             print(f"{name}: has no sdpa attention; eager, which needs more memory, is used", file=sys.stderr)
             return load_model(name, dtype, trust_remote_code, "eager", device)
-        hint = next((h for word, h in LOAD_HINTS.items() if word in reason.lower()), "")
-        raise ValueError(f"{name}: cannot be loaded as a causal LM ({reason}){hint}") from None
+        raise ValueError(f"{name}: cannot be loaded as a causal LM ({reason})") from None
     known = model.get_input_embeddings().weight.shape[0]
     if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= known:
         raise ValueError(f"{name}: its tokenizer has no EOS token that the model knows; set eos_token")
@@ -274,14 +267,6 @@ def load_model(
     model = model.to(device).eval()
     _check_policy(name, TorchEngine(model, tokenizer))
     return model, tokenizer
-
-
-LOAD_HINTS = {  # a word of the error: what to do about it
-    "trust_remote_code": "; if you trust its authors: --trust-remote-code",
-    "safetensors": "; only safetensors weights are read: convert with save_pretrained",
-    "flash": "; try --attention sdpa",
-    "connect": "; download it first, and give the folder",
-}
 
 
 def _still(config: Any) -> None:
@@ -600,8 +585,6 @@ def response_mask(ids: Tensor, stops: int | Sequence[int]) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------
 # 6. Sampling
 
-SampleHook = Callable[[Tensor, int, Tensor, "Generator | None"], Any]  # see `grpo.Method.sample`
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -612,7 +595,7 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0  # evaluation only: the gradient of a policy sampled from a nucleus is biased
     entropy: bool = False  # keep H of the distribution that each token was drawn from
-    hook: SampleHook | None = None  # may choose the tokens instead
+    hook: Callable[..., Any] | None = None  # may choose the tokens instead: `grpo.Method.sample`
 
 
 class Engine:
@@ -625,9 +608,9 @@ class Engine:
     copies = False  # its weights are a copy, which `push` renews
 
     def sample(self, prompts: list[list[int]], how: Sampling, generator: Generator | None = None) -> Tokens:
-        """`how.n` responses to each prompt, in order.  All randomness comes from `generator`, which lives on
-        `device`.  An engine that cannot run a hook raises ValueError; one that does not see the whole
-        distribution gives -log π of the drawn token for H: their expectations are equal."""
+        """`how.n` responses to each prompt, in order; all randomness comes from `generator`, on `device`.  An
+        engine that does not see the whole distribution gives -log π of the drawn token for H: their
+        expectations are equal."""
         raise NotImplementedError
 
     def push(self, named: Iterable[tuple[str, Tensor]]) -> None:
@@ -661,8 +644,7 @@ class Engine:
 
 
 def stop_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends a response: the tokenizer's EOS and those of the model's generation config (chat
-    models have several)."""
+    """Every token that ends a response: the tokenizer's EOS, and more in chat models' generation config."""
     more = getattr(generation_config, "eos_token_id", None)
     more = [more] if isinstance(more, int) else list(more or [])
     return [i for i in dict.fromkeys([tokenizer.eos_token_id, *more]) if i is not None]
@@ -671,11 +653,8 @@ def stop_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
 @dataclass
 class TorchEngine(Engine):
     """Our own loop on a `transformers` model: the one that is trained, or a whole copy of it where the
-    trained weights are split.  Works everywhere, and is the faster one for tiny models.
-
-    Rows of the embeddings beyond the tokenizer's vocabulary count too: they are part of the softmax that is
-    trained, and decode to nothing.
-    """
+    trained weights are split.  Rows of the embeddings beyond the tokenizer's vocabulary count too: they are
+    part of the softmax that is trained, and decode to nothing."""
 
     model: nn.Module
     tokenizer: Any
@@ -719,8 +698,8 @@ class TorchEngine(Engine):
         from transformers import DynamicCache
 
         (B, T), device, pad = uniform.shape, uniform.device, self.tokenizer.pad_token_id
-        first, last = int(rows[0]) // how.n, int(rows[-1]) // how.n
-        owner, number = rows.to(device) // how.n - first, rows.to(device) % how.n  # (B,)
+        first, last, rows = int(rows[0]) // how.n, int(rows[-1]) // how.n, rows.to(device)
+        owner, number = rows // how.n - first, rows % how.n  # (B,)
         read = [torch.tensor(p) for p in prompts[first : last + 1]]
         length = torch.tensor([len(p) for p in read], device=device)
         read = nn.utils.rnn.pad_sequence(read, True, pad, "left").to(device)  # (P, L)
@@ -838,11 +817,10 @@ def _guarded(seed: int, device: torch.device) -> Iterator[None]:
     """vLLM shares this process: here it finds autocast off and global generators, from which it draws,
     seeded, and leaves them as they were.
 
-    On a CPU `torch.compile` is off (10 s for two small functions), and Linear layers keep their weights:
-    vLLM would repack them, after which `load_weights` raises and `reload_weights` changes nothing, without an
-    error (0.32).  What it does to the whole process is undone: a `torch.set_num_threads` that does nothing,
-    LD_PRELOAD and LOCAL_WORLD_SIZE overwritten.
-    """
+    On a CPU `torch.compile` is off (10 s for two small functions), Linear layers keep their weights, which
+    vLLM would repack (then `load_weights` raises, and `reload_weights` changes nothing, without an error:
+    0.32), and what it does to the process is undone: `torch.set_num_threads` made a function that does
+    nothing, LD_PRELOAD and LOCAL_WORLD_SIZE overwritten."""
     cpu, own = device.type == "cpu", {}
     with ExitStack() as stack:
         stack.callback(random.setstate, random.getstate())
@@ -887,16 +865,11 @@ class VllmEngine(Engine):
     """`Engine` on vLLM 0.26 to 0.32, through its public interface only, for a model's folder or hub id.
 
     Weights are held in `dtype`, to which `push` converts; `gpu_memory` is the share of the device for weights
-    and KV cache (a CPU has a cache of 0.5 GiB).  With `sleeps` a GPU's engine gives its memory back during
-    updates, weights included.
+    and KV cache (a CPU has 0.5 GiB).  With `sleeps` a GPU's engine gives all of it back during updates.
 
     Of several ranks each has an engine, or `tensor_parallel` neighbours share one, for which all sample the
     prompts of all and keep their own.  A rank's part of it is in the rank's own process, so that `push` needs
-    neither files nor CUDA IPC.  One engine at a time in a process: vLLM keeps its groups in globals.
-
-    Deterministic: the engine seeds itself from one draw of `generator`, and forgets cached prefixes before
-    every call.
-    """
+    neither files nor CUDA IPC.  One engine at a time in a process: vLLM keeps its groups in globals."""
 
     copies = True
 
@@ -965,7 +938,7 @@ class VllmEngine(Engine):
         if longest + how.max_new_tokens > self.max_model_len:  # vLLM would cut the response short
             text = f"a prompt of {longest} tokens and max_new_tokens {how.max_new_tokens}"
             raise ValueError(f"{text} exceed the engine's max_model_len {self.max_model_len}")
-        seed = int(torch.randint(2**31, (1,), generator=generator, device=self.device))
+        seed = int(torch.randint(2**31, (1,), generator=generator, device=self.device))  # repeats exactly
         parts: list[Any] = [(prompts, seed)]
         if self.group is not None:  # neighbours that share the engine feed it the same requests and seed
             parts = [None] * self.group.size()
@@ -1045,11 +1018,11 @@ def check_push(
     engine: Engine, policy: Policy, prompt_ids: list[int], dtype: torch.dtype, tolerance: float | None = None
 ) -> float:
     """After a push: do engine and trainer hold the same policy?  Returns max |Δ log π| over eight answers of
-    the engine to one prompt, always under the same seed; 0 for an engine without a copy.  Raises RuntimeError
-      - where one token differs by more than `tolerance` nats, or the mean by more than a fifth of it.
-        float32 agrees to 2e-6.  In bfloat16 a logit between 16 and 32 is a multiple of 1/8 and every layer
-        adds to that: with the same weights, 12 random layers differ by 0.13 at most and 0.03 on average, and
-        24 with logits of standard deviation 7 by 1.1 and 0.13, which need a larger `tolerance`;
+    the engine to one prompt, always under the same seed; 0 for any other engine.  Raises RuntimeError
+      - where one token differs by more than `tolerance` nats, or the mean by more than a fifth of it.  With
+        the same weights float32 agrees to 2e-6.  In bfloat16, where a logit between 16 and 32 is a multiple
+        of 1/8, 12 random layers differ by 0.13 at most and 0.03 on average, and 24 with logits of standard
+        deviation 7 by 1.1 and 0.13, which need a larger `tolerance`;
       - where the engine repeats its last answer bit for bit while the trainer's score of it has moved by a
         hundredth of the tolerance since: weights that lag behind by less than bfloat16's noise.
     """
@@ -1378,8 +1351,6 @@ def grade(completion: str, answer: str) -> bool:
 # ------------------------------------------------------------------------------------------------------------
 # 10. Warm start
 
-Bar = Callable[[Iterable[int]], Iterable[int]]  # a progress bar, or `iter`
-
 
 @dataclass(frozen=True)
 class WarmStart:
@@ -1414,7 +1385,7 @@ def _train_prompts() -> tuple[Tensor, Tensor]:
     return prompts, torch.tensor([i for i, p in enumerate(problems) if not _held_out(p)])
 
 
-def supervised(model: nn.Module, how: WarmStart, progress: Bar = iter) -> float:
+def supervised(model: nn.Module, how: WarmStart, progress: Callable[..., Any] = iter) -> float:
     """Minimise the cross-entropy of right chains; returns the last batch's loss in nats per token."""
     generator = Generator().manual_seed(how.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=how.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -1441,30 +1412,27 @@ def cache_folder() -> Path:
 
 
 def warm_policy(
-    how: WarmStart = WarmStart(), folder: Path | None = None, progress: Bar = iter
+    how: WarmStart = WarmStart(), folder: Path | None = None, progress: Callable[..., Any] = iter
 ) -> tuple[nn.Module, Any]:
     """The embedded policy after its warm start, float32 on the CPU, and its tokenizer.  Made once, then read
     from a cache, whose key is a hash of the settings, the files with the code, and the versions.
-
-    It trains with one thread, since their number changes rounding.  A cached file that cannot be read is made
-    anew; a cache that cannot be written is reported, not fatal.
-    """
+    It trains with one thread, since their number changes rounding."""
     import transformers
     from safetensors.torch import load_model, save_model
 
-    tokenizer, shape = tiny_tokenizer(), TinyModel()
+    tokenizer = tiny_tokenizer()
     code = [Path(inspect.getfile(x)).read_text() for x in (head_token_stats, Policy, warm_policy)]
     versions = [torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability()]
-    key = hashlib.sha256(repr([how, shape, code, versions]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr([how, code, versions]).encode()).hexdigest()[:16]
     path = (folder or cache_folder()) / f"warm-{key}.safetensors"
-    model = shape.build(tokenizer, how.seed).eval()
+    model = TinyModel().build(tokenizer, how.seed).eval()
     if path.exists():
         try:
             load_model(model, path)
             return model, tokenizer
         except Exception as error:  # a truncated file: safetensors has its own error class
             print(f"warm start: {path} cannot be read ({error}); making it anew", file=sys.stderr)
-            model = shape.build(tokenizer, how.seed).eval()  # a part of the file may have been loaded already
+            model = TinyModel().build(tokenizer, how.seed).eval()  # without what was loaded
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
