@@ -9,8 +9,7 @@ starts broad, and a verifier, not seven billion parameters: a transformer of 0.1
         5  masks: the first EOS belongs to the response and nothing after it does
         6  sampling: batched, KV-cached, from the exact softmax at a temperature; top-p in evaluations only
         7  vLLM: the same from a production engine in this process, and a check that pushes arrived
-        9  rewards: is this answer that answer, in 1.5 s a comparison at most, whatever the answer is
-       10  the warm start: supervised learning on random right chains; a policy often wrong and very diverse
+        8  the warm start: supervised learning on random right chains; a policy often wrong and very diverse
 
 Left out: responses of several turns, tools, code that is run to be judged, reward models.
 
@@ -19,28 +18,22 @@ Left out: responses of several turns, tools, code that is run to be judged, rewa
 
 from __future__ import annotations
 
-import atexit
 import codecs
 import csv
 import gc
 import hashlib
-import importlib.util
 import inspect
 import json
 import math
 import os
-import queue
 import random
 import re
-import signal
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import cache, lru_cache
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -52,7 +45,7 @@ import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
 from entropy_math import head_token_stats
-from grpo import Policy, Tokens, cache_arguments
+from grpo import LONGEST_ANSWER, Policy, Tokens, cache_arguments, last_boxed, plain_answer, shared_grader
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Problems
@@ -1047,309 +1040,7 @@ def check_push(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 9. Verified rewards for mathematics
-#
-# Is this answer that answer?  **math-verify** (sympy) is the judge.  What is ours stands around it:
-#
-#   before   The last complete \boxed{} counts, whatever stood in others; a last box that never closes is no
-#            answer.  Without a box math-verify looks behind "answer is" and for the last formula or number.
-#            Equal strings and integers are decided at once.
-#   around   A process of its own, whose fork for each check is killed after 1.5 s: `10^{10^{10}}` or ten
-#            thousand brackets stop nothing but themselves.  A signal would not do: big powers run in C.
-#   after    The decisions in which math-verify is too generous or too literal, a line and a reason each, in
-#            `tidy`, `literal`, `equal` and `near`.  A wrong yes is worse than a wrong no: policies learn it.
-#
-# A list without brackets or in braces is a set: order does not matter, the number of elements does.  In round
-# or square brackets order matters.  `1,234` is one number, `100, 200` are two.  No inequality is an interval.
-
-LONGEST_ANSWER = 500  # characters; the longest reference of the six benchmarks has 204
-LONGEST_WRITTEN = 2000  # of an answer, or of the end of a completion without a box, that are parsed
-
-
-def last_boxed(text: str) -> str | None:
-    """What stands in the last \\boxed{} (or \\fbox{}, or `\\boxed 5`); None if there is none that closes."""
-    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    if start < 0:
-        return None
-    rest = text[start:].split("boxed" if text.startswith("\\boxed", start) else "fbox", 1)[1].lstrip()
-    if not rest.startswith("{"):
-        found = re.match(r"[-+]?[\w.]+", rest)
-        return found[0] if found else None
-    depth = 0
-    for token in re.finditer(r"\\.|[{}]", rest, re.DOTALL):  # \{ and \} are letters, but \\ ends before a }
-        depth += (token[0] == "{") - (token[0] == "}")
-        if depth == 0:
-            return rest[1 : token.start()]
-    return None
-
-
-def plain_answer(text: str) -> str:
-    """An answer without dollars, blanks and full stops around it; an integer in its shortest form."""
-    s = " ".join(text.replace("$", "").split()).rstrip(" .")
-    found = re.fullmatch(r"([-+]?)0*(\d{1,3}(?:(?:,|\{,\}|,\\!)\d{3})+|\d+)(?:\.0*)?", s)
-    return found[1].strip("+") + re.sub(r"\D", "", found[2]) if found else s
-
-
-# The text of the next five functions is what the judge's process runs: it imports nothing of ours.
-
-
-def tidy(s: str) -> str:
-    """An answer in the LaTeX that math-verify reads as it is meant."""
-    s = s.replace("{,}", ",").replace("\\varnothing", "\\emptyset").replace("~", " ")
-    s = re.sub(r"(?<!\\)(?:\$|\*\*|`)|\\\$|(?<!\\)\\(?:left|right|displaystyle|[,!;: >])(?![a-z])", " ", s)
-    s = " ".join(s.split()).rstrip(" .,")
-    s = re.sub(r"(?<=\d)(?: ,| ?, )(?=\d{3}(?!\d))", ", ", s)  # 100, 200 are two numbers
-    for word, power in (("thousand", 3), ("million", 6), ("billion", 9)):  # else a unit, which is dropped
-        s = re.sub(rf"(?<=\d)\s*(?:\\text\{{ ?{word} ?\}}|{word})", rf"\\cdot 10^{{{power}}}", s)
-    s = re.sub(r"(?<=\d)[eE]([-+]?\d{1,3})$", r" \\cdot 10^{\1}", s)
-    s = re.sub(r"\\text\{ ?percent ?\}", r"\\%", s)
-    s = re.sub(r"(?<=\d)\\(?:text|mathrm)\{([eidx])\}", r"\1", s)  # 3\mathrm{i} is three times i
-    s = re.sub(r"(?<=[\d}])([a-hj-zA-Z])$", r"(\1)", s)  # 6m is six times m, 6 m are metres
-    s = re.sub(r"(?<=\d)(?: (?!pi|sin|cos|tan|log|sqrt|and|or|percent)[a-z]{3,})+$", "", s)  # 5 dollars
-    s = re.sub(r"(\.\d*)\\overline\{(\d+)\}", lambda found: found[1] + 20 * found[2], s)
-    s = re.sub(r"(?<![\d/.])(\d+) (\d+)/(\d+)$", r"\1\\frac{\2}{\3}", s)  # 2 1/2
-    degrees = r"\s*\^\s*\{?\s*\\circ\s*\}?"
-    s = re.sub(rf"(\\(?:sin|cos|tan|cot|sec|csc)\s*[({{]?\s*)(\d+){degrees}", r"\1\\frac{\2\\pi}{180}", s)
-    s = re.sub(rf"{degrees}( ?[CF]$)?|\s*degrees?$", "", s)  # elsewhere they are a unit
-    return re.sub(r"^[a-zA-Z]\w* ?\\in(?![a-z])", "", s).strip()
-
-
-def literal(candidate: str, reference: str) -> bool | None:
-    """Answers that are no mathematics, compared as text; None where they are mathematics.
-
-    A choice is right, too, with what it stands for behind: \\textbf{(C)}\\ 12 is C.  Of a word algebra would
-    make a product, of a clock time a ratio, of a date a sum."""
-    bare = r"\\(?:text(?:bf|it|rm)?|mbox|math(?:rm|bf|it|sf))\s*\{([^{}]*)\}"
-    a, b = (re.sub(bare, r" \1 ", s.replace("\\pm", "±")) for s in (candidate, reference))
-    a, b = (" ".join(re.sub(r"[().\\]", " ", s).split()) for s in (a, b))
-    if re.fullmatch("[A-Z]", b):
-        return bool(re.match(rf"{b}(?:[ :]|$)(?! ?(?:[-+*/^=<>]|and\b|or\b))", a))
-    clock = r"\d ?: ?\d|\d([-/])\d+\1\d|\d ?[ap] ?m\b"
-    if re.fullmatch(r"[A-Z]{2,}|[A-Za-z' -]{3,}", b) or re.search(clock, a) or re.search(clock, b):
-        return a.casefold().replace(" ", "") == b.casefold().replace(" ", "")
-    return None
-
-
-def same(candidate: str, reference: str, boxed: bool) -> bool:
-    """Whether an answer, or the end of a completion without a box, gives the reference answer."""
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, StringExtractionConfig, parse
-
-    signs = zip("−–∞∪π°×·≤≥±√", "- - \\infty \\cup \\pi ^\\circ \\times \\cdot \\le \\ge \\pm \\sqrt".split())
-    wide = {c: c - 0xFEE0 for c in range(0xFF01, 0xFF5F)} | {0: None}  # full-width brackets, commas, digits
-    table = wide | {ord(a): b + " " * (b > "Z") for a, b in signs}
-    text, gold = candidate.translate(table), tidy(reference.translate(table))
-    configs = [LatexExtractionConfig(), ExprExtractionConfig()]
-    if boxed:
-        if (told := literal(tidy(text), gold)) is not None:
-            return told
-        text, configs = f"${tidy(text)}$", configs[:1]
-    elif literal(gold, gold) is not None:  # only behind "answer", "option" or "choice"
-        wanted, text = (re.sub(r"\\[a-z]+|[(){}*\\]", " ", s).strip() for s in (gold, text))
-        text = re.sub(r"(?i)\b(?:option|choice)\b", "answer", text)
-        words = tuple("ABCDEFGHIJ") if re.fullmatch("[A-Z]", wanted) else (wanted,)
-        strings = StringExtractionConfig(words, try_extract_without_anchor=False, lowercase=False)
-        return parse(text, [strings], extraction_mode="first_match", parsing_timeout=None)[:1] == [wanted]
-    found = parse(text, configs, extraction_mode="first_match", parsing_timeout=None)
-    right = parse(f"${gold}$", configs[:1], parsing_timeout=None)
-    measured = re.search(r"(?:\\times|\\cdot|\*)\s*10\^", gold)  # quantities of minerva, to two digits
-    return bool(found and right) and equal(found[0], right[0], 1e-2 if measured else 1e-4)
-
-
-def equal(x: Any, y: Any, slack: float) -> bool:
-    """Whether two things that math-verify parsed are the same: sets, tuples and intervals element by element,
-    numbers by `near`, all else by `verify`."""
-    from latex2sympy2_extended.logic import And
-    from math_verify import verify
-    from sympy import Basic, Eq, FiniteSet, Interval, Tuple
-    from sympy.core.relational import Relational
-
-    def parts(z: Any) -> list[Any]:  # with repetitions, which sympy's sets drop
-        return list(getattr(z, "_unsorted_args", z.args))
-
-    def sides(z: Any) -> list[Any]:  # of a = b = c
-        chain = parts(z) if isinstance(z, And) else [z]
-        return [side for e in chain for side in (e.args if isinstance(e, Eq) else [e])]
-
-    if isinstance(x, Eq | And) and not x.free_symbols:  # 1 + 1 = 5 is not 5, nor 1 + 1 = 2 what 2 + 2 = 4 is
-        return all(equal(a, b, slack) for a in sides(x) for b in sides(y))
-    if not all(isinstance(z, Relational | And) for z in (x, y)):  # x = 5 says 5, as does 5 = x
-        x, y = ((z.lhs if z.lhs.is_number else z.rhs) if isinstance(z, Eq) else z for z in (x, y))
-    x, y = (parts(z)[0] if isinstance(z, FiniteSet) and len(parts(z)) == 1 else z for z in (x, y))
-    x, y = (Tuple(z.start, z.end) if isinstance(z, Interval) and z.is_open else z for z in (x, y))
-    kind = next((k for k in (FiniteSet, Interval, Tuple) if isinstance(x, k) or isinstance(y, k)), None)
-    if kind and not (isinstance(x, kind) and isinstance(y, kind)):
-        return False  # (1, 2) is neither 1, 2 nor [1, 2]
-    if kind is Interval and (x.left_open, x.right_open) != (y.left_open, y.right_open):
-        return False
-    if kind:
-        ours, rest = ([z.start, z.end] if kind is Interval else parts(z) for z in (x, y))
-        for a in ours:
-            tried = rest if kind is FiniteSet else rest[:1]
-            hit = next((i for i, b in enumerate(tried) if equal(a, b, slack)), None)
-            if hit is None:
-                return False
-            del rest[hit]
-        return not rest
-    if isinstance(x, Basic) and isinstance(y, Basic) and x.is_number and y.is_number:
-        return near(x, y, slack)
-    return verify(y, x, timeout_seconds=None)
-
-
-def near(x: Any, y: Any, slack: float) -> bool:
-    """Whether two sympy numbers are one: relative, as six decimals make all small numbers equal.
-
-    `slack` counts where one is a decimal (but less than one half from an integer); exact numbers are equal or
-    not.  50\\% is 50 and is one half, as problems ask for both."""
-    from sympy import Float, Rational, UnevaluatedExpr
-
-    hundredth = UnevaluatedExpr(Rational(1, 100))  # what math-verify makes of a percent sign
-    percent = x.has(hundredth) - y.has(hundredth)
-    x, y = x.doit(), y.doit()
-    if x == y:
-        return True
-    slack = slack * (1 + 1e-9) if x.has(Float) or y.has(Float) else 1e-20
-    for scaled in {x, x * 100**percent}:
-        gap, size = abs((scaled - y).evalf(30)), abs(y.evalf(30))
-        if gap <= slack * size and not (slack < 1e-2 and y.is_Integer and gap >= 0.5):
-            return True
-    return False
-
-
-def serve() -> None:
-    """The judge's process.  Reads one JSON line {candidate, reference, boxed, seconds, memory} at a time and
-    answers 1 or 0, or once "! why" where it cannot work at all.
-
-    A fork does each check and may be killed: what it did to memory, time or sympy's caches dies with it.
-    Where the system sets no limit on memory, the time limit remains."""
-    warm = ("\\frac{1}{2}", "0.5"), ("x^2-1", "(x-1)(x+1)"), ("\\{1,\\sqrt{2}\\}", "\\{\\sqrt{2},1\\}")
-    try:
-        import resource
-        import select
-
-        fork = os.fork
-        if not all([same(a, b, True) for a, b in warm]):  # grammar and caches are warm before the first fork
-            raise RuntimeError(f"equal expressions were found different among {warm}")
-        same("no answer", "5", False)
-    except Exception as error:
-        print("!", type(error).__name__, " ".join(str(error).split()), flush=True)
-        return
-    for line in sys.stdin:
-        job = json.loads(line)
-        seconds, memory = job.pop("seconds"), job.pop("memory")
-        out, end = os.pipe()
-        child = fork()
-        if child == 0:
-            try:
-                for limit, most in ((resource.RLIMIT_CPU, int(seconds) + 2), (resource.RLIMIT_CORE, 0)):
-                    resource.setrlimit(limit, (most, most))  # ends it even if who would kill it is gone
-                with suppress(OSError, ValueError), open("/proc/self/statm") as file:
-                    most = int(file.read().split()[0]) * resource.getpagesize() + memory
-                    resource.setrlimit(resource.RLIMIT_AS, (most, most))
-                sys.setrecursionlimit(3000)
-                os.write(end, b"1" if same(**job) else b"0")
-            finally:
-                os._exit(0)  # whatever it was: no answer is a no
-        os.close(end)
-        ready, _, _ = select.select([out], [], [], seconds)
-        answer = os.read(out, 1) if ready else b""
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        os.close(out)
-        print("1" if answer == b"1" else "0", flush=True)
-
-
-JUDGE = "\n".join([
-    "from __future__ import annotations", "import json, os, re, signal, sys",
-    "from contextlib import suppress",
-    *map(inspect.getsource, (tidy, literal, same, equal, near, serve)), "serve()",
-])  # fmt: skip
-
-
-class Grader:
-    """Grades completions in `workers` processes.
-
-    Every check has `seconds` of wall time and `memory` bytes beyond what the process has mapped, then it is
-    killed and counts as wrong: no completion makes `grade_all` raise or wait longer than that per check.  Any
-    thread may call it.  The processes start with the object and need a few seconds to import math-verify, in
-    the background; Ctrl-C does not reach them, and they end with this process, however that ends.  Raises
-    ImportError where math-verify is missing, and at the first check where it is broken: else such answers
-    would be wrong in silence.
-    """
-
-    def __init__(self, workers: int | None = None, seconds: float = 1.5, memory: int = 2**30) -> None:
-        if importlib.util.find_spec("math_verify") is None:
-            raise ImportError("grading mathematics needs math-verify: pip install 'entropy-flow[llm]'")
-        self.limits = {"seconds": seconds, "memory": memory}
-        self.check = lru_cache(maxsize=100_000)(self._check)  # many of a group give the same answer
-        self.idle: queue.Queue[subprocess.Popen[str]] = queue.Queue()
-        self.threads = ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1))
-        for _ in range(self.threads._max_workers):
-            self.idle.put(self._start())
-        atexit.register(self.close)
-
-    @staticmethod
-    def _start() -> subprocess.Popen[str]:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        return subprocess.Popen([sys.executable, "-c", JUDGE], text=True, start_new_session=True, **pipes)
-
-    def grade_all(self, completions: Sequence[str], answers: Sequence[str]) -> list[bool]:
-        """Whether each completion gives its answer, in order."""
-        boxed = ["\\boxed" in text or "\\fbox" in text for text in completions]
-        end = slice(-LONGEST_WRITTEN, None)
-        given = [(last_boxed(t) or "") if box else t[end] for t, box in zip(completions, boxed)]
-        return list(self.threads.map(self.check, given, answers, boxed))
-
-    def _check(self, candidate: str, reference: str, boxed: bool) -> bool:
-        if boxed:
-            a, b = plain_answer(candidate), plain_answer(reference)
-            if a == b or not a or len(a) > LONGEST_WRITTEN or all(re.fullmatch(r"-?\d+", s) for s in (a, b)):
-                return a == b
-        job = {"candidate": candidate, "reference": reference, "boxed": boxed, **self.limits}
-        server = self.idle.get()
-        try:
-            with suppress(OSError):
-                server.stdin.write(json.dumps(job) + "\n")
-                server.stdin.flush()
-            said = server.stdout.readline()
-            if not said or said.startswith("!"):  # the server itself is gone: someone killed it, or see below
-                server.kill()
-                server.wait()
-                with suppress(OSError):
-                    server.stdin.close()  # with what it did not read
-                server = self._start()
-        finally:
-            self.idle.put(server)
-        if said.startswith("!"):
-            raise ImportError(
-                f"grading mathematics: math-verify does not work here: {said[1:].strip()}\n"
-                "  install it again: pip install --force-reinstall 'entropy-flow[llm]'"
-            )
-        return said.strip() == "1"
-
-    def close(self) -> None:
-        """End the processes."""
-        atexit.unregister(self.close)
-        self.threads.shutdown(wait=True)
-        while not self.idle.empty():
-            server = self.idle.get()
-            server.kill()
-            server.communicate()
-
-
-@cache
-def shared_grader() -> Grader:
-    """The one that `grade` and `math_task` use, started at first use."""
-    return Grader()
-
-
-def grade(completion: str, answer: str) -> bool:
-    """Whether a completion ends in the reference answer.  Any strings; nothing is raised; at most about two
-    seconds."""
-    return shared_grader().grade_all([completion], [answer])[0]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 10. Warm start
+# 8. Warm start
 
 
 @dataclass(frozen=True)
@@ -1451,7 +1142,7 @@ def warm_policy(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 11. Demonstration
+# 9. Demonstration
 
 
 def main() -> None:

@@ -1105,7 +1105,7 @@ def load_task_and_policy(
                 model, tokenizer = rollout.warm_policy(rollout.WarmStart(seed=s.seed), progress=bar)
             ranks.all(None)
         return rollout.chain_task(s.eval_problems), model.to(device), tokenizer
-    rollout.shared_grader()  # without its package nothing is loaded
+    grpo.shared_grader()  # without its package nothing is loaded
     bare = s.lora and ranks.world == 1  # frozen weights need no float32 master
     dtype = str(compute_dtype(s, device)).removeprefix("torch.") if bare else "float32"
     place = "cpu" if sharded(s, device, ranks) else device

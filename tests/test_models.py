@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from test_train import draw_batch, gradient, short_answers, small_world, update
 
 import eval
+import grpo
 import rollout
 import train
 from grpo import Policy, Tokens, _attention, concat_padded
@@ -837,7 +838,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_named(lm, model_folder, data_f
 
 def test_without_math_verify_nothing_is_loaded(lm, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(rollout, "shared_grader", rollout.Grader)
+    monkeypatch.setattr(grpo, "shared_grader", grpo.Grader)
     monkeypatch.setattr(rollout, "load_model", None)
     code, rows, folder = lm("--method", "grpo")
     err = capsys.readouterr().err

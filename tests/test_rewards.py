@@ -19,11 +19,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("math_verify")
 
-import rollout  # noqa: E402
-from grpo import REWARDS, SPURIOUS, overlong_penalty  # noqa: E402
-from rollout import Grader, grade, last_boxed, plain_answer  # noqa: E402
+import grpo  # noqa: E402
+from grpo import REWARDS, SPURIOUS, Grader, grade, last_boxed, overlong_penalty, plain_answer  # noqa: E402
 
-ROOT = Path(rollout.__file__).parent
+ROOT = Path(grpo.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +80,7 @@ def test_without_a_box_the_last_claim_counts_then_the_last_formula(grader, text,
 
 @given(st.text(max_size=200))
 def test_any_text_can_be_looked_at(text):
-    for f in (last_boxed, plain_answer, rollout.tidy, lambda t: rollout.literal(t, "5")):
+    for f in (last_boxed, plain_answer, grpo.tidy, lambda t: grpo.literal(t, "5")):
         f(text)
 
 
@@ -286,9 +285,9 @@ def test_grading_works_from_a_thread_and_ends_with_its_process(tmp_path):
     script = tmp_path / "main.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import rollout, os\n"
-        "assert rollout.grade('x is \\\\boxed{x+1}', '1+x')\n"
-        "print(*[s.pid for s in rollout.shared_grader().idle.queue])\n"
+        "import grpo, os\n"
+        "assert grpo.grade('x is \\\\boxed{x+1}', '1+x')\n"
+        "print(*[s.pid for s in grpo.shared_grader().idle.queue])\n"
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
