@@ -59,7 +59,7 @@ import torch
 import tyro
 
 from entropy_math import TokenStats, check_entropy_law, entropy_change
-from grpo import Policy, Tokens, group_advantages
+from grpo import Policy, Tokens, grade, group_advantages, last_boxed
 from rollout import (
     PROMPT_TEMPLATE,
     Engine,
@@ -70,8 +70,6 @@ from rollout import (
     VllmEngine,
     answer,
     chain_task,
-    grade,
-    last_boxed,
     load_model,
     longest_prompt,
     math_task,
@@ -80,7 +78,7 @@ from rollout import (
     task_of_data,
 )
 
-__all__ = ["evaluate", "grade", "main", "pass_at_k"]  # `grade` is chapter 4's, offered here beside pass_at_k
+__all__ = ["evaluate", "grade", "main", "pass_at_k"]  # `grade` is chapter 2's, offered here beside pass_at_k
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. What a policy can do
