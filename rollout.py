@@ -860,9 +860,8 @@ class VllmEngine(Engine):
     Weights are held in `dtype`, to which `push` converts; `gpu_memory` is the share of the device for weights
     and KV cache (a CPU has 0.5 GiB).  With `sleeps` a GPU's engine gives all of it back during updates.
 
-    Of several ranks each has an engine, or `tensor_parallel` neighbours share one, for which all sample the
-    prompts of all and keep their own.  A rank's part of it is in the rank's own process, so that `push` needs
-    neither files nor CUDA IPC.  One engine at a time in a process: vLLM keeps its groups in globals."""
+    Of several ranks each has an engine of its own, in its own process, so that `push` needs neither files nor
+    CUDA IPC.  One engine at a time in a process: vLLM keeps its groups in globals."""
 
     copies = True
 
@@ -875,7 +874,6 @@ class VllmEngine(Engine):
         dtype: torch.dtype,
         max_model_len: int,
         gpu_memory: float = 0.4,
-        tensor_parallel: int = 1,
         seed: int = 0,
         trust_remote_code: bool = False,
         sleeps: bool = True,
@@ -886,9 +884,6 @@ class VllmEngine(Engine):
         cpu, vllm = self.device.type == "cpu", _import_vllm(self.device)
         self.ends_world = not dist.is_initialized()  # then vLLM starts a world of one rank; `close` ends it
         ranks = 1 if self.ends_world else dist.get_world_size()
-        if ranks % tensor_parallel:
-            raise ValueError(f"--tensor-parallel {tensor_parallel} does not divide the {ranks} rank(s)")
-        self.group = dist.new_subgroups(tensor_parallel, backend="gloo")[0] if tensor_parallel > 1 else None
         self.sleeps, self.asleep = sleeps and not cpu, []
         self.probe: tuple[Tensor, Tensor, Tensor] | None = None  # of `check_push`
         more = {"distributed_executor_backend": "external_launcher"} if ranks > 1 else {}
@@ -905,7 +900,6 @@ class VllmEngine(Engine):
                     dtype=str(dtype).removeprefix("torch."),
                     max_model_len=max_model_len,
                     gpu_memory_utilization=gpu_memory,
-                    tensor_parallel_size=tensor_parallel,
                     seed=seed,
                     trust_remote_code=trust_remote_code,
                     enforce_eager=cpu,
@@ -932,10 +926,6 @@ class VllmEngine(Engine):
             text = f"a prompt of {longest} tokens and max_new_tokens {how.max_new_tokens}"
             raise ValueError(f"{text} exceed the engine's max_model_len {self.max_model_len}")
         seed = int(torch.randint(2**31, (1,), generator=generator, device=self.device))  # repeats exactly
-        parts: list[Any] = [(prompts, seed)]
-        if self.group is not None:  # neighbours that share the engine feed it the same requests and seed
-            parts = [None] * self.group.size()
-            dist.all_gather_object(parts, (prompts, seed), group=self.group)
         params = SamplingParams(
             n=how.n,
             max_tokens=how.max_new_tokens,
@@ -947,13 +937,10 @@ class VllmEngine(Engine):
             flat_logprobs=True,  # one list instead of an object a token
             detokenize=False,
         )
-        requests = [{"prompt_token_ids": p} for part, _ in parts for p in part]
         self.llm.reset_prefix_cache()
-        with _guarded(parts[0][1], self.device):
-            done = self.llm.generate(requests, params, use_tqdm=False)
-        first = sum(len(part) for part, _ in parts[: self.group.rank()]) if self.group else 0
-        own = done[first : first + len(prompts)]
-        drawn = [o for request in own for o in sorted(request.outputs, key=lambda o: o.index)]
+        with _guarded(seed, self.device):
+            done = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        drawn = [o for request in done for o in sorted(request.outputs, key=lambda o: o.index)]
         pad, padded = self.tokenizer.pad_token_id, nn.utils.rnn.pad_sequence
         ids = padded([torch.tensor(o.token_ids) for o in drawn], True, pad)  # (B, T)
         logp = padded([torch.tensor(o.logprobs.logprobs) for o in drawn], True)  # (B, T)

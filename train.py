@@ -429,7 +429,6 @@ def evaluation(run: Run) -> dict[str, Any]:
     s, r = run.settings, run.ranks
     seed = seeded(s.seed, run.step, "evaluate").initial_seed()
     test, hard = (x[r.rank :: r.world] for x in (run.task.test, run.task.hard))
-    # A rank without a problem answers the first too: processes that share an engine sample together.
     task = replace(run.task, test=test or run.task.test[:1], hard=hard or run.task.hard[:1])
     result = evaluate(run.engine, task, s.eval_samples, s.temperature, seed=seed + r.rank)
     samples = result.pop("samples")
@@ -987,7 +986,6 @@ class Machine:
     """Where it runs, what draws the responses, and the seed."""
 
     engine: Literal["torch", "vllm"] = "torch"  # what samples; torch is the loop of rollout.py
-    tensor_parallel: int = 1  # GPUs that share one vLLM engine
     vllm_memory: float = 0.4  # share of the GPU's memory that vLLM may take while it is awake
     seed: int = 0  # seed of the warm start, the order of the prompts and the sampling
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto takes a GPU if there is one
@@ -1070,9 +1068,6 @@ def complaints(s: Settings, method: Method, device: torch.device, ranks: Ranks) 
         (s.ledger == "full" and (s.updates_per_rollout > 1 or sharded(s, device, ranks)),
          "--ledger full: books the tokens of one update, of whole weights; use --updates-per-rollout 1, one "
          "process and --dtype float32, or --ledger step"),
-        (ranks.world % s.tensor_parallel,
-         f"--tensor-parallel {s.tensor_parallel}: must divide the {ranks.world} processes; start with "
-         f"torchrun --nproc-per-node {s.tensor_parallel}"),
     ):  # fmt: skip
         if bad:
             yield text
@@ -1182,7 +1177,7 @@ def vllm_engine(
         with user_error(""):
             room = longest + max(16, task.max_new_tokens)
             how = {"device": device, "dtype": compute_dtype(s, device), "max_model_len": room}
-            how |= {"gpu_memory": s.vllm_memory, "tensor_parallel": s.tensor_parallel, "seed": s.seed}
+            how |= {"gpu_memory": s.vllm_memory, "seed": s.seed}
             how["trust_remote_code"] = s.trust_remote_code
             engine = rollout.VllmEngine(s.model or folder, tokenizer, **how)
         ranks.all(None)  # all have read the folder

@@ -241,8 +241,6 @@ def test_what_vllm_cannot_do_is_said(engine, policy, tmp_path):
     for prompts in ([], [[5], []]):
         with pytest.raises(ValueError, match="at least one token"):
             engine.sample(prompts, Sampling(1, 1))
-    with pytest.raises(ValueError, match="--tensor-parallel 2 does not divide"):
-        start("anything", tensor_parallel=2)
     with pytest.raises(ValueError, match="cannot start /no/such/folder"):
         start("/no/such/folder")
     with pytest.raises(ValueError, match=r"vLLM cannot start .*max_model_len \(128\)"):
@@ -440,7 +438,7 @@ import torch, torch.distributed as dist
 import test_vllm as t
 dist.init_process_group("gloo")
 rank, model = dist.get_rank(), t.tiny_policy()
-engine = t.start(sys.argv[1], tensor_parallel=int(sys.argv[2]))
+engine = t.start(sys.argv[1])
 own = [t.PROMPTS[:2], t.PROMPTS[2:]][rank]
 gaps = []
 for step in range(3):
@@ -455,20 +453,19 @@ dist.all_reduce(world)  # the trainer's group has survived the engine
 mine = out.full_ids[0, : len(own[0])].tolist() == own[0]
 found = dict(gaps=gaps, rows=len(out.ids), own=mine, ids=out.ids.tolist(),
              world=float(world), local=os.environ["LOCAL_WORLD_SIZE"])
-with open(f"{sys.argv[3]}/{rank}", "w") as file:
+with open(f"{sys.argv[2]}/{rank}", "w") as file:
     json.dump(found, file)
 dist.destroy_process_group()
 """
 
 
 @needs_vllm
-@pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_two_ranks_with_an_engine_each_or_one_between_them(shared, tmp_path, policy, tensor_parallel):
+def test_two_ranks_with_an_engine_each(shared, tmp_path, policy):
     """Two gloo processes under torchrun: each keeps the answers to its own prompts, from its own weights."""
     (tmp_path / "rank.py").write_text(RANK)
     folder = save(policy, tmp_path / "model")
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "rank.py")]
-    run_here([*run, str(folder), str(tensor_parallel), str(tmp_path)])
+    run_here([*run, str(folder), str(tmp_path)])
     found = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
     assert all(max(f["gaps"]) <= 1e-5 and f["own"] and f["world"] == 2 and f["local"] == "2" for f in found)
     assert [f["rows"] for f in found] == [8, 4]
