@@ -29,7 +29,6 @@ import os
 import random
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -331,32 +330,27 @@ def read_problems(source: str) -> tuple[list[Problem], list[str]]:
     fields were taken, and how many rows could not be used, with the reasons.
     Raises ValueError where there is no such file, or not one usable row.
     """
-    found, bad, taken, answers = [], [], {}, {}
+    found, bad, taken, answers = [], {}, {}, {}  # bad: reason -> the rows' places
     for where, row in _rows(source):
         try:
             asked, prompt = _question(row)
             told, answer = _answer(row)
         except ValueError as error:
-            bad.append((where, str(error)))
+            bad.setdefault(str(error), []).append(where)
             continue
         taken[f"problem from '{asked}', answer from '{told}'"] = True
         found.append((where, Problem(prompt, answer)))
         answers.setdefault(prompt, set()).add(plain_answer(answer))
-    bad += [(w, "its question has another answer too") for w, p in found if len(answers[p.prompt]) > 1]
+    if torn := [where for where, p in found if len(answers[p.prompt]) > 1]:
+        bad["its question has another answer too"] = torn
     problems = [p for _, p in found if len(answers[p.prompt]) == 1]
-    left_out = f"{len(bad)} unusable rows left out: {_reasons(bad)}"
+    told = [f"{w[0]}{why} ({len(w)} in all)" for why, w in sorted(bad.items(), key=lambda x: -len(x[1]))]
+    left_out = f"{sum(map(len, bad.values()))} unusable rows left out: {'; '.join(told[:3])}"
+    left_out += f", and {len(told) - 3} reasons more" * (len(told) > 3)
     if not problems:
         raise ValueError(f"{source}: no usable row; {left_out if bad else 'it is empty'}")
     notes = [f"{source}: {len(problems)} problems ({'; '.join(taken)})"]
     return problems, notes + [f"{source}: {left_out}"] * bool(bad)
-
-
-def _reasons(bad: Sequence[tuple[str, str]]) -> str:
-    """The most frequent of (place, reason) pairs, each reason with its first place and its count."""
-    first, most = {why: where for where, why in reversed(bad)}, Counter(why for _, why in bad).most_common(3)
-    told = [f"{first[why]}{why}" + f" ({n} in all)" * (n > 1) for why, n in most]
-    rest = len(bad) - sum(n for _, n in most)
-    return "; ".join(told) + f", and {rest} more" * (rest > 0)
 
 
 def _rows(source: str) -> list[tuple[str, Any]]:

@@ -297,8 +297,8 @@ def test_unusable_rows_are_counted_and_named_and_only_fatal_together(tmp_path):
     bad = ["{", "[1]", '{"problem": "p"}', '{"answer": "1"}', '{"problem": " ", "answer": "1"}']
     path.write_text("\n".join([*bad, '{"problem": "p", "answer": "1"}']))
     problems, notes = read_problems(str(path))
-    assert len(problems) == 1 and "5 unusable" in notes[1] and "2 more" in notes[1]
-    assert "line 1: not a JSON object; convert to JSONL; line 2: " in notes[1]
+    assert len(problems) == 1 and "5 unusable" in notes[1] and "2 reasons more" in notes[1]
+    assert "line 1: not a JSON object; convert to JSONL (1 in all); line 2: " in notes[1]
     path.write_text("\n".join(bad))
     with pytest.raises(ValueError, match="no usable row.*line 1"):
         read_problems(str(path))
