@@ -166,9 +166,8 @@ class Policy(nn.Module):
         if of_logits is not None:
             found = {"of_logits": of_logits(head(packed).float() / temperature, ids)}
         else:
-            found = vars(
-                head_token_stats(packed, head.weight, ids, temperature, head.bias, chunk, entropy_grad)
-            )
+            stats = head_token_stats(packed, head.weight, ids, temperature, head.bias, chunk, entropy_grad)
+            found = vars(stats)
         return {k: x.new_zeros(tokens.mask.shape).index_put((row, col), x) for k, x in found.items()}
 
     def _hidden_of_groups(self, full_ids: Tensor, start: Tensor, length: int) -> Tensor | None:
@@ -287,35 +286,22 @@ def overlong_penalty(length: Tensor, longest: int, cache: int) -> Tensor:
     return ((longest - cache - length) / cache).clamp(-1, 0)
 
 
-Reward = Callable[[Tensor, Tensor, int, "torch.Generator | None"], Tensor]
+def length_penalty(correct: Tensor, length: Tensor, longest: int, generator: Any) -> Tensor:
+    """Right, plus `overlong_penalty` over the last fifth of the room, as in DAPO's recipe. The method `dapo`
+    adds its own: use one of the two."""
+    return correct.float() + overlong_penalty(length, longest, max(1, longest // 5))
 
 
-def correct_reward(correct: Tensor, lengths: Tensor, max_length: int, generator: Any = None) -> Tensor:
-    """(B,) 1 if right, else 0."""
-    return correct.float()
-
-
-def length_penalty_reward(correct: Tensor, lengths: Tensor, max_length: int, generator: Any = None) -> Tensor:
-    """The same plus `overlong_penalty` over the last fifth of the room, as in DAPO's recipe. The method
-    `dapo` adds its own: use one of the two."""
-    return correct.float() + overlong_penalty(lengths, max_length, max(1, max_length // 5))
-
-
-def random_reward(correct: Tensor, lengths: Tensor, max_length: int, generator: Any = None) -> Tensor:
+def random_reward(correct: Tensor, length: Tensor, longest: int, generator: torch.Generator) -> Tensor:
     """1 with probability one half, whatever the answer: a method without any signal (2506.10947)."""
     return (torch.rand(len(correct), generator=generator) < 0.5).float().to(correct.device)
 
 
-def wrong_reward(correct: Tensor, lengths: Tensor, max_length: int, generator: Any = None) -> Tensor:
-    """1 if wrong, else 0: what is learned from the opposite (2506.10947's incorrect labels)."""
-    return 1.0 - correct.float()
-
-
-REWARDS: dict[str, Reward] = {
-    "correct": correct_reward,
-    "length_penalty": length_penalty_reward,
+REWARDS: dict[str, Callable[[Tensor, Tensor, int, Any], Tensor]] = {
+    "correct": lambda correct, *_: correct.float(),
+    "length_penalty": length_penalty,
     "random": random_reward,
-    "wrong": wrong_reward,
+    "wrong": lambda correct, *_: 1.0 - correct.float(),  # learn from the opposite (2506.10947)
 }
 SPURIOUS = ("random", "wrong")  # a method must then not see `correct` either
 
