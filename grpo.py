@@ -178,9 +178,8 @@ class Policy(nn.Module):
         if of_logits is not None:
             found = {"of_logits": of_logits(head(packed).float() / temperature, ids)}
         else:
-            found = vars(
-                head_token_stats(packed, head.weight, ids, temperature, head.bias, chunk, entropy_grad)
-            )
+            stats = head_token_stats(packed, head.weight, ids, temperature, head.bias, chunk, entropy_grad)
+            found = vars(stats)
         return {k: x.new_zeros(tokens.mask.shape).index_put((row, col), x) for k, x in found.items()}
 
     def _hidden_of_groups(self, full_ids: Tensor, start: Tensor, length: int) -> Tensor | None:
@@ -193,8 +192,8 @@ class Policy(nn.Module):
         """
         from transformers import DynamicCache
 
-        past = DynamicCache(config=self.model.config)
-        plain = all(type(layer).__name__ == "DynamicLayer" for layer in past.layers)
+        layers = DynamicCache(config=self.model.config).layers
+        plain = all(type(layer).__name__ == "DynamicLayer" for layer in layers)
         modules = self.modules() if self.training else ()
         recomputes = any(getattr(m, "gradient_checkpointing", False) for m in modules)
         if not plain or recomputes or self.sharded or length < 2:
@@ -206,28 +205,32 @@ class Policy(nn.Module):
         if 4 * (len(owner) - len(prompt)) * width < len(owner) * (width + length - 1):
             return None
         position = column - (width - (prompt >= 0).sum(-1, keepdim=True))  # padded on the left
-        attend = position >= 0
-        ids = torch.where(attend, prompt.gather(1, position.clamp(min=0)), 0)
-        ragged, decoder = not bool(attend.all()), self.model.get_decoder()
-        place = {"attention_mask": attend.long(), "position_ids": position.clamp(min=0)} if ragged else {}
-        cached = cache_arguments(decoder, past)
-        last = decoder(ids, **place, **cached).last_hidden_state[:, -1]  # (P, D)
+        ids = torch.where(position >= 0, prompt.gather(1, position.clamp(min=0)), 0)
+        last, past, cached, attend = read_prompts(self.model, ids, position)  # (P, D)
         past.batch_select_indices(owner)
         column = start[:, None] + torch.arange(1, length, device=start.device)  # (B, length - 1)
-        ids = full_ids.gather(1, column.clamp(max=full_ids.shape[1] - 1))
-        if ragged:
-            attend = torch.cat([attend[owner], torch.ones_like(ids, dtype=torch.bool)], 1).long()
+        ids, place = full_ids.gather(1, column.clamp(max=full_ids.shape[1] - 1)), {}
+        if not attend.all():
+            attend = torch.cat([attend[owner], torch.ones_like(ids)], 1)
             place = {"attention_mask": attend, "position_ids": column}
-        rest = decoder(ids, **place, **cached).last_hidden_state
+        rest = self.model.get_decoder()(ids, **place, **cached).last_hidden_state
         return torch.cat([last[owner][:, None], rest], 1)
 
 
-def cache_arguments(decoder: nn.Module, past: Any) -> dict[str, Any]:
-    """What gives a decoder its cache: `cache`, before transformers 5.24 (and in code that comes with a model)
-    `past_key_values`, `cache_params` in Mamba."""
+def read_prompts(model: nn.Module, ids: Tensor, position: Tensor) -> tuple[Tensor, Any, dict, Tensor]:
+    """One pass over P prompts, (P, L), padded on the left, where their `position` is negative: (P, D) hidden
+    states of the last tokens, the cache, the arguments that hand it to the next pass (it is `cache`, before
+    transformers 5.24 and in code that comes with a model `past_key_values`, in Mamba `cache_params`), and the
+    attention mask, which later passes continue."""
+    from transformers import DynamicCache
+
+    decoder, past, attend = model.get_decoder(), DynamicCache(config=model.config), (position >= 0).long()
     known = inspect.signature(type(decoder).forward).parameters  # an instance may have a wrapper
     name = next((name for name in ("cache", "cache_params") if name in known), "past_key_values")
-    return {name: past, "use_cache": True}
+    place = {"attention_mask": attend, "position_ids": position.clamp(min=0)}
+    cached = {name: past, "use_cache": True}
+    hidden = decoder(ids, **cached, **({} if attend.all() else place)).last_hidden_state
+    return hidden[:, -1], past, cached, attend
 
 
 def _attention(weight: Tensor, length: int) -> Any:
@@ -299,35 +302,22 @@ def overlong_penalty(length: Tensor, longest: int, cache: int) -> Tensor:
     return ((longest - cache - length) / cache).clamp(-1, 0)
 
 
-Reward = Callable[[Tensor, Tensor, int, "torch.Generator | None"], Tensor]
+def length_penalty(correct: Tensor, length: Tensor, longest: int, generator: Any) -> Tensor:
+    """Right, plus `overlong_penalty` over the last fifth of the room, as in DAPO's recipe. The method `dapo`
+    adds its own: use one of the two."""
+    return correct.float() + overlong_penalty(length, longest, max(1, longest // 5))
 
 
-def correct_reward(correct: Tensor, lengths: Tensor, max_length: int, generator: Any = None) -> Tensor:
-    """(B,) 1 if right, else 0."""
-    return correct.float()
-
-
-def length_penalty_reward(correct: Tensor, lengths: Tensor, max_length: int, generator: Any = None) -> Tensor:
-    """The same plus `overlong_penalty` over the last fifth of the room, as in DAPO's recipe. The method
-    `dapo` adds its own: use one of the two."""
-    return correct.float() + overlong_penalty(lengths, max_length, max(1, max_length // 5))
-
-
-def random_reward(correct: Tensor, lengths: Tensor, max_length: int, generator: Any = None) -> Tensor:
+def random_reward(correct: Tensor, length: Tensor, longest: int, generator: torch.Generator) -> Tensor:
     """1 with probability one half, whatever the answer: a method without any signal (2506.10947)."""
     return (torch.rand(len(correct), generator=generator) < 0.5).float().to(correct.device)
 
 
-def wrong_reward(correct: Tensor, lengths: Tensor, max_length: int, generator: Any = None) -> Tensor:
-    """1 if wrong, else 0: what is learned from the opposite (2506.10947's incorrect labels)."""
-    return 1.0 - correct.float()
-
-
-REWARDS: dict[str, Reward] = {
-    "correct": correct_reward,
-    "length_penalty": length_penalty_reward,
+REWARDS: dict[str, Callable[[Tensor, Tensor, int, Any], Tensor]] = {
+    "correct": lambda correct, *_: correct.float(),
+    "length_penalty": length_penalty,
     "random": random_reward,
-    "wrong": wrong_reward,
+    "wrong": lambda correct, *_: 1.0 - correct.float(),  # learn from the opposite (2506.10947)
 }
 SPURIOUS = ("random", "wrong")  # a method must then not see `correct` either
 

@@ -44,7 +44,7 @@ import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
 from entropy_math import head_token_stats
-from grpo import LONGEST_ANSWER, Policy, Tokens, cache_arguments, last_boxed, plain_answer, shared_grader
+from grpo import LONGEST_ANSWER, Policy, Tokens, last_boxed, plain_answer, read_prompts, shared_grader
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Problems
@@ -682,8 +682,6 @@ class TorchEngine(Engine):
         """ids, log-probs and entropies, each (B, T), of the `rows` that are in memory at once.  Every prompt
         is read once for all of them.  This beats `generate` because it stops paying for rows that ended:
         whenever a quarter of the living rows has, their cache is dropped."""
-        from transformers import DynamicCache
-
         (B, T), device, pad = uniform.shape, uniform.device, self.tokenizer.pad_token_id
         first, last, rows = int(rows[0]) // how.n, int(rows[-1]) // how.n, rows.to(device)
         owner, number = rows // how.n - first, rows % how.n  # (B,)
@@ -691,14 +689,11 @@ class TorchEngine(Engine):
         length = torch.tensor([len(p) for p in read], device=device)
         read = nn.utils.rnn.pad_sequence(read, True, pad, "left").to(device)  # (P, L)
         position = torch.arange(-read.shape[1], 0, device=device) + length[:, None]
-        attend, ragged = (position >= 0).long(), bool((position < 0).any())
         decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
-        past, ends = DynamicCache(config=self.model.config), torch.tensor(self.stops, device=device)
-        cached = cache_arguments(decoder, past)
-        place = {"attention_mask": attend, "position_ids": position.clamp(min=0)} if ragged else {}
-        hidden = decoder(read, **place, **cached).last_hidden_state[:, -1][owner]  # (B, D)
+        hidden, past, cached, attend = read_prompts(self.model, read, position)
         past.reorder_cache(owner)  # the one way to choose rows that recurrent layers have too
-        attend, length = attend[owner], length[owner]
+        hidden, attend, length = hidden[owner], attend[owner], length[owner]  # (B, ...)
+        ragged, ends = not bool(attend.all()), torch.tensor(self.stops, device=device)
         ids, (logp, nats) = torch.full((B, T), pad, device=device), torch.zeros(2, B, T, device=device)
         alive = torch.arange(B, device=device)  # rows of the output that the cache still holds
         running = torch.ones_like(alive, dtype=torch.bool)  # (alive,) has not ended
