@@ -6,15 +6,6 @@ when it is asked again, and has anything left to reinforce.  And a table at equa
 from a smaller learning rate: what learns less also collapses less.  So remedies are compared with plain GRPO
 at several learning rates, at equal pass@1.
 
-    1  what a policy can do: unbiased pass@k, distinct right answers                             (6.1)
-    2  how sure one can be: standard errors, the paired bootstrap                                (6.2) (6.3)
-    3  diversity and calibration: distinct-n, calibration error, forking tokens                  (6.4) - (6.7)
-    4  tables, files, and the picture of one training call
-    5  comparing runs: methods over seeds, the frontier of plain GRPO, the law R = -a e^H + b    (6.8) (6.9)
-    6  samples, drawn once and stored: over test temperatures, calibration, forks, the flow of each token
-    7  six benchmarks, beside the papers' numbers
-    8  the command line and the demonstration
-
     python eval.py                                       the estimators, shown on made-up counts
     python eval.py runs/opefo-s0                         one run: its log, samples, diversity, calibration
     python eval.py runs/*                                methods over seeds, the frontier, from the logs
@@ -23,8 +14,8 @@ at several learning rates, at equal pass@1.
     python eval.py --show runs/opefo-s0                  responses in the colours of their entropy flow
     python eval.py --model FOLDER_OR_ID --benchmark aime24 math500 --k 32 --engine vllm --against steer
 
-The same command again goes on where a kill stopped it and draws nothing twice.  Sampling is at temperature 1
-without top-p or top-k unless said otherwise, since truncation hides a collapse.
+The same command again goes on where a kill stopped it.  Sampling is at temperature 1 without top-p or top-k
+unless said otherwise, since truncation hides a collapse.
 Left out against a production harness: few-shot prompts, stop strings, code execution, judge models.
 """
 
@@ -157,7 +148,7 @@ def _samples(problems: Sequence[Problem], out: Tokens, texts: list[str], k: int)
 
 
 def mean_se(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of n independent values and its standard error; the error is NaN for n = 1.
+    """Mean of n independent values and its standard error (NaN for n = 1).
 
     se = s / √n,  s² = Σ (v - mean)² / (n - 1)                                                           (6.2)
 
@@ -242,10 +233,7 @@ def calibration_error(confidence: Sequence[float], right: Sequence[bool], bins: 
     return float(sum(n * abs(r - c) for c, r, n in groups) / sum(n for *_, n in groups))
 
 
-Confidences = dict[str, tuple[Sequence[float], Sequence[bool]]]
-
-
-def confidences(samples: pd.DataFrame, key: Callable[[str], str]) -> Confidences:
+def confidences(samples: pd.DataFrame, key: Callable[[str], str]) -> dict[str, tuple[list, list]]:
     """Two answers to "how sure was it", each against whether it was right.
 
     vote         of a problem: the share of its most frequent answer (by `key`; the first drawn among equals)
@@ -260,7 +248,7 @@ def confidences(samples: pd.DataFrame, key: Callable[[str], str]) -> Confidences
         shares.append(count / len(group))
         voted.append(count > 0 and bool(group["correct"][group["key"] == most].iloc[0]))
     likely = np.exp(samples["logp"] / samples["ids"].map(len).clip(lower=1))
-    found: Confidences = {"vote": (shares, voted)} if by.size().max() > 1 else {}
+    found = {"vote": (shares, voted)} if by.size().max() > 1 else {}
     return found | {"likelihood": (likely.tolist(), samples["correct"].tolist())}
 
 
@@ -488,16 +476,17 @@ class Record:
     evaluations: list[dict[str, Any]]  # those of its rows that are one
 
 
+Groups = dict[str, list[Record]]  # label -> runs that differ in the seed only
+
+
 def read_record(folder: Path) -> Record:
     """Raises ValueError where the folder holds no run with an evaluation."""
     try:
         config = json.loads((folder / "config.json").read_text())
         (spec,), s = config["specs"], config["settings"]
         rows = [r for r in read_jsonl(folder / "metrics.jsonl") if "step" in r]
-    except FileNotFoundError as error:
-        raise ValueError(f"no run (no {Path(error.filename).name})") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"its config.json or metrics.jsonl is damaged ({error})") from None
+        raise ValueError(f"no run, or a damaged one: {error}") from None
     own = {x.partition("=")[0].replace("-", "_") for x in spec.partition(":")[2].split(",") if x}
     seed = {k: v for k, v in sorted(s.items()) if k.endswith("seed")}
     shared = {k: v for k, v in s.items() if k not in BOOKKEEPING | seed.keys()}
@@ -510,13 +499,12 @@ def read_record(folder: Path) -> Record:
 
 
 def find_records(names: Sequence[str]) -> tuple[list[Record], list[str]]:
-    """All runs in the folders, a comparison's members among them, and why others are left out.  Raises
-    ValueError if not one run is left."""
+    """All runs in the folders, a comparison's members among them, and why others are left out."""
     records, notes, folders = {}, [], []
     for name in map(Path, names):
         members = sorted(p.parent for p in name.glob("*/metrics.jsonl"))
         if not (name / MARK).is_file() and not name.is_file():  # ours; a file that the shell's * caught
-            folders += [name] if (name / "metrics.jsonl").is_file() or not members else members
+            folders += [name] if (name / "metrics.jsonl").is_file() else members or [name]
     for folder in folders:
         try:
             r = read_record(folder)
@@ -530,9 +518,8 @@ def find_records(names: Sequence[str]) -> tuple[list[Record], list[str]]:
     return list(records.values()), notes
 
 
-def grouped(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """label -> runs that differ in the seed only.  The label is the spec, and the settings by which groups of
-    the same spec differ."""
+def grouped(records: Sequence[Record]) -> Groups:
+    """The label is the spec, and the settings by which groups of the same spec differ."""
     groups: dict[tuple, list[Record]] = {}
     for r in records:
         groups.setdefault((r.spec, json.dumps(r.shared, sort_keys=True)), []).append(r)
@@ -544,30 +531,29 @@ def grouped(records: Sequence[Record]) -> dict[str, list[Record]]:
     return out
 
 
-def rivals(groups: dict[str, list[Record]], label: str) -> list[str]:
+def rivals(groups: Groups, label: str) -> list[str]:
     """The plain GRPO groups that a method is measured against, the most alike first: all settings are the
     same, but for the learning rate and what either spec names.  Plain GRPO's rivals have a shorter spec."""
 
     def plain(r: Record) -> bool:  # no other option than settings of the training
         return r.spec.partition(":")[0] == "grpo" and r.own <= set(r.settings)
 
-    def differ(r: Record) -> set[str]:
-        return {k for k in {*one.shared, *r.shared} if one.shared.get(k) != r.shared.get(k)}
+    one, found = groups[label][0], {}
+    for x, (r, *_) in groups.items():
+        differ = {k for k in {*one.shared, *r.shared} if one.shared.get(k) != r.shared.get(k)}
+        shorter = len(r.own) < len(one.own) or not plain(one)
+        if plain(r) and shorter and differ <= {"lr", *one.own, *r.own}:
+            found[x] = len(differ), len(r.own)
+    return sorted(found, key=found.__getitem__)
 
-    one = groups[label][0]
-    found = {x: g[0] for x, g in groups.items() if plain(g[0])}
-    found = {x: r for x, r in found.items() if differ(r) <= {"lr", *one.own, *r.own}}
-    found = {x: r for x, r in found.items() if not plain(one) or len(r.own) < len(one.own)}
-    return sorted(found, key=lambda x: (len(differ(found[x])), len(found[x].own)))
 
-
-def sweep_of(groups: dict[str, list[Record]], label: str) -> list[str]:
+def sweep_of(groups: Groups, label: str) -> list[str]:
     """The rivals at all learning rates, which the frontier goes through, of what is not GRPO itself."""
     lines = [x for x in rivals(groups, label) if groups[x][0].own <= {"lr"}]
     return lines if not label.startswith("grpo") else []
 
 
-def comparison(groups: dict[str, list[Record]]) -> list[dict[str, Any]]:
+def comparison(groups: Groups) -> list[dict[str, Any]]:
     """One row a method: mean and standard error over seeds (6.2) at the last evaluation, and the difference
     to plain GRPO on the same seeds at the same step (6.3)."""
     logs = {}
@@ -589,7 +575,7 @@ def comparison(groups: dict[str, list[Record]]) -> list[dict[str, Any]]:
     return rows
 
 
-def print_comparison(groups: dict[str, list[Record]], rows: list[dict[str, Any]]) -> None:
+def print_comparison(groups: Groups, rows: list[dict[str, Any]]) -> None:
     """Two tables, and how far they can be trusted."""
     records = [r for g in groups.values() for r in g]
     k = max(int(r.evaluations[-1].get("k", 0)) for r in records)
@@ -696,7 +682,7 @@ def over_pairs(d: np.ndarray) -> tuple[float, float, float]:
 COUNTS = ("set", "method", "at", "pair", "n", "right")  # of n samples of each problem, how many are right
 
 
-def logged(groups: dict[str, list[Record]]) -> pd.DataFrame:
+def logged(groups: Groups) -> pd.DataFrame:
     """COUNTS of each evaluation in the logs, at its step."""
     rows = [
         (name, label, e["step"], r.seed, e["k"], e[key])
@@ -709,7 +695,7 @@ def logged(groups: dict[str, list[Record]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COUNTS)
 
 
-def drawn(o: Options, groups: dict[str, list[Record]], out: Path) -> pd.DataFrame:
+def drawn(o: Options, groups: Groups, out: Path) -> pd.DataFrame:
     """COUNTS of fresh samples of the final policies, at their test temperatures."""
     rows = [
         (name, label, t, r.seed, o.count, x.groupby("problem")["correct"].sum().tolist())
@@ -720,22 +706,14 @@ def drawn(o: Options, groups: dict[str, list[Record]], out: Path) -> pd.DataFram
     return pd.DataFrame(rows, columns=COUNTS)
 
 
-def outcome(right: Sequence[int], n: int, k: int) -> np.ndarray:
-    """(2, 1 + DRAWS) means of pass@1 and pass@k, from how many of n samples are right, per problem."""
-    table = np.array([[pass_at_k(n, c, j) for c in range(n + 1)] for j in (1, k)])
-    return means(table[:, right])
-
-
-def frontier(
-    groups: dict[str, list[Record]], found: pd.DataFrame, along: str, k: int
-) -> list[dict[str, Any]]:
+def frontier(groups: Groups, found: pd.DataFrame, along: str, k: int) -> list[dict[str, Any]]:
     """A row for every method at every step, or test temperature, that all of its seeds have: where it lies,
-    D1 (6.9), and the line: along="step", GRPO's learning rates at that step, and the warm start;
-    along="temperature", their final policies at all test temperatures."""
+    D1 (6.9), and the line: through GRPO's rates at that step and the warm start, or at all temperatures."""
     points: dict[tuple[str, float], Means] = {}
+    share = cache(lambda n: np.array([[pass_at_k(n, c, j) for c in range(n + 1)] for j in (1, k)]))
     for (label, at), each in found.groupby(["method", "at"], sort=False):
         if len(each) == len(groups[label]):
-            points[label, at] = {r.pair: outcome(r.right, r.n, k) for r in each.itertuples()}
+            points[label, at] = {r.pair: means(share(r.n)[:, r.right]) for r in each.itertuples()}
     rows = []
     for (label, at), own in points.items():
         row = {"along": along, "method": label, "at": at} | dict(zip(("pass@1", "pass@k"), middle(own)))
@@ -819,18 +797,14 @@ def law(records: Sequence[Record], out: Path) -> None:
     title = "R = -a e^H + b, {}: fitted on the filled points"
     labels = [(title.format(kind), "entropy H, nats", y) for kind, (_, y, _) in kinds.items()]
     fig, axes = figure(12, 5.2, 1, 2, labels)
-    rows = []
+    names, rows = [f"{r.spec}, seed {r.settings.get('seed')}" for r in records], []
     for i, record in enumerate(records):
         for ax, (kind, (x, y, size)) in zip(axes[0], kinds.items()):
             H, R = pd.DataFrame(record.rows).reindex(columns=[x, y]).dropna().T.to_numpy(copy=True)
             rows.append(row := law_row(str(record.folder), kind, H, R))
-            n, color, name = (
-                row["fitted"],
-                style(i)["color"],
-                f"{record.spec}, seed {record.settings.get('seed')}",
-            )
+            n, color = row["fitted"], style(i)["color"]
             ax.scatter(H[n:], R[n:], s=size, facecolors="none", edgecolors=color, linewidths=0.7)
-            ax.scatter(H[:n], R[:n], s=2 * size, color=color, label=name)
+            ax.scatter(H[:n], R[:n], s=2 * size, color=color, label=names[i])
             limits = ax.get_ylim()
             if "a" in row:
                 h = np.linspace(min(H), max(H), 100)
@@ -849,8 +823,7 @@ def law(records: Sequence[Record], out: Path) -> None:
 
 
 def attention_of(model: str | Path, flag: str, device: torch.device) -> str:
-    """The flag's; for auto, what a run's checkpoint was trained with, where that runs on the device, and sdpa
-    of any other model."""
+    """The flag; for auto, what a run's checkpoint was trained with, if that runs here, and sdpa of others."""
     if flag != "auto":
         return flag
     try:
@@ -865,10 +838,9 @@ def sampled(
 ) -> pd.DataFrame:
     """settings["samples"] responses to each problem, from folder/NAME-DIGEST.jsonl, a line a sample.
 
-    The digest is of the settings, which stand beside it in .json, and of the problems: samples of different
-    settings never mix.  What is missing is drawn with `ask() -> (engine, task, prompts)`.  A batch's draws
-    depend on the seed and its place only, so that a run that was killed ends with the samples of one that was
-    not.  Raises ValueError where the file is damaged.
+    The digest is of the settings (beside it in .json) and the problems: samples of different settings never
+    mix.  What is missing is drawn with `ask() -> (engine, task, prompts)`.  A batch's draws depend on the
+    seed and its place only: a run that was killed ends with the same samples.
     """
     from tqdm import tqdm
 
@@ -920,8 +892,7 @@ def slug(model: str | Path) -> str:
 
 
 def reopen(record: Record, attention: str = "auto") -> tuple[Task, Engine]:
-    """A run's task, and an engine with its checkpoint, on the CPU.  Raises ValueError where there is none or
-    it cannot be read."""
+    """A run's task, and an engine with its checkpoint, on the CPU."""
     path, s = record.folder / "checkpoint", record.settings
     if not (path / "config.json").is_file():
         raise ValueError(
@@ -939,8 +910,7 @@ def reopen(record: Record, attention: str = "auto") -> tuple[Task, Engine]:
 
 
 def samples_of(o: Options, record: Record, out: Path) -> tuple[Task, dict[tuple[str, float], pd.DataFrame]]:
-    """A run's task, and samples of its final policy: (set, test temperature) -> frame; the sets are "test",
-    and "hard" where there is one.  On the CPU, as the checkpoint was saved."""
+    """A run's task, and samples of its final policy on the CPU: ("test" or "hard", temperature) -> frame."""
     o = replace(o, device="cpu", engine="torch", dtype="auto", batch=1024)
     (task, engine), path = reopen(record, o.attention), str(record.folder / "checkpoint")
     found = {}
@@ -1001,8 +971,7 @@ def draw_samples(
 
 
 def token_names(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The tokens as the vocabulary has them; <id> for one without a name, since an embedding may have more
-    rows than the vocabulary."""
+    """The tokens as the vocabulary has them; <id> where an embedding has more rows than the vocabulary."""
     return [f"<{i}>" if w is None else w for i, w in zip(ids, tokenizer.convert_ids_to_tokens(ids))]
 
 
@@ -1024,51 +993,46 @@ def token_namer(model: str, trust: bool = False) -> Callable[[int], str]:
 
 
 @torch.no_grad()
-def fresh_flows(
-    record: Record, seed: int = 0, attention: str = "auto", prompts: int = 32, n: int = 16
-) -> tuple[list[dict[str, Any]], str]:
+def fresh_flows(record: Record, seed: int, attention: str) -> tuple[list[dict[str, Any]], str]:
     """The exact flow of a table, entropy_math (3.2), of the tokens of a fresh batch: what one step of GRPO on
     it, at the run's temperature, would do to entropy.  Of each of the first 8 problems with right and wrong
     answers, the response that moves entropy most."""
     (task, engine), tau = reopen(record, attention), record.settings.get("temperature", 1.0)
-    problems, how = task.test[:prompts], Sampling(n, task.max_new_tokens, tau)
+    problems, how = task.test[:32], Sampling(16, task.max_new_tokens, tau)
     out, _ = answer(engine, task, problems, how, torch.Generator().manual_seed(seed))
     stats = TokenStats(**Policy(engine.model)(out, tau))
     adv = group_advantages(out.correct.double(), out.group)  # grpo (2.1)
     change = torch.where(out.mask, entropy_change(stats, adv[:, None]), 0)
     flow = change / out.mask.sum()  # (B, T), token mean
+    best = flow.abs().sum(1).view(-1, how.n).max(1)
     found = []
-    for p, moved in enumerate(flow.abs().sum(1).view(-1, n)):
-        i = p * n + int(moved.argmax())
-        one = {
-            "prompt": problems[p].prompt,
-            "reward": float(out.correct[i]),
-            "flow": flow[i][out.mask[i]].tolist(),
-        }
-        one["tokens"] = token_names(engine.tokenizer, out.ids[i][out.mask[i]].tolist())
-        found += [one] if moved.max() > 0 else []
-    what = f"exact flow of a table, fresh batch of {len(problems)} x {n} from {record.folder}/checkpoint"
-    return found[:8], what
+    for p in best.values.nonzero()[:8, 0].tolist():
+        i = p * how.n + int(best.indices[p])
+        words = token_names(engine.tokenizer, out.ids[i][out.mask[i]].tolist())
+        one = {"prompt": problems[p].prompt, "reward": float(out.correct[i]), "tokens": words}
+        found.append(one | {"flow": flow[i][out.mask[i]].tolist()})
+    return (
+        found,
+        f"exact flow of a table, fresh batch of {len(problems)} x 16 from {record.folder}/checkpoint",
+    )
 
 
 def tidy(token: str | None) -> str:
-    """A token as it may be printed: byte-level marks as what they stand for, control characters visible.
-    One without a name was once written as null."""
+    """A token as it may be printed: spaces and line ends as themselves, · for control characters."""
     token = (token or "<?>").replace("Ġ", " ").replace("▁", " ").replace("Ċ", "⏎").replace("\n", "⏎")
     return "".join(c if c.isprintable() else "·" for c in token)
 
 
 def shade(flow: float, top: float) -> tuple[int, int, int]:
-    """White at 0 to full red (raises entropy) or blue (lowers it) at ±top; by the square root, since a few
-    tokens carry most of the flow."""
+    """White at 0 to full red (raises entropy) or blue (lowers it) at ±top, by the square root: a few tokens
+    carry most of the flow."""
     fade = round(255 - 175 * math.sqrt(min(1.0, abs(flow) / top))) if top else 255
     return (255, fade, fade) if flow > 0 else (fade, fade, 255)
 
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Entropy flow</title>
-<style>body{{font:16px/2 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;background:#fff;color:#000}}
-span{{padding:.15em .2em;border-radius:.2em;white-space:pre-wrap}}p{{margin:.2em 0 1.2em}}</style>
-<h1>Entropy flow, token by token</h1>
+<style>body{{font:16px/2 sans-serif;max-width:60em;margin:2em auto;background:#fff;color:#000}}
+span{{padding:.2em;white-space:pre-wrap}}</style><h1>Entropy flow, token by token</h1>
 <p><span style="background:rgb(255,80,80)">raises entropy</span>
 <span style="background:rgb(80,80,255)">lowers it</span>; the colour goes with the square root of the flow,
 full at {top:.3g} nats per unit learning rate. Point at a token for its number. {what}.</p>
@@ -1160,21 +1124,18 @@ par;clip-higher;33.33;15.94;67.62;72.35;30.57;;43.96
 def load_benchmarks(names: Sequence[str], data: Sequence[str], limit: int) -> dict[str, tuple[Problem, ...]]:
     """name -> its problems (the first `limit`), from --data NAME=SOURCE, else $ENTROPY_FLOW_DATA/NAME.jsonl.
 
-    Raises ValueError where there is no source, and on a row that cannot be read, for a benchmark with holes
-    is another benchmark.
+    A row that cannot be read is an error: a benchmark with holes is another benchmark.
     """
     given, out = dict(item.partition("=")[::2] for item in data), {}
     if stray := [x for x, source in given.items() if not source or x not in names]:
         raise ValueError(f"--data {stray[0]}: give NAME=FILE.jsonl, NAME among --benchmark {' '.join(names)}")
     for name in names:
-        local = Path(os.environ.get("ENTROPY_FLOW_DATA", ""), f"{name}.jsonl")
-        source = given.get(name) or str(local)
-        if name not in given and not local.is_file():
-            near = difflib.get_close_matches(name, BENCHMARKS, 1, 0)[0]
-            what = "its problems are not here" if name == near else f"unknown; did you mean {near}?"
+        local = Path(os.environ.get("ENTROPY_FLOW_DATA") or "nowhere", f"{name}.jsonl")
+        if not (source := given.get(name) or (str(local) if local.is_file() else "")):
+            near = "" if name in BENCHMARKS else difflib.get_close_matches(name, BENCHMARKS, 1, 0)[0]
             raise ValueError(
-                f"--benchmark {name}: {what}  Give --data {name}=FILE.jsonl, or {name}=owner/dataset@config:"
-                "split of the hub, or a folder of files in ENTROPY_FLOW_DATA"
+                f"--benchmark {name}: no problems here{near and f'; did you mean {near}?'} Give --data "
+                f"{name}=FILE.jsonl or owner/dataset@config:split, or a folder of files in ENTROPY_FLOW_DATA"
             )
         try:
             problems, notes = rollout.read_problems(source)
@@ -1204,8 +1165,7 @@ def usable_device(name: str) -> torch.device:
 
 
 def open_engine(o: Options, model: str, everything: Sequence[Problem]) -> Engine:
-    """An engine with a folder's or hub id's model.  The longest prompt must fit into the model's context
-    together with a response.  Raises ValueError naming the flag."""
+    """An engine with a model; its context must hold the longest prompt and a response."""
     from transformers import AutoConfig, AutoTokenizer
 
     device, trust = usable_device(o.device), o.trust_remote_code
@@ -1276,8 +1236,7 @@ def benchmark(o: Options) -> None:
 
 
 def print_benchmarks(frame: pd.DataFrame, o: Options, out: Path) -> None:
-    """The papers' table, in percent, one block a model, with the mean over the benchmarks; a pass@k that one
-    of them lacks has no average."""
+    """The papers' table, in percent, one block a model; a pass@k that a benchmark lacks has no average."""
     shares = {x: f"{x}, %" for x in passes(frame)} | {"pass@1": "avg@n = pass@1, %"}
     keys = shares | {"length": "length", "truncated": "truncated, %", "entropy": "entropy"}
     columns = {x: x for x in ("benchmark", "problems x samples")} | keys
@@ -1350,9 +1309,9 @@ def flags_of(kind: type) -> list[str]:
 def command_line(
     kind: type, prog: str, argv: Sequence[str] | None, absent: dict[str, str] | None = None
 ) -> Any:
-    """A dataclass filled by tyro from the words of a command line: fields are flags, their docstrings the
-    help, nested dataclasses its groups.  tyro's framed complaint becomes one line, with exit code 2 and the
-    nearest flag; `absent` are flags that one may look for, and why there are none."""
+    """A dataclass filled by tyro: fields are flags, their docstrings the help, nested dataclasses its groups.
+    tyro's framed complaint becomes one line, with exit code 2 and the nearest flag; `absent` are flags that
+    one may look for, and why there are none."""
     words, said = sys.argv[1:] if argv is None else list(argv), io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -1409,9 +1368,9 @@ def runs(o: Options) -> None:
     set_threads(o.threads, embedded=not any(r.settings.get("model") for r in records))
     alone = len(records) == 1
     out = own_folder(Path(o.out or (records[0].folder / "eval" if alone else "runs/compare")))
+    if o.show and not alone:
+        raise ValueError(f"--show: {len(records)} runs; name one, e.g. {records[0].folder}")
     if o.show:
-        if not alone:
-            raise ValueError(f"--show: {len(records)} runs; name one, e.g. {records[0].folder}")
         return show(records[0], o.seed, o.attention, out)
     tasks = {r.task: [x for x in records if x.task == r.task] for r in records}
     if o.law:
@@ -1428,7 +1387,7 @@ def runs(o: Options) -> None:
     print(f"\npictures and CSV: {out}")
 
 
-def compare(o: Options, groups: dict[str, list[Record]], out: Path) -> None:
+def compare(o: Options, groups: Groups, out: Path) -> None:
     """The tables and the frontier: along training from the logs, over temperatures from fresh samples."""
     rows, logs, k = comparison(groups), logged(groups), o.k
     print_comparison(groups, rows)

@@ -184,7 +184,7 @@ def rows(n=6, shift=0.0, **extra):
     return out
 
 
-@pytest.mark.parametrize("count", [1, 3, 5, len(STYLES) + 2])
+@pytest.mark.parametrize("count", [1, len(STYLES) + 2])
 def test_the_picture_is_a_png_for_any_number_of_methods(tmp_path, count):
     path = tmp_path / "made" / "entropy.png"
     draw({f"method {i}": rows(shift=i / 50) for i in range(count)}, path)
@@ -878,7 +878,7 @@ def test_benchmark_stores_every_sample_and_computes_again_without_the_model(benc
     assert f"{mean:.1f} ± {se:.1f}" in out
 
 
-@pytest.mark.parametrize("cut", [1, 700, 0.5, -1, -40])
+@pytest.mark.parametrize("cut", [1, 0.5, -1])
 def test_a_killed_benchmark_goes_on_to_the_same_samples(bench, tmp_path, cut):
     bench()
     path = stored(tmp_path)
@@ -905,8 +905,7 @@ def test_other_settings_are_other_samples(bench, tmp_path):
     """Beside the first, which stay as they are."""
     bench()
     first, before = stored(tmp_path), stored(tmp_path).read_bytes()
-    changes = (["--temperature", 0.7], ["--top-p", 0.7], ["--seed", 1], ["--samples", 4], ["--limit", 3])
-    for count, change in enumerate([*changes, ["--batch", 8]], 2):
+    for count, change in enumerate((["--temperature", 0.7, "--seed", 1], ["--limit", 3], ["--batch", 8]), 2):
         assert bench(*change)[0] == 0
         assert len(list(first.parent.glob("sums-*.jsonl"))) == count and first.read_bytes() == before
 
