@@ -2,18 +2,9 @@
 
 Claim. pass@1 alone cannot see a collapse.  A policy that puts all its probability on one answer per problem
 and one that spreads it over many may solve equally often at the first try; only the second finds new answers
-when it is asked again, and only the second has anything left to reinforce.  And a table at equal steps cannot
-tell a remedy from a smaller learning rate: what learns less also collapses less.  So remedies are compared
-with plain GRPO at several learning rates, at equal pass@1.
-
-    1  what a policy can do: unbiased pass@k, distinct right answers                             (6.1)
-    2  how sure one can be: standard errors, the paired bootstrap                                (6.2) (6.3)
-    3  diversity and calibration: distinct-n, calibration error, forking tokens                  (6.4) - (6.7)
-    4  tables, files, and the picture of one training call
-    5  comparing runs: methods over seeds, the frontier of plain GRPO, the law R = -a e^H + b    (6.8) (6.9)
-    6  samples, drawn once and stored: over test temperatures, calibration, forks, the flow of each token
-    7  six benchmarks, beside the papers' numbers
-    8  the command line and the demonstration
+when it is asked again, and has anything left to reinforce.  And a table at equal steps cannot tell a remedy
+from a smaller learning rate: what learns less also collapses less.  So remedies are compared with plain GRPO
+at several learning rates, at equal pass@1.
 
     python eval.py                                       the estimators, shown on made-up counts
     python eval.py runs/opefo-s0                         one run: its log, samples, diversity, calibration
@@ -23,9 +14,8 @@ with plain GRPO at several learning rates, at equal pass@1.
     python eval.py --show runs/opefo-s0                  responses in the colours of their entropy flow
     python eval.py --model FOLDER_OR_ID --benchmark aime24 math500 --k 32 --engine vllm --against steer
 
-The same command again goes on where a kill stopped it and draws nothing twice: samples are stored a line
-each, under a name that depends on all settings.
-Sampling is at temperature 1 without top-p or top-k unless said otherwise, since truncation hides a collapse.
+The same command again goes on where a kill stopped it.  Sampling is at temperature 1 without top-p or top-k
+unless said otherwise, since truncation hides a collapse.
 Left out against a production harness: few-shot prompts, stop strings, code execution, judge models.
 """
 
@@ -44,8 +34,8 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, is_dataclass, replace
-from functools import cache
+from dataclasses import dataclass, is_dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -58,25 +48,10 @@ import pandas as pd
 import torch
 import tyro
 
+import rollout
 from entropy_math import TokenStats, check_entropy_law, entropy_change
 from grpo import Policy, Tokens, grade, group_advantages, last_boxed
-from rollout import (
-    PROMPT_TEMPLATE,
-    Engine,
-    Problem,
-    Sampling,
-    Task,
-    TorchEngine,
-    VllmEngine,
-    answer,
-    chain_task,
-    load_model,
-    longest_prompt,
-    math_task,
-    read_problems,
-    render,
-    task_of_data,
-)
+from rollout import Engine, Problem, Sampling, Task, TorchEngine, answer, chain_task
 
 __all__ = ["evaluate", "grade", "main", "pass_at_k"]  # `grade` is chapter 2's, offered here beside pass_at_k
 
@@ -106,14 +81,15 @@ def distinct_correct(task: Task, texts: Sequence[str], correct: Sequence[bool]) 
     return len({task.signature(t) for t, ok in zip(texts, correct) if ok})
 
 
+ROWS = 1024
 Part = tuple[Sequence[Problem], Tokens, list[str]]  # some problems, and n responses to each, B rows
 
 
 def responses(
-    engine: Engine, task: Task, problems: Sequence[Problem], how: Sampling, generator: Any, rows: int = 1024
+    engine: Engine, task: Task, problems: Sequence[Problem], how: Sampling, generator: Any
 ) -> Iterator[Part]:
-    """how.n responses to every problem, at most about `rows` at a time."""
-    step = max(1, rows // how.n)
+    """how.n responses to every problem, at most about ROWS at a time."""
+    step = max(1, ROWS // how.n)
     for i in range(0, len(problems), step):
         part = problems[i : i + step]
         yield part, *answer(engine, task, part, how, generator)
@@ -121,28 +97,20 @@ def responses(
 
 @torch.no_grad()
 def evaluate(
-    engine: Engine,
-    task: Task,
-    k: int = 32,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    rows: int = 1024,
+    engine: Engine, task: Task, k: int = 32, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
 ) -> dict[str, Any]:
-    """k samples for each held-out problem.  The generator is this call's own, so that evaluating changes no
-    run.
+    """k samples for each held-out problem, from a generator of its own: evaluating changes no run.
 
-    Returns pass@1 and pass@k, distinct_correct (right answers that differ, per problem), eval_entropy (token
-    mean, nats), eval_length (tokens), right (the number of right samples of each problem, from which pass@k
-    for every smaller k, and intervals over problems, can be had later), the same for the hard problems as
-    hard_* where the task has such, the k, and a few samples.
+    Returns pass@1 and pass@k, distinct_correct (different right answers per problem), eval_entropy (token
+    mean, nats), eval_length (tokens), right (how many samples of each problem are right: this gives pass@k
+    for smaller k, and intervals over problems), the same for hard problems as hard_*, k, and a few samples.
     """
     generator = torch.Generator(engine.device).manual_seed(seed)
     how = Sampling(k, task.max_new_tokens, temperature, top_p, entropy=True)
     result: dict[str, Any] = {"k": k}
     for prefix, problems in (("", task.test), ("hard_", task.hard)):
         if problems:
-            parts = list(responses(engine, task, problems, how, generator, rows))
+            parts = list(responses(engine, task, problems, how, generator))
             result |= {prefix + name: value for name, value in _summary(task, parts, k).items()}
             if not prefix:
                 result["samples"] = _samples(*parts[0], k)
@@ -180,21 +148,19 @@ def _samples(problems: Sequence[Problem], out: Tokens, texts: list[str], k: int)
 
 
 def mean_se(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of n independent values and its standard error; the error is NaN for n = 1.
+    """Mean of n independent values and its standard error (NaN for n = 1).
 
     se = s / √n,  s² = Σ (v - mean)² / (n - 1)                                                           (6.2)
 
-    Over problems it says how much the score depends on which problems were asked, the samples' noise
-    included; over seeds how much it depends on warm start, prompt order and sampling.  Neither holds the
-    other.
+    Over problems it says how much the score depends on the choice of problems, the samples' noise included;
+    over seeds, on warm start, prompt order and sampling.  Neither holds the other.
     """
     v = pd.Series(values, dtype=float)
     return float(v.mean(skipna=False)), float(v.sem(skipna=False))
 
 
 def resample(n: int, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """(1 + draws, n) bootstrap weights: row 0 is the data as they are, every other row n picks with
-    replacement."""
+    """(1 + draws, n) bootstrap weights: row 0 is the data, every other row n picks with replacement."""
     return np.vstack([np.full((1, n), 1 / n), rng.multinomial(n, np.full(n, 1 / n), draws) / n])
 
 
@@ -218,23 +184,20 @@ def paired(a: Sequence[float], b: Sequence[float], draws: int = 10_000) -> tuple
 # ------------------------------------------------------------------------------------------------------------
 # 3. Diversity and calibration
 #
-# A sample is what is kept of one response, a dictionary that fits in a line of JSON: problem, sample (their
-# numbers), correct, truncated, logp (Σ log π of its tokens), ids, nats (the entropy at each token), text.
-
-Sample = dict[str, Any]
-Groups = list[list[Sample]]  # problems x samples
+# Samples are a frame with a row for each response: problem, sample (their numbers), correct, truncated,
+# logp (Σ log π of its tokens), ids, nats (the entropy at each token), text.  In a file, a line of JSON.
 
 
-def to_samples(part: Part, k: int, first: int = 0) -> Groups:
+def to_rows(part: Part, k: int, first: int = 0) -> list[dict[str, Any]]:
     """The responses to some problems, of which the first has the number `first`."""
     _, out, texts = part
     logp, nats = torch.where(out.mask, out.rollout_logp, 0).sum(-1, dtype=torch.float64), out.entropy.double()
-    rows: Groups = [[] for _ in range(len(texts) // k)]
+    rows = []
     for i, m in enumerate(out.mask):
         row = {"problem": first + i // k, "sample": i % k, "logp": round(logp[i].item(), 5), "text": texts[i]}
         row |= {name: bool(getattr(out, name)[i]) for name in ("correct", "truncated")}
         row |= {"ids": out.ids[i][m].tolist(), "nats": [round(x, 5) for x in nats[i][m].tolist()]}
-        rows[i // k].append(row)
+        rows.append(row)
     return rows
 
 
@@ -247,9 +210,9 @@ def distinct_n(texts: Sequence[Sequence[int]], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else math.nan
 
 
-def common_length(groups: Groups, share: float = 0.9) -> int:
+def common_length(samples: pd.DataFrame, share: float = 0.9) -> int:
     """The largest length in tokens that `share` of all responses reach."""
-    lengths = sorted((len(s["ids"]) for g in groups for s in g), reverse=True)
+    lengths = sorted(map(len, samples["ids"]), reverse=True)
     return lengths[math.ceil(share * len(lengths)) - 1]
 
 
@@ -270,7 +233,7 @@ def calibration_error(confidence: Sequence[float], right: Sequence[bool], bins: 
     return float(sum(n * abs(r - c) for c, r, n in groups) / sum(n for *_, n in groups))
 
 
-def confidences(groups: Groups, key: Callable[[str], str]) -> dict[str, tuple[list[float], list[bool]]]:
+def confidences(samples: pd.DataFrame, key: Callable[[str], str]) -> dict[str, tuple[list, list]]:
     """Two answers to "how sure was it", each against whether it was right.
 
     vote         of a problem: the share of its most frequent answer (by `key`; the first drawn among equals)
@@ -278,16 +241,15 @@ def confidences(groups: Groups, key: Callable[[str], str]) -> dict[str, tuple[li
                  Left out for single samples, which always agree with themselves
     likelihood   of a response: exp of the mean of log π over its tokens; right if the response is
     """
-    shares, voted = [], []
-    for group in groups:
-        keys = [key(s["text"]) for s in group]
-        most, count = Counter(x for x in keys if x).most_common(1)[0] if any(keys) else ("", 0)
+    by, shares, voted = samples.assign(key=samples["text"].map(key)).groupby("problem"), [], []
+    for _, group in by:
+        votes = Counter(filter(None, group["key"])).most_common(1)
+        most, count = votes[0] if votes else ("", 0)
         shares.append(count / len(group))
-        voted.append(count > 0 and group[keys.index(most)]["correct"])
-    every = [s for g in groups for s in g]
-    likely = [math.exp(s["logp"] / max(1, len(s["ids"]))) for s in every]
-    found = {"vote": (shares, voted)} if max(map(len, groups)) > 1 else {}
-    return found | {"likelihood": (likely, [s["correct"] for s in every])}
+        voted.append(count > 0 and bool(group["correct"][group["key"] == most].iloc[0]))
+    likely = np.exp(samples["logp"] / samples["ids"].map(len).clip(lower=1))
+    found = {"vote": (shares, voted)} if by.size().max() > 1 else {}
+    return found | {"likelihood": (likely.tolist(), samples["correct"].tolist())}
 
 
 def forking(nats: np.ndarray, share: float = 0.2) -> float:
@@ -295,43 +257,33 @@ def forking(nats: np.ndarray, share: float = 0.2) -> float:
     return float(np.sort(nats)[::-1][max(1, math.ceil(share * len(nats))) - 1])
 
 
-def fork_table(groups: Groups, name: Callable[[int], str], count: int = 12) -> list[dict[str, Any]]:
-    """The most frequent tokens drawn at forks: how often, their mean entropy there, and the share of the
-    token's occurrences that are forks."""
-    samples = [s for g in groups for s in g]
-    tokens = pd.DataFrame({x: [v for s in samples for v in s[x]] for x in ("ids", "nats")})
-    tokens["fork"] = tokens["nats"] >= forking(tokens["nats"].to_numpy())
-    top = tokens[tokens["fork"]].groupby("ids")["nats"].agg(forks="size", entropy="mean")
-    top = top.nlargest(count, "forks")
-    top["share_forks"] = tokens.groupby("ids")["fork"].mean()
-    return [{"token": name(i)} | row for i, row in zip(top.index, top.to_dict("records"))]
-
-
 def measure(
-    groups: Groups, k: int, key: Callable[[str], str], vote: Callable[[str], str], length: int = 0
+    samples: pd.DataFrame, k: int, key: Callable[[str], str], vote: Callable[[str], str], length: int = 0
 ) -> dict[str, float]:
     """Everything that samples tell: means over problems, and beside each, as "NAME se", its error (6.2).
 
-    groups: P problems with n samples each.  pass@1 (= avg@n) and pass@8, 16, 32 and k as far as n allows;
-    distinct_correct by `key`; entropy (nats, the mean over all tokens, its error linearised as of a ratio),
-    length (tokens), truncated (share); distinct-1 to -3 of the first `length` tokens (0: the common length)
-    of the responses that have as many; the two calibration errors, the votes counted by `vote`.
+    pass@1 (= avg@n) and pass@8, 16, 32 and k as far as the n samples of a problem allow; distinct_correct by
+    `key`; entropy (nats, the mean over all tokens, its error linearised as of a ratio), length (tokens),
+    truncated (share); distinct-1 to -3 of the first `length` tokens (0: the common length) of the responses
+    that have as many; the two calibration errors, the votes counted by `vote`.
     """
-    n, length = min(map(len, groups)), length or common_length(groups)
-    right = [sum(s["correct"] for s in g) for g in groups]
-    tokens = np.array([sum(len(s["ids"]) for s in g) for g in groups], dtype=float)
-    nats = np.array([sum(map(sum, (s["nats"] for s in g))) for g in groups])
-    H = float(nats.sum() / max(1.0, tokens.sum()))
-    texts = [[s["ids"][:length] for s in g if len(s["ids"]) >= length] for g in groups]
-    each = {f"pass@{j}": [pass_at_k(n, c, j) for c in right] for j in sorted({1, 8, 16, 32, k}) if j <= n} | {
-        "distinct_correct": [len({key(s["text"]) for s in g if s["correct"]}) for g in groups],
-        "entropy": (nats - H * tokens) / max(1.0, tokens.mean()),
+    length, sizes = length or common_length(samples), samples["ids"].map(len)
+    answers = samples["text"].map(key).where(samples["correct"])
+    frame = samples.assign(tokens=sizes, sum=samples["nats"].map(sum), answer=answers)
+    by, starts = frame.groupby("problem"), samples["ids"].str[:length][sizes >= length]
+    n, tokens, nats = int(by.size().min()), by["tokens"].sum(), by["sum"].sum()
+    H = float(nats.sum() / max(1, tokens.sum()))
+    texts = [t.tolist() for _, t in starts.groupby(samples["problem"]) if len(t) > 1]
+    ks, right = sorted(j for j in {1, 8, 16, 32, k} if j <= n), by["correct"].sum()
+    each = {f"pass@{j}": [pass_at_k(n, c, j) for c in right] for j in ks} | {
+        "distinct_correct": by["answer"].nunique(),
+        "entropy": (nats - H * tokens) / max(1, tokens.mean()),
         "length": tokens / n,
-        "truncated": [sum(s["truncated"] for s in g) / n for g in groups],
-        **{f"distinct-{m}": [distinct_n(t, m) for t in texts if len(t) > 1] for m in (1, 2, 3)},
+        "truncated": by["truncated"].mean(),
+        **{f"distinct-{m}": [distinct_n(t, m) for t in texts] for m in (1, 2, 3)},
     }
     out = {x: v for name, values in each.items() for x, v in zip((name, f"{name} se"), mean_se(values))}
-    out |= {f"ece_{name}": calibration_error(*pair) for name, pair in confidences(groups, vote).items()}
+    out |= {f"ece_{name}": calibration_error(*pair) for name, pair in confidences(samples, vote).items()}
     return out | {"entropy": H, "common_length": length}
 
 
@@ -359,10 +311,9 @@ def shown(rows: Sequence[dict[str, Any]], columns: dict[str, str] | Sequence[str
             return f"{scale * x:+.{digits}f}" + ("" if math.isnan(low) else f" [{low:+.3f}, {high:+.3f}]")
         return f"{scale * x:.{digits}f}" + ("" if math.isnan(se) else f" ± {se:.{digits}f}")
 
-    first, *rest = names
-    frame = pd.DataFrame([[cell(r, key) for key in rest] for r in rows], columns=[names[x] for x in rest])
-    frame.index, frame.columns.name = pd.Index([cell(r, first) for r in rows], dtype=object), names[first]
-    return frame.to_string()
+    frame = pd.DataFrame([[cell(r, key) for key in names] for r in rows], columns=list(names.values()))
+    frame.index, frame.columns.name = pd.Index(frame.iloc[:, 0], dtype=object), frame.columns[0]
+    return frame.rename_axis(index=None).iloc[:, 1:].to_string()
 
 
 def passes(columns: Iterable[str]) -> list[str]:
@@ -373,24 +324,6 @@ def passes(columns: Iterable[str]) -> list[str]:
 def write_csv(path: Path, rows: Any) -> None:
     """One column for every key of any row that holds a number or a word."""
     pd.DataFrame(rows).dropna(axis=1, how="all").to_csv(path, index=False, float_format="%.6g")
-
-
-def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Add lines of JSON in one write and wait until they are on the disk; NaN and infinity become null.  A
-    line that a kill cut short is cut off first, so that nothing is glued to it."""
-    plain = [
-        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()} for r in rows
-    ]
-    text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in plain)
-    with open(path, "a+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(0, end - 1))
-        if file.read() not in (b"", b"\n"):
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(text.encode("utf-8", "replace"))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -406,13 +339,6 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def save(fig: Any, path: Path) -> None:
-    """Written under another name and renamed: a picture is never half there."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.png")
-    fig.savefig(part, dpi=110)
-    part.replace(path)
-
-
 # Colours differ in lightness and every curve has its own dash, so that the picture survives a grey printer.
 STYLES = [
     ("#000000", "-"), ("#d55e00", "--"), ("#56b4e9", "-."), ("#009e73", ":"),
@@ -423,19 +349,30 @@ STYLES = [
 
 def style(i: int) -> dict[str, Any]:
     """Colour and dash of the i-th curve."""
-    color, dash = STYLES[i % len(STYLES)]
-    return {"color": color, "linestyle": dash}
+    return dict(zip(("color", "linestyle"), STYLES[i % len(STYLES)]))
 
 
-def figure(width: float, height: float, rows: int, columns: int, **how: Any) -> tuple[Any, Any]:
-    """A figure and its axes (rows, columns), each with a grid."""
+def figure(
+    width: float, height: float, rows: int, columns: int, labels: Sequence[Sequence[str]] = (), **how: Any
+) -> tuple[Any, Any]:
+    """A figure and its axes (rows, columns), each with a grid; labels: (title, x, y) of the first axes."""
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(width, height), layout="constrained")
     axes = fig.subplots(rows, columns, squeeze=False, **how)
     for ax in axes.flat:
         ax.grid(alpha=0.25)
+    for ax, (title, x, y) in zip(axes.flat, labels):
+        ax.set(title=title, xlabel=x, ylabel=y)
     return fig, axes
+
+
+def save(fig: Any, path: Path) -> None:
+    """Written under another name and renamed: a picture is never half there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.png")
+    fig.savefig(part, dpi=110)
+    part.replace(path)
 
 
 def series(rows: list[dict[str, Any]], key: str) -> pd.Series:
@@ -452,8 +389,13 @@ def smooth(values: pd.Series) -> pd.Series:
 def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """entropy.png: entropy, pass@1 and pass@k, the plane of both, and one panel of flows a method."""
     k, lines = next((r["k"] for rows in runs.values() for r in rows if "k" in r), "k"), -(-len(runs) // 3)
+    labels = [
+        ("Entropy on the training batch", "step", "nats per token"),
+        (f"Held-out: pass@1 (circles), pass@{k} (triangles)", "step", "share of problems"),
+        ("First try against any try (square: end)", "pass@1", f"pass@{k}"),
+    ]
     heights = [4.2] + [2.9] * lines
-    fig, axes = figure(13.8, sum(heights), 1 + lines, 3, height_ratios=heights)
+    fig, axes = figure(13.8, sum(heights), 1 + lines, 3, labels, height_ratios=heights)
     entropy, progress, plane = axes[0]
     for i, (label, rows) in enumerate(runs.items()):
         look, values = style(i), series(rows, "entropy")
@@ -464,20 +406,16 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
         progress.plot(several, marker="^", markersize=3.5, **look)
         plane.plot(*(both := pd.concat([one, several], axis=1).dropna().T.to_numpy()), marker="o", **look)
         plane.plot(*both[:, -1:], marker="s", markersize=8, color=look["color"])
-    entropy.set(title="Entropy on the training batch", xlabel="step", ylabel="nats per token")
     entropy.set_ylim(bottom=0)
     entropy.legend(fontsize=8)
-    title = f"Held-out: pass@1 (circles), pass@{k} (triangles)"
-    progress.set(title=title, xlabel="step", ylabel="share of problems", ylim=(0, 1.02))
-    plane.set(title="First try against any try (square: end)", xlabel="pass@1", ylabel=f"pass@{k}")
+    progress.set_ylim(0, 1.02)
     _draw_flows(axes[1:], runs)
-    path.parent.mkdir(parents=True, exist_ok=True)
     save(fig, path)
 
 
 def _draw_flows(axes: Any, runs: dict[str, list[dict[str, Any]]]) -> None:
-    """Per method: the tabular flow up and down as areas (left scale), the measured change as dots (right
-    scale). All panels share both scales, so that methods can be compared by eye."""
+    """Per method: the tabular flow up and down as areas (left scale), the measured change as dots (right).
+    All panels share both scales, so that methods can be compared by eye."""
 
     def largest(*keys: str) -> float:
         sizes = [series(rows, key).abs().max() for rows in runs.values() for key in keys]
@@ -529,13 +467,16 @@ class Record:
 
     folder: Path
     spec: str  # the method with its options, as on the command line
-    own: dict[str, str]  # these options
+    own: set[str]  # the names of these options
     settings: dict[str, Any]
     shared: dict[str, Any]  # the settings that make a run what it is, apart from method and seed
-    seed: tuple  # what pairs two runs: the value of every setting called seed
+    seed: str  # what pairs two runs: the value of every setting called seed
     task: str  # where its held-out problems come from, "" for the embedded task
     rows: list[dict[str, Any]]  # metrics.jsonl
     evaluations: list[dict[str, Any]]  # those of its rows that are one
+
+
+Groups = dict[str, list[Record]]  # label -> runs that differ in the seed only
 
 
 def read_record(folder: Path) -> Record:
@@ -544,30 +485,26 @@ def read_record(folder: Path) -> Record:
         config = json.loads((folder / "config.json").read_text())
         (spec,), s = config["specs"], config["settings"]
         rows = [r for r in read_jsonl(folder / "metrics.jsonl") if "step" in r]
-        pairs = (x.partition("=") for x in spec.partition(":")[2].split(",") if x)
-        own = {key.replace("-", "_"): value for key, _, value in pairs}
-        seed = tuple((k, v) for k, v in sorted(s.items()) if k.endswith("seed"))
-        shared = {k: v for k, v in s.items() if k not in BOOKKEEPING | dict(seed).keys()}
-    except FileNotFoundError as error:
-        raise ValueError(f"no run (no {Path(error.filename).name})") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"its config.json or metrics.jsonl is damaged ({error})") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"no run, or a damaged one: {error}") from None
+    own = {x.partition("=")[0].replace("-", "_") for x in spec.partition(":")[2].split(",") if x}
+    seed = {k: v for k, v in sorted(s.items()) if k.endswith("seed")}
+    shared = {k: v for k, v in s.items() if k not in BOOKKEEPING | seed.keys()}
     rows = [{k: v for k, v in r.items() if v is not None} for r in rows]  # null: not a finite number
     evaluations = [r for r in rows if "pass@1" in r]
     if not evaluations:
         raise ValueError("a run that was never evaluated")
     task = s.get("eval_data") or s.get("data") or ""
-    return Record(folder, spec, own, s, shared, seed, task, rows, evaluations)
+    return Record(folder, spec, own, s, shared, str(seed), task, rows, evaluations)
 
 
 def find_records(names: Sequence[str]) -> tuple[list[Record], list[str]]:
-    """All runs in the folders, a comparison's members among them, and why others are left out.  Raises
-    ValueError if not one run is left."""
+    """All runs in the folders, a comparison's members among them, and why others are left out."""
     records, notes, folders = {}, [], []
     for name in map(Path, names):
         members = sorted(p.parent for p in name.glob("*/metrics.jsonl"))
         if not (name / MARK).is_file() and not name.is_file():  # ours; a file that the shell's * caught
-            folders += [name] if (name / "metrics.jsonl").is_file() or not members else members
+            folders += [name] if (name / "metrics.jsonl").is_file() else members or [name]
     for folder in folders:
         try:
             r = read_record(folder)
@@ -581,9 +518,8 @@ def find_records(names: Sequence[str]) -> tuple[list[Record], list[str]]:
     return list(records.values()), notes
 
 
-def grouped(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """label -> runs that differ in the seed only.  The label is the spec, and the settings by which groups of
-    the same spec differ."""
+def grouped(records: Sequence[Record]) -> Groups:
+    """The label is the spec, and the settings by which groups of the same spec differ."""
     groups: dict[tuple, list[Record]] = {}
     for r in records:
         groups.setdefault((r.spec, json.dumps(r.shared, sort_keys=True)), []).append(r)
@@ -595,56 +531,58 @@ def grouped(records: Sequence[Record]) -> dict[str, list[Record]]:
     return out
 
 
-def rivals(groups: dict[str, list[Record]], label: str) -> list[str]:
+def rivals(groups: Groups, label: str) -> list[str]:
     """The plain GRPO groups that a method is measured against, the most alike first: all settings are the
     same, but for the learning rate and what either spec names.  Plain GRPO's rivals have a shorter spec."""
 
     def plain(r: Record) -> bool:  # no other option than settings of the training
-        return r.spec.partition(":")[0] == "grpo" and set(r.own) <= set(r.settings)
+        return r.spec.partition(":")[0] == "grpo" and r.own <= set(r.settings)
 
-    def differ(r: Record) -> set[str]:
-        return {k for k in {*one.shared, *r.shared} if one.shared.get(k) != r.shared.get(k)}
+    one, found = groups[label][0], {}
+    for x, (r, *_) in groups.items():
+        differ = {k for k in {*one.shared, *r.shared} if one.shared.get(k) != r.shared.get(k)}
+        shorter = len(r.own) < len(one.own) or not plain(one)
+        if plain(r) and shorter and differ <= {"lr", *one.own, *r.own}:
+            found[x] = len(differ), len(r.own)
+    return sorted(found, key=found.__getitem__)
 
-    one = groups[label][0]
-    found = {x: g[0] for x, g in groups.items() if plain(g[0])}
-    found = {x: r for x, r in found.items() if differ(r) <= {"lr", *one.own, *r.own}}
-    found = {x: r for x, r in found.items() if not plain(one) or len(r.own) < len(one.own)}
-    return sorted(found, key=lambda x: (len(differ(found[x])), len(found[x].own)))
 
-
-def sweep_of(groups: dict[str, list[Record]], label: str) -> list[str]:
+def sweep_of(groups: Groups, label: str) -> list[str]:
     """The rivals at all learning rates, which the frontier goes through, of what is not GRPO itself."""
-    lines = [x for x in rivals(groups, label) if set(groups[x][0].own) <= {"lr"}]
+    lines = [x for x in rivals(groups, label) if groups[x][0].own <= {"lr"}]
     return lines if not label.startswith("grpo") else []
 
 
-def comparison(groups: dict[str, list[Record]]) -> list[dict[str, Any]]:
+def comparison(groups: Groups) -> list[dict[str, Any]]:
     """One row a method: mean and standard error over seeds (6.2) at the last evaluation, and the difference
     to plain GRPO on the same seeds at the same step (6.3)."""
-    rows = []
+    logs = {}
     for label, members in groups.items():
-        last = {r.seed: r.evaluations[-1] for r in members}
-        row = {"method": label, "seeds": len(members), "step": max(e["step"] for e in last.values())}
-        other = next(iter(rivals(groups, label)), None)
-        theirs = {r.seed: {e["step"]: e for e in r.evaluations} for r in groups.get(other, ())}
-        theirs = {s: theirs[s][e["step"]] for s, e in last.items() if e["step"] in theirs.get(s, ())}
-        row |= {"against": other, "pairs": len(theirs)}
-        for key in METRICS:
-            row[key], row[f"{key} se"] = mean_se([e.get(key, math.nan) for e in last.values()])
-            if theirs:
-                pair = ([e[s].get(key, math.nan) for s in theirs] for e in (last, theirs))
-                row |= zip((f"{key} diff", f"{key} low", f"{key} high"), paired(*pair))
+        log = pd.DataFrame([{"seed": r.seed} | e for r in members for e in r.evaluations])
+        logs[label] = log.set_index(["seed", "step"]).reindex(columns=METRICS)
+    rows = []
+    for label, log in logs.items():
+        last, other = log.groupby("seed", sort=False).tail(1), next(iter(rivals(groups, label)), None)
+        both = last.index.intersection(logs[other].index, sort=False) if other else []
+        row = {"method": label, "seeds": len(last), "step": last.index.get_level_values("step").max()}
+        row |= {"against": other, "pairs": len(both)}
+        for x in METRICS:
+            row[x], row[f"{x} se"] = mean_se(last[x])
+            if len(both):
+                gap = paired(last.loc[both, x], logs[other].loc[both, x])
+                row |= zip((f"{x} diff", f"{x} low", f"{x} high"), gap)
         rows.append(row)
     return rows
 
 
-def print_comparison(groups: dict[str, list[Record]], rows: list[dict[str, Any]]) -> None:
+def print_comparison(groups: Groups, rows: list[dict[str, Any]]) -> None:
     """Two tables, and how far they can be trusted."""
-    k = max(int(r.evaluations[-1].get("k", 0)) for g in groups.values() for r in g)
+    records = [r for g in groups.values() for r in g]
+    k = max(int(r.evaluations[-1].get("k", 0)) for r in records)
     names = {x: x.replace("_", " ").replace("@k", f"@{k}").replace("eval ", "") for x in METRICS}
     print("At the last evaluation: mean ± standard error over seeds (6.2)\n")
     print(shown(rows, {"method": "method", "seeds": "seeds", "step": "step", **names}))
-    for r in (r for g in groups.values() for r in g):
+    for r in records:
         if (end := r.evaluations[-1]["step"]) < r.settings.get("steps", 0):
             print(f"  {r.folder} stopped at {end} of {r.settings['steps']} steps")
     rows = [r for r in rows if r["pairs"]]
@@ -655,7 +593,8 @@ def print_comparison(groups: dict[str, list[Record]], rows: list[dict[str, Any]]
     print("\nDifference on the same seeds, and its 95 % bootstrap interval over seeds (6.3)\n")
     differences = {f"{x} diff": name for x, name in names.items()}
     print(shown(rows, {"method": "method", "against": "minus", "pairs": "pairs", **differences}))
-    print(f"{n} pairs: an interval holds the median with probability {1 - 2.0 ** (1 - n):.2f} at most")
+    trust = f"an interval holds the median with probability {1 - 2.0 ** (1 - n):.2f} at most"
+    print(f"{n} pairs: {trust}" if n > 1 else "1 pair: no interval; it takes two seeds or more")
 
 
 # -- the frontier --------------------------------------------------------------------------------------------
@@ -697,11 +636,16 @@ def line(px: np.ndarray, py: np.ndarray, x: np.ndarray) -> np.ndarray:
     return py[i - 1, d] * (1 - w) + py[i, d] * w  # (6.8)
 
 
+def middle(every: Means) -> np.ndarray:
+    """Means over pairs of pass@1 and pass@k."""
+    return np.mean([m[:2, 0] for m in every.values()], 0)
+
+
 def on_frontier(sweep: dict[str, Means]) -> list[str]:
     """The policies that no other one beats in both pass@1 and pass@k, in the mean over the pairs that all
     have: a point that two better ones lie above would bend the line down."""
     pairs = sorted(set.intersection(*map(set, sweep.values())))
-    mean = {x: np.mean([m[q][:2, 0] for q in pairs], 0) for x, m in sweep.items()} if pairs else {}
+    mean = {x: middle({q: m[q] for q in pairs}) for x, m in sweep.items()} if pairs else {}
     return [x for x, m in mean.items() if not any((other > m).all() for other in mean.values())]
 
 
@@ -732,52 +676,56 @@ def over_pairs(d: np.ndarray) -> tuple[float, float, float]:
     pick = np.random.default_rng(1).integers(n, size=(DRAWS, n))
     resampled = d[pick, np.arange(1, DRAWS + 1)[:, None]].mean(1)  # (DRAWS,)
     wide = math.sqrt(n / (n - 1)) * (np.quantile(resampled, [0.025, 0.975]) - resampled.mean())
-    return mean, *(float(d[:, 0].mean() + w) for w in wide)
+    return mean, *(float(mean + w) for w in wide)
 
 
-def outcome(row: dict[str, Any], prefix: str, k: int) -> np.ndarray:
-    """Of one evaluation: (2, 1 + DRAWS) means of pass@1 and pass@k, from the right samples per problem."""
-    n, right = row["k"], np.array(row[f"{prefix}right"])
-    return means(np.array([[pass_at_k(n, c, j) for c in range(n + 1)] for j in (1, k)])[:, right])
+COUNTS = ("set", "method", "at", "pair", "n", "right")  # of n samples of each problem, how many are right
 
 
-Points = dict[tuple[str, float], Means]  # (label, step or test temperature) -> means
+def logged(groups: Groups) -> pd.DataFrame:
+    """COUNTS of each evaluation in the logs, at its step."""
+    rows = [
+        (name, label, e["step"], r.seed, e["k"], e[key])
+        for label, members in groups.items()
+        for r in members
+        for e in r.evaluations
+        for name, key in (("test", "right"), ("hard", "hard_right"))
+        if key in e
+    ]
+    return pd.DataFrame(rows, columns=COUNTS)
 
 
-def points_of(groups: dict[str, list[Record]], prefix: str, k: int) -> Points:
-    """Every method at every step that all of its seeds were evaluated at."""
-    out: Points = {}
-    for label, members in groups.items():
-        rows = {r.seed: {e["step"]: e for e in r.evaluations if f"{prefix}right" in e} for r in members}
-        for step in sorted(set.intersection(*map(set, rows.values()))):
-            out[label, step] = {s: outcome(e[step], prefix, k) for s, e in rows.items()}
-    return out
+def drawn(o: Options, groups: Groups, out: Path) -> pd.DataFrame:
+    """COUNTS of fresh samples of the final policies, at their test temperatures."""
+    rows = [
+        (name, label, t, r.seed, o.count, x.groupby("problem")["correct"].sum().tolist())
+        for label, members in groups.items()
+        for r in members
+        for (name, t), x in samples_of(o, r, out)[1].items()
+    ]
+    return pd.DataFrame(rows, columns=COUNTS)
 
 
-def line_points(groups: dict[str, list[Record]], points: Points, label: str, along: str, at: float) -> dict:
-    """What the line of a method goes through: name -> Means.  along="step": GRPO's learning rates at that
-    step, and the warm start; along="temperature": their final policies at all test temperatures."""
-    grpo = {key: m for key, m in points.items() if key[0] in sweep_of(groups, label)}
-    if along == "temperature":
-        return {f"{x} at {t:g}": m for (x, t), m in grpo.items()}
-    start = {q: m for (_, step), every in grpo.items() if step == 0 for q, m in every.items()}
-    rates = {x: m for (x, step), m in grpo.items() if step == at}
-    return ({"the warm start": start} if start else {}) | rates if rates else {}
-
-
-def middle(every: Means) -> list[float]:
-    """Means over pairs of pass@1 and pass@k."""
-    return np.mean([m[:2, 0] for m in every.values()], 0).tolist()
-
-
-def frontier(groups: dict[str, list[Record]], points: Points, along: str) -> list[dict[str, Any]]:
-    """A row for every method at every step, or test temperature: where it lies, D1 (6.9), and the line."""
+def frontier(groups: Groups, found: pd.DataFrame, along: str, k: int) -> list[dict[str, Any]]:
+    """A row for every method at every step, or test temperature, that all of its seeds have: where it lies,
+    D1 (6.9), and the line: through GRPO's rates at that step and the warm start, or at all temperatures."""
+    points: dict[tuple[str, float], Means] = {}
+    share = cache(lambda n: np.array([[pass_at_k(n, c, j) for c in range(n + 1)] for j in (1, k)]))
+    for (label, at), each in found.groupby(["method", "at"], sort=False):
+        if len(each) == len(groups[label]):
+            points[label, at] = {r.pair: means(share(r.n)[:, r.right]) for r in each.itertuples()}
     rows = []
     for (label, at), own in points.items():
         row = {"along": along, "method": label, "at": at} | dict(zip(("pass@1", "pass@k"), middle(own)))
-        if sweep := line_points(groups, points, label, along, at):
-            names = on_frontier(sweep)
-            d, row["line"] = distances(own, sweep), {x: middle(sweep[x]) for x in names}
+        rates = sweep_of(groups, label)
+        grpo = {key: m for key, m in points.items() if key[0] in rates}
+        sweep = {f"{x} at {t:g}": m for (x, t), m in grpo.items()}
+        if along == "step":
+            start = {q: m for (_, step), every in grpo.items() if step == 0 for q, m in every.items()}
+            sweep = {x: m for (x, step), m in grpo.items() if step == at}
+            sweep = {"the warm start": start} | sweep if start and sweep else sweep
+        if sweep:
+            d, row["line"] = distances(own, sweep), {x: middle(sweep[x]).tolist() for x in on_frontier(sweep)}
             row |= zip(("D1 diff", "D1 low", "D1 high"), over_pairs(d))
             ends = [x for x, _ in row["line"].values()] or [row["pass@1"]]
             row["note"] = "" if min(ends) <= row["pass@1"] <= max(ends) else "beyond the line's end"
@@ -800,13 +748,12 @@ def print_frontier(rows: list[dict[str, Any]], k: int, title: str) -> None:
         print(f"the line: {names or 'no seed in common'}")
 
 
-def draw_frontier(
-    panels: list[tuple[str, int, list[dict[str, Any]]]], rates: dict[str, float], path: Path
-) -> None:
+def draw_frontier(panels: list[tuple[str, int, list]], rates: dict[str, float], path: Path) -> None:
     """Panels of (title, k, rows of `frontier`): every method's path in the plane, its end large; GRPO's
     learning `rates` in greys, darker for smaller ones, under them the line (6.8)."""
-    fig, axes = figure(5.6 * len(panels) + 2.4, 5.2, 1, len(panels))
-    for ax, (title, k, rows) in zip(axes.flat, panels):
+    labels = [(title, "pass@1", f"pass@{k}") for title, k, _ in panels]
+    fig, axes = figure(5.6 * len(panels) + 2.4, 5.2, 1, len(panels), labels)
+    for ax, (_, _, rows) in zip(axes.flat, panels):
         paths = dict(list(pd.DataFrame(rows).groupby("method", sort=False)))
         for i, label in enumerate(sorted(paths, key=lambda x: rates.get(x, math.inf))):
             own, look = paths[label][["pass@1", "pass@k"]].to_numpy(), style(i - len(rates) + 1)
@@ -818,7 +765,6 @@ def draw_frontier(
         ends = [r["line"] for r in rows if r.get("line") and r["at"] == rows[-1]["at"]]
         for points in (sorted(x.values()) for x in ends):
             ax.plot(*zip(*points), color="#dddddd", linewidth=6, zorder=0)
-        ax.set(title=title, xlabel="pass@1", ylabel=f"pass@{k}")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     save(fig, path)
 
@@ -847,24 +793,23 @@ def law_row(label: str, kind: str, H: Sequence[float], R: Sequence[float], share
 def law(records: Sequence[Record], out: Path) -> None:
     """Table, law.png and law.csv.  R against H of the evaluations, as the paper has it, but with the entropy
     of the very policy that is scored; and of every training batch: more points and more noise."""
-    fig, axes = figure(12, 5.2, 1, 2)
-    kinds = {"evaluation": ["eval_entropy", "pass@1"], "training batch": ["entropy", "reward"]}
-    rows = []
+    kinds = {"evaluation": ("eval_entropy", "pass@1", 14), "training batch": ("entropy", "reward", 3)}
+    title = "R = -a e^H + b, {}: fitted on the filled points"
+    labels = [(title.format(kind), "entropy H, nats", y) for kind, (_, y, _) in kinds.items()]
+    fig, axes = figure(12, 5.2, 1, 2, labels)
+    names, rows = [f"{r.spec}, seed {r.settings.get('seed')}" for r in records], []
     for i, record in enumerate(records):
-        for ax, (kind, keys) in zip(axes[0], kinds.items()):
-            H, R = pd.DataFrame(record.rows).reindex(columns=keys).dropna().T.to_numpy(copy=True)
+        for ax, (kind, (x, y, size)) in zip(axes[0], kinds.items()):
+            H, R = pd.DataFrame(record.rows).reindex(columns=[x, y]).dropna().T.to_numpy(copy=True)
             rows.append(row := law_row(str(record.folder), kind, H, R))
-            n, color, size = row["fitted"], style(i)["color"], 14 if kind == "evaluation" else 3
+            n, color = row["fitted"], style(i)["color"]
             ax.scatter(H[n:], R[n:], s=size, facecolors="none", edgecolors=color, linewidths=0.7)
-            name = f"{record.spec}, seed {record.settings.get('seed')}"
-            ax.scatter(H[:n], R[:n], s=2 * size, color=color, label=name)
+            ax.scatter(H[:n], R[:n], s=2 * size, color=color, label=names[i])
             limits = ax.get_ylim()
             if "a" in row:
                 h = np.linspace(min(H), max(H), 100)
                 ax.plot(h, row["b"] - row["a"] * np.exp(h), scaley=False, **style(i))
             ax.set_ylim(limits, auto=True)
-            ax.set(title=f"R = -a e^H + b, {kind}: fitted on the filled points", xlabel="entropy H, nats")
-            ax.set_ylabel(keys[1])
     axes[0, 0].legend(fontsize=7)
     save(fig, out / "law.png")
     write_csv(out / "law.csv", rows)
@@ -877,8 +822,10 @@ def law(records: Sequence[Record], out: Path) -> None:
 # 6. Samples, drawn once and stored
 
 
-def own_attention(model: str | Path, device: torch.device) -> str:
-    """What a run's checkpoint was trained with, where that runs on the device; sdpa of any other model."""
+def attention_of(model: str | Path, flag: str, device: torch.device) -> str:
+    """The flag; for auto, what a run's checkpoint was trained with, if that runs here, and sdpa of others."""
+    if flag != "auto":
+        return flag
     try:
         kind = json.loads((Path(model).parent / "config.json").read_text())["settings"]["attention"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -888,13 +835,12 @@ def own_attention(model: str | Path, device: torch.device) -> str:
 
 def sampled(
     folder: Path, name: str, problems: Sequence[Problem], settings: dict[str, Any], ask: Callable[[], tuple]
-) -> Groups:
+) -> pd.DataFrame:
     """settings["samples"] responses to each problem, from folder/NAME-DIGEST.jsonl, a line a sample.
 
-    The digest is of the settings, which stand beside it in .json, and of the problems: samples of different
-    settings never mix.  What is missing is drawn with `ask() -> (engine, task, prompts)`.  A batch's draws
-    depend on the seed and its place only, so that a run that was killed ends with the samples of one that was
-    not.  Raises ValueError where the file is damaged.
+    The digest is of the settings (beside it in .json) and the problems: samples of different settings never
+    mix.  What is missing is drawn with `ask() -> (engine, task, prompts)`.  A batch's draws depend on the
+    seed and its place only: a run that was killed ends with the same samples.
     """
     from tqdm import tqdm
 
@@ -909,32 +855,34 @@ def sampled(
         done -= done % step
         folder.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".json").write_text(json.dumps(s, indent=2) + "\n")
-        if lines:
-            os.truncate(path, sum(map(len, lines[: done * n])))
         how = Sampling(n, s["max_new_tokens"], s["temperature"], s["top_p"], entropy=True)
-        for i in tqdm(range(done, len(prompts), step), desc=f"{folder.name} {name}", unit="batch"):
-            digest = hashlib.sha256(f"{s['seed']}/{name}/{i}".encode()).digest()
-            generator = torch.Generator(engine.device).manual_seed(int.from_bytes(digest[:4], "little"))
-            part = prompts[i : i + step]
-            groups = to_samples((part, *answer(engine, task, part, how, generator)), n, i)
-            append(path, [x for g in groups for x in g])
+        with open(path, "ab") as file:
+            file.truncate(sum(map(len, lines[: done * n])))
+            for i in tqdm(range(done, len(prompts), step), desc=f"{folder.name} {name}", unit="batch"):
+                digest = hashlib.sha256(f"{s['seed']}/{name}/{i}".encode()).digest()
+                generator = torch.Generator(engine.device).manual_seed(int.from_bytes(digest[:4], "little"))
+                part = prompts[i : i + step]
+                rows = to_rows((part, *answer(engine, task, part, how, generator)), n, i)
+                text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                file.write(text.encode("utf-8", "replace"))
+                file.flush()
+                os.fsync(file.fileno())
     rows = read_jsonl(path)
     if any((row.get("problem"), row.get("sample")) != divmod(i, n) for i, row in enumerate(rows)):
         raise ValueError(f"{path}: damaged, samples are missing or out of order; remove the file")
-    return [rows[i : i + n] for i in range(0, len(rows), n)]
+    return pd.DataFrame(rows)
 
 
 def asked(o: Options, model: str, temperature: float, samples: int, max_new_tokens: int) -> dict[str, Any]:
     """All that samples depend on, but for the problems."""
-    device = usable_device(o.machine.device)
-    dtype = {"auto": "float32" if device.type == "cpu" else "bfloat16"}.get(o.benchmarks.dtype)
-    kind = own_attention(model, device) if o.machine.attention == "auto" else o.machine.attention
+    device = usable_device(o.device)
+    dtype = "float32" if device.type == "cpu" else "bfloat16"
     return {
-        "model": model, "weights": fingerprint(Path(model)), "engine": o.benchmarks.engine,
-        "dtype": dtype or o.benchmarks.dtype, "attention": kind, "temperature": temperature,
-        "top_p": o.sampling.top_p, "seed": o.sampling.seed, "samples": samples,
-        "max_new_tokens": max_new_tokens,
-        "batch": o.benchmarks.batch or (512 if o.benchmarks.engine == "vllm" else 128),
+        "model": model, "weights": fingerprint(Path(model)), "engine": o.engine,
+        "dtype": dtype if o.dtype == "auto" else o.dtype,
+        "attention": attention_of(model, o.attention, device), "temperature": temperature,
+        "top_p": o.top_p, "seed": o.seed, "samples": samples,
+        "max_new_tokens": max_new_tokens, "batch": o.batch or (512 if o.engine == "vllm" else 128),
     }  # fmt: skip
 
 
@@ -944,31 +892,30 @@ def slug(model: str | Path) -> str:
 
 
 def reopen(record: Record, attention: str = "auto") -> tuple[Task, Engine]:
-    """A run's task, and an engine with its checkpoint, on the CPU, by default with the run's own attention.
-    Raises ValueError where there is none or it cannot be read."""
+    """A run's task, and an engine with its checkpoint, on the CPU."""
     path, s = record.folder / "checkpoint", record.settings
     if not (path / "config.json").is_file():
         raise ValueError(
             f"{record.folder}: holds no checkpoint/; name the folder of a run, e.g. runs/opefo-s0"
         )
-    own = own_attention(path, torch.device("cpu"))
-    model, tokenizer = load_model(str(path), attention=own if attention == "auto" else attention)
+    model, tokenizer = rollout.load_model(
+        str(path), attention=attention_of(path, attention, torch.device("cpu"))
+    )
     if not record.task:
         return chain_task(), TorchEngine(model, tokenizer)
     names = ("data", "eval_data", "eval_problems", "prompt_template")
     limits = s["max_prompt_tokens"], s["max_new_tokens"]
-    task = task_of_data(tokenizer, *(s[name] for name in names), s["chat"] == "auto", *limits)[0]
+    task = rollout.task_of_data(tokenizer, *(s[name] for name in names), s["chat"] == "auto", *limits)[0]
     return task, TorchEngine(model, tokenizer)
 
 
-def samples_of(o: Options, record: Record, temperatures: Sequence[float], out: Path) -> tuple[Task, dict]:
-    """A run's task, and samples of its final policy: (set, test temperature) -> groups; the sets are "test",
-    and "hard" where there is one.  On the CPU, as the checkpoint was saved."""
-    o = replace(o, machine=replace(o.machine, device="cpu"), benchmarks=BenchmarkFlags(batch=1024))
-    (task, engine), path = reopen(record, o.machine.attention), str(record.folder / "checkpoint")
+def samples_of(o: Options, record: Record, out: Path) -> tuple[Task, dict[tuple[str, float], pd.DataFrame]]:
+    """A run's task, and samples of its final policy on the CPU: ("test" or "hard", temperature) -> frame."""
+    o = replace(o, device="cpu", engine="torch", dtype="auto", batch=1024)
+    (task, engine), path = reopen(record, o.attention), str(record.folder / "checkpoint")
     found = {}
-    for t in temperatures:
-        settings = asked(o, path, t, o.sampling.samples or o.sampling.k or 32, task.max_new_tokens)
+    for t in sorted(o.temperatures) or [o.temperature]:
+        settings = asked(o, path, t, o.count, task.max_new_tokens)
         for name, problems in (("test", task.test), ("hard", task.hard)):
             ask = lambda: (engine, task, problems)  # noqa: B023, E731
             if problems:
@@ -993,42 +940,38 @@ def fingerprint(folder: Path) -> str:
 
 
 def draw_samples(
-    sets: dict[str, Groups], vote: Callable[[str], str], name: Callable[[int], str], path: Path, what: str
+    sets: dict[str, pd.DataFrame], vote: Callable, model: str, path: Path, what: str, trust: bool = False
 ) -> None:
     """Reliability, the share right against confidence, a panel for each meaning of the word; the entropy over
-    tokens with the fork's threshold (6.7).  The forking tokens are printed; CSV beside it."""
-    fig, axes = figure(15, 4.8, 1, 3)
+    tokens with the fork's threshold (6.7).  The tokens drawn most often at forks are printed."""
     titles = {"vote": "share of the most frequent answer", "likelihood": "exp of the tokens' mean log π"}
-    top, rows = max(h for groups in sets.values() for g in groups for s in g for h in s["nats"]), []
-    for i, (label, groups) in enumerate(sets.items()):
-        for ax, key in zip(axes[0], titles):
-            if pair := confidences(groups, vote).get(key):
-                c, r, _ = zip(*calibration(*pair))
-                text = f"{label}: ECE {calibration_error(*pair):.3f}"
-                ax.plot(c, r, marker="o", markersize=4, label=text, **style(i))
-        nats = np.array([h for g in groups for s in g for h in s["nats"]])
-        counts, edges = np.histogram(nats, np.linspace(0, top or 1, 51))
-        text = f"{label}: fork above {forking(nats):.3f}"
-        axes[0, 2].stairs(counts / len(nats), edges, label=text, **style(i))
-        axes[0, 2].axvline(forking(nats), linewidth=0.8, **style(i))
-        rows += [{"of": label} | f for f in fork_table(groups, name)]
-        words = " ".join(f"{tidy(f['token']).strip()} ({f['forks']})" for f in rows if f["of"] == label)
+    labels = [(f"confidence: {x}", "mean confidence", "share right") for x in titles.values()]
+    fig, axes = figure(15, 4.8, 1, 3, [*labels, (f"{what} over tokens", "nats", "share of tokens")])
+    top, name = max(np.concatenate(x["nats"]).max() for x in sets.values()), token_namer(model, trust)
+    for i, (label, samples) in enumerate(sets.items()):
+        for key, pair in confidences(samples, vote).items():
+            c, r, _ = zip(*calibration(*pair))
+            text = f"{label}: ECE {calibration_error(*pair):.3f}"
+            axes[0, list(titles).index(key)].plot(c, r, marker="o", markersize=4, label=text, **style(i))
+        ids, nats = (np.concatenate(samples[x]) for x in ("ids", "nats"))
+        cut, (counts, edges) = forking(nats), np.histogram(nats, np.linspace(0, top or 1, 51))
+        axes[0, 2].stairs(counts / len(nats), edges, label=f"{label}: fork above {cut:.3f}", **style(i))
+        axes[0, 2].axvline(cut, linewidth=0.8, **style(i))
+        forks = Counter(sorted(ids[nats >= cut].tolist())).most_common(12)
+        words = " ".join(f"{tidy(name(x)).strip()} ({count})" for x, count in forks)
         print(f"tokens drawn most often at forks, the top 20 % by entropy (6.7), {label}: {words}")
-    for ax, title in zip(axes[0], titles.values()):
+    for ax in axes[0, :2]:
         ax.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=":")
-        ax.set(title=f"confidence: {title}", xlabel="mean confidence", ylabel="share right")
         ax.set(xlim=(0, 1.02), ylim=(-0.02, 1.02))
-    axes[0, 2].set(title=f"{what} over tokens", xlabel="nats", ylabel="share of tokens", yscale="log")
+    axes[0, 2].set_yscale("log")
     for ax in axes[0]:
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=8)
     save(fig, path)
-    write_csv(path.with_name("forks.csv"), rows)
 
 
 def token_names(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The tokens as the vocabulary has them; <id> for one without a name, since an embedding may have more
-    rows than the vocabulary."""
+    """The tokens as the vocabulary has them; <id> where an embedding has more rows than the vocabulary."""
     return [f"<{i}>" if w is None else w for i, w in zip(ids, tokenizer.convert_ids_to_tokens(ids))]
 
 
@@ -1050,49 +993,46 @@ def token_namer(model: str, trust: bool = False) -> Callable[[int], str]:
 
 
 @torch.no_grad()
-def fresh_flows(
-    record: Record, seed: int = 0, attention: str = "auto", prompts: int = 32, n: int = 16
-) -> tuple[list[dict[str, Any]], str]:
+def fresh_flows(record: Record, seed: int, attention: str) -> tuple[list[dict[str, Any]], str]:
     """The exact flow of a table, entropy_math (3.2), of the tokens of a fresh batch: what one step of GRPO on
     it, at the run's temperature, would do to entropy.  Of each of the first 8 problems with right and wrong
     answers, the response that moves entropy most."""
     (task, engine), tau = reopen(record, attention), record.settings.get("temperature", 1.0)
-    problems, how = task.test[:prompts], Sampling(n, task.max_new_tokens, tau)
+    problems, how = task.test[:32], Sampling(16, task.max_new_tokens, tau)
     out, _ = answer(engine, task, problems, how, torch.Generator().manual_seed(seed))
     stats = TokenStats(**Policy(engine.model)(out, tau))
     adv = group_advantages(out.correct.double(), out.group)  # grpo (2.1)
     change = torch.where(out.mask, entropy_change(stats, adv[:, None]), 0)
     flow = change / out.mask.sum()  # (B, T), token mean
-    best = flow.abs().sum(1).view(-1, n).max(1)
+    best = flow.abs().sum(1).view(-1, how.n).max(1)
     found = []
-    for p in [p for p in range(len(problems)) if best.values[p] > 0][:8]:
-        i = p * n + int(best.indices[p])
-        m = out.mask[i]
-        words = token_names(engine.tokenizer, out.ids[i][m].tolist())
-        one = {"prompt": problems[p].prompt, "reward": float(out.correct[i])}
-        found.append(one | {"tokens": words, "flow": flow[i][m].tolist()})
-    what = f"exact flow of a table, fresh batch of {len(problems)} x {n} from {record.folder}/checkpoint"
-    return found, what
+    for p in best.values.nonzero()[:8, 0].tolist():
+        i = p * how.n + int(best.indices[p])
+        words = token_names(engine.tokenizer, out.ids[i][out.mask[i]].tolist())
+        one = {"prompt": problems[p].prompt, "reward": float(out.correct[i]), "tokens": words}
+        found.append(one | {"flow": flow[i][out.mask[i]].tolist()})
+    return (
+        found,
+        f"exact flow of a table, fresh batch of {len(problems)} x 16 from {record.folder}/checkpoint",
+    )
 
 
 def tidy(token: str | None) -> str:
-    """A token as it may be printed: byte-level marks as what they stand for, control characters visible.
-    One without a name was once written as null."""
+    """A token as it may be printed: spaces and line ends as themselves, · for control characters."""
     token = (token or "<?>").replace("Ġ", " ").replace("▁", " ").replace("Ċ", "⏎").replace("\n", "⏎")
     return "".join(c if c.isprintable() else "·" for c in token)
 
 
 def shade(flow: float, top: float) -> tuple[int, int, int]:
-    """White at 0 to full red (raises entropy) or blue (lowers it) at ±top; by the square root, since a few
-    tokens carry most of the flow."""
+    """White at 0 to full red (raises entropy) or blue (lowers it) at ±top, by the square root: a few tokens
+    carry most of the flow."""
     fade = round(255 - 175 * math.sqrt(min(1.0, abs(flow) / top))) if top else 255
     return (255, fade, fade) if flow > 0 else (fade, fade, 255)
 
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Entropy flow</title>
-<style>body{{font:16px/2 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;background:#fff;color:#000}}
-span{{padding:.15em .2em;border-radius:.2em;white-space:pre-wrap}}p{{margin:.2em 0 1.2em}}</style>
-<h1>Entropy flow, token by token</h1>
+<style>body{{font:16px/2 sans-serif;max-width:60em;margin:2em auto;background:#fff;color:#000}}
+span{{padding:.2em;white-space:pre-wrap}}</style><h1>Entropy flow, token by token</h1>
 <p><span style="background:rgb(255,80,80)">raises entropy</span>
 <span style="background:rgb(80,80,255)">lowers it</span>; the colour goes with the square root of the flow,
 full at {top:.3g} nats per unit learning rate. Point at a token for its number. {what}.</p>
@@ -1184,31 +1124,26 @@ par;clip-higher;33.33;15.94;67.62;72.35;30.57;;43.96
 def load_benchmarks(names: Sequence[str], data: Sequence[str], limit: int) -> dict[str, tuple[Problem, ...]]:
     """name -> its problems (the first `limit`), from --data NAME=SOURCE, else $ENTROPY_FLOW_DATA/NAME.jsonl.
 
-    Raises ValueError on an unknown name, with the nearest; where there is no source; and on a row that cannot
-    be read, for a benchmark with holes is another benchmark.
+    A row that cannot be read is an error: a benchmark with holes is another benchmark.
     """
     given, out = dict(item.partition("=")[::2] for item in data), {}
     if stray := [x for x, source in given.items() if not source or x not in names]:
-        raise ValueError(
-            f"--data {stray[0]}: give NAME=FILE.jsonl, NAME being among --benchmark {' '.join(names)}"
-        )
+        raise ValueError(f"--data {stray[0]}: give NAME=FILE.jsonl, NAME among --benchmark {' '.join(names)}")
     for name in names:
-        local = Path(os.environ.get("ENTROPY_FLOW_DATA") or "nowhere") / f"{name}.jsonl"
-        source = given.get(name) or (str(local) if local.is_file() else "")
-        if not source:
-            near = difflib.get_close_matches(name, BENCHMARKS, 1, 0)[0]
-            what = "its problems are not here" if name in BENCHMARKS else f"unknown; did you mean {near}?"
+        local = Path(os.environ.get("ENTROPY_FLOW_DATA") or "nowhere", f"{name}.jsonl")
+        if not (source := given.get(name) or (str(local) if local.is_file() else "")):
+            near = "" if name in BENCHMARKS else difflib.get_close_matches(name, BENCHMARKS, 1, 0)[0]
             raise ValueError(
-                f"--benchmark {name}: {what}  Give --data {name}=FILE.jsonl, or {name}=owner/dataset@config:"
-                "split of the hub, or a folder of files in ENTROPY_FLOW_DATA"
+                f"--benchmark {name}: no problems here{near and f'; did you mean {near}?'} Give --data "
+                f"{name}=FILE.jsonl or owner/dataset@config:split, or a folder of files in ENTROPY_FLOW_DATA"
             )
         try:
-            problems, notes = read_problems(source)
+            problems, notes = rollout.read_problems(source)
         except ValueError as error:
             raise ValueError(f"--data {name}={error}") from None
         if len(notes) > 1:
             raise ValueError(f"--data {name}={notes[1].replace(' left out', '')}; mend or remove them")
-        out[name] = tuple(problems[:limit] if limit else problems)
+        out[name] = tuple(problems[: limit or None])
     return out
 
 
@@ -1230,20 +1165,19 @@ def usable_device(name: str) -> torch.device:
 
 
 def open_engine(o: Options, model: str, everything: Sequence[Problem]) -> Engine:
-    """An engine with a folder's or hub id's model.  The longest prompt must fit into the model's context
-    together with a response.  Raises ValueError naming the flag."""
+    """An engine with a model; its context must hold the longest prompt and a response."""
     from transformers import AutoConfig, AutoTokenizer
 
-    b, device = o.benchmarks, usable_device(o.machine.device)
-    s, trust = asked(o, model, 1.0, 1, b.max_new_tokens), b.trust_remote_code
+    device, trust = usable_device(o.device), o.trust_remote_code
+    s = asked(o, model, 1.0, 1, o.max_new_tokens)
     try:
         if s["engine"] == "torch":
-            policy, tokenizer = load_model(model, s["dtype"], trust, s["attention"], device)
+            policy, tokenizer = rollout.load_model(model, s["dtype"], trust, s["attention"], device)
         else:
             tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust).get_text_config()
-        prompts = render(everything, tokenizer, b.template, not b.plain)
-        longest = longest_prompt(prompts, tokenizer, config, s["max_new_tokens"])
+        prompts = rollout.render(everything, tokenizer, o.template, not o.plain)
+        longest = rollout.longest_prompt(prompts, tokenizer, config, s["max_new_tokens"])
     except Exception as error:  # missing, gated, damaged: a dozen classes of three libraries
         reason = " ".join(str(error).split()).removeprefix(f"{model}: ")[:300]
         raise ValueError(f"--model {model}: {reason}") from None
@@ -1251,44 +1185,44 @@ def open_engine(o: Options, model: str, everything: Sequence[Problem]) -> Engine
         return TorchEngine(policy, tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return VllmEngine(
+    return rollout.VllmEngine(
         model, tokenizer, device=device, dtype=getattr(torch, s["dtype"]), sleeps=False,
-        max_model_len=longest + s["max_new_tokens"], gpu_memory=b.gpu_memory,
+        max_model_len=longest + s["max_new_tokens"], gpu_memory=o.gpu_memory,
         trust_remote_code=trust,
     )  # fmt: skip
 
 
 def benchmark(o: Options) -> None:
     """Sample what is missing, then tables, pictures and CSV from the stored samples."""
-    b, s, rows, boxed = o.benchmarks, o.sampling, [], lambda text: (last_boxed(text) or "").strip()
-    problems = load_benchmarks(b.benchmark, b.data, b.limit)
-    set_threads(o.machine.threads, embedded=False)
-    out = own_folder(Path(o.machine.out or "runs/benchmarks"))
-    for name in b.model:
-        inner, groups = Path(name).expanduser() / "checkpoint", {}
+    rows, boxed = [], lambda text: (last_boxed(text) or "").strip()
+    problems = load_benchmarks(o.benchmark, o.data, o.limit)
+    set_threads(o.threads, embedded=False)
+    out = own_folder(Path(o.out or "runs/benchmarks"))
+    opened = cache(lambda model: open_engine(o, model, [p for found in problems.values() for p in found]))
+
+    def ask(model: str, name: str) -> tuple[Engine, Task, list[Problem]]:
+        engine = opened(model)
+        prompts = rollout.render(problems[name], engine.tokenizer, o.template, not o.plain)
+        return engine, rollout.math_task(name, (), tuple(prompts), o.max_new_tokens), prompts
+
+    for name in o.model:
+        inner, samples = Path(name).expanduser() / "checkpoint", {}
         model = str(inner) if (inner / "config.json").is_file() else name  # a training run, or a model
-        opened = cache(lambda m: open_engine(o, m, [p for found in problems.values() for p in found]))
         for x, found in problems.items():
-
-            def ask(x: str = x, found: Sequence[Problem] = found) -> tuple:
-                engine = opened(model)  # noqa: B023
-                prompts = render(found, engine.tokenizer, b.template, not b.plain)
-                return engine, math_task(x, (), tuple(prompts), b.max_new_tokens), prompts
-
-            n = s.samples or (s.k or 32 if BENCHMARKS.get(x, 32) > 1 else 1)
-            settings = asked(o, model, s.temperature, n, b.max_new_tokens)
-            settings |= {"template": b.template, "chat": not b.plain}
-            groups[x] = sampled(out / slug(name), x, found, settings, ask)
+            n = o.samples or (o.count if BENCHMARKS.get(x, 32) > 1 else 1)
+            settings = asked(o, model, o.temperature, n, o.max_new_tokens)
+            settings |= {"template": o.template, "chat": not o.plain}
+            samples[x] = sampled(out / slug(name), x, found, settings, partial(ask, model, x))
             row = {"model": name, "benchmark": x, "problems x samples": f"{len(found)} x {n}"}
-            rows.append(row | measure(groups[x], s.k or n, str.strip, boxed))
-        if opened.cache_info().misses:
+            rows.append(row | measure(samples[x], o.k or n, str.strip, boxed))
+        if opened.cache_info().currsize:
             opened(model).close()
-        what = "Surprisal -log π of the tokens drawn" if b.engine == "vllm" else "Entropy"
-        namer = token_namer(model, b.trust_remote_code)
-        draw_samples(groups, boxed, namer, out / slug(name) / "samples.png", what)
+            opened.cache_clear()
+        what = "Surprisal -log π of the tokens drawn" if o.engine == "vllm" else "Entropy"
+        draw_samples(samples, boxed, model, out / slug(name) / "samples.png", what, o.trust_remote_code)
     print_benchmarks(pd.DataFrame(rows), o, out)
     reported = pd.read_csv(io.StringIO(REPORTED), sep=";")
-    for key in b.against:
+    for key in o.against:
         columns = ["method", *(x for x in problems if x in BENCHMARKS), "average"]
         rows = reported[reported["paper"] == key][columns]
         text = rows.to_string(index=False, na_rep="–", float_format="%.1f")
@@ -1296,21 +1230,19 @@ def benchmark(o: Options) -> None:
 
 
 def print_benchmarks(frame: pd.DataFrame, o: Options, out: Path) -> None:
-    """The papers' table, in percent, one block a model, with the mean over the benchmarks; a pass@k that one
-    of them lacks has no average."""
+    """The papers' table, in percent, one block a model; a pass@k that a benchmark lacks has no average."""
     shares = {x: f"{x}, %" for x in passes(frame)} | {"pass@1": "avg@n = pass@1, %"}
     keys = shares | {"length": "length", "truncated": "truncated, %", "entropy": "entropy"}
     columns = {x: x for x in ("benchmark", "problems x samples")} | keys
     for model, block in frame.groupby("model", sort=False):
         average = {"benchmark": "average"} | block[list(keys)].mean(skipna=False).to_dict()
         print(f"\n{model}\n{shown([*block.to_dict('records'), average], columns)}")
-    s, b = o.sampling, o.benchmarks
     kind = "exact, of the distribution that tokens were drawn from (after temperature and top-p)"
-    if b.engine == "vllm":
+    if o.engine == "vllm":
         kind = "the mean of -log π of the tokens drawn, whose expectation is the entropy"
     print(
-        f"\n± standard error over problems (6.2); pass@k unbiased (6.1). Sampled with {b.engine}, "
-        f"temperature {s.temperature:g}, top-p {s.top_p:g}, {b.max_new_tokens} tokens at most, seed {s.seed}"
+        f"\n± standard error over problems (6.2); pass@k unbiased (6.1). Sampled with {o.engine}, "
+        f"temperature {o.temperature:g}, top-p {o.top_p:g}, {o.max_new_tokens} tokens at most, seed {o.seed}"
         f"; settings and graded samples: {out}/*/\nEntropy, nats per token: {kind}."
     )
     write_csv(out / "benchmarks.csv", frame)
@@ -1321,64 +1253,40 @@ def print_benchmarks(frame: pd.DataFrame, o: Options, out: Path) -> None:
 
 
 @dataclass(frozen=True)
-class RunFlags:
-    """Which finished runs, and what is asked of them."""
-
+class Options:
     runs: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[RUN ...]")]] = ()
     """folders that train.py made, or folders of such"""
-    temperatures: tuple[float, ...] = ()  # also sample at these test temperatures; name the runs first
+    temperatures: tuple[float, ...] = ()  # also sample runs at these test temperatures; name the runs first
     law: bool = False  # fit R = -a e^H + b to the first 15 percent of each run, predict the rest
     show: bool = False  # colour the tokens of a run by their entropy flow
-
-
-@dataclass(frozen=True)
-class SamplingFlags:
-    """How responses are drawn.  Truncation hides a collapse: temperature 1 and top-p 1 unless you say so."""
-
     k: int = 0  # the largest k of pass@k (0: 32)
     samples: int = 0  # samples per problem (0: k; on the large benchmarks 1)
     temperature: float = 1.0  # of the softmax
-    top_p: float = 1.0  # the papers use .7
+    top_p: float = 1.0  # the papers use .7, which hides a collapse
     seed: int = 0  # the same seed draws the same samples
-
-
-@dataclass(frozen=True)
-class BenchmarkFlags:
-    """A model on benchmarks: aime24, aime25, amc23, math500, minerva, olympiadbench, or your own."""
-
-    model: tuple[str, ...] = ()  # folders or hub ids
-    benchmark: tuple[str, ...] = ()  # names
+    model: tuple[str, ...] = ()  # on benchmarks: folders or hub ids
+    benchmark: tuple[str, ...] = ()  # aime24, aime25, amc23, math500, minerva, olympiadbench, or your own
     data: tuple[str, ...] = ()
     """NAME=FILE, NAME=owner/dataset@config:split; else $ENTROPY_FLOW_DATA/NAME.jsonl"""
     against: tuple[Literal["opefo", "steer", "clip_cov", "par"], ...] = ()  # print what these papers report
-    limit: int = 0  # only the first problems of each (0: all)
+    limit: int = 0  # only the first problems of each benchmark (0: all)
     engine: Literal["torch", "vllm"] = "torch"  # our own loop, or vLLM
     max_new_tokens: int = 3072  # as in STEER's training
-    template: str = PROMPT_TEMPLATE  # with {problem} in it
+    template: str = rollout.PROMPT_TEMPLATE  # with {problem} in it
     plain: bool = False  # no chat template, even where the tokenizer has one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU, else float32
     batch: int = 0  # responses at once, the most that a kill loses (0: 128; vllm: 512)
     gpu_memory: float = 0.9  # share of the GPU for vLLM
     trust_remote_code: bool = False  # run code that comes with the model
-
-
-@dataclass(frozen=True)
-class MachineFlags:
-    """Where it runs, and where it writes."""
-
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
     """auto: that of the run, else sdpa"""
     device: str = "auto"  # cpu, cuda, ... (auto: a GPU if there is one)
     threads: int = 0  # CPU threads (0: for embedded runs 1, else torch's choice)
     out: str = ""  # folder to write to (without: runs/compare, a single run's eval/, runs/benchmarks)
 
-
-@dataclass(frozen=True)
-class Options:
-    finished: RunFlags = field(default_factory=RunFlags)
-    sampling: SamplingFlags = field(default_factory=SamplingFlags)
-    benchmarks: BenchmarkFlags = field(default_factory=BenchmarkFlags)
-    machine: MachineFlags = field(default_factory=MachineFlags)
+    @property
+    def count(self) -> int:
+        return self.samples or self.k or 32
 
 
 Options.__doc__ = __doc__  # what --help begins with
@@ -1395,9 +1303,9 @@ def flags_of(kind: type) -> list[str]:
 def command_line(
     kind: type, prog: str, argv: Sequence[str] | None, absent: dict[str, str] | None = None
 ) -> Any:
-    """A dataclass filled by tyro from the words of a command line: fields are flags, their docstrings the
-    help, nested dataclasses its groups.  tyro's framed complaint becomes one line, with exit code 2 and the
-    nearest flag; `absent` are flags that one may look for, and why there are none."""
+    """A dataclass filled by tyro: fields are flags, their docstrings the help, nested dataclasses its groups.
+    tyro's framed complaint becomes one line, with exit code 2 and the nearest flag; `absent` are flags that
+    one may look for, and why there are none."""
     words, said = sys.argv[1:] if argv is None else list(argv), io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -1418,23 +1326,24 @@ def command_line(
 
 def check(o: Options) -> None:
     """ValueError on a value that would end in a traceback or in a wrong number, naming flag and remedy."""
-    s, b, f = o.sampling, o.benchmarks, o.finished
-    for name, x in (vars(s) | vars(b) | vars(o.machine)).items():
+    for name, x in vars(o).items():
         if type(x) is int and x < (name == "max_new_tokens"):
             raise ValueError(f"--{name.replace('_', '-')} {x}: too small; leave it out for the default")
-    for t in (s.temperature, *f.temperatures):
+    for t in (o.temperature, *o.temperatures):
         if not 1e-3 <= t <= 1e3:
             raise ValueError(f"--temperature {t:g}: must lie between 0.001 and 1000")
-    if not 0 < s.top_p <= 1:
-        raise ValueError(f"--top-p {s.top_p:g}: must lie above 0 and be at most 1")
-    if s.samples and s.k > s.samples:
-        raise ValueError(f"--k {s.k}: larger than --samples {s.samples}; draw at least k a problem")
-    if bool(b.model) != bool(b.benchmark) or (b.model and f.runs):
-        raise ValueError("--model and --benchmark: give both, and no runs beside them")
-    if "{problem}" not in b.template:
-        raise ValueError(f"--template {b.template!r}: needs {{problem}}, where the question goes")
-    if (f.law or f.show or f.temperatures) and not f.runs:
-        raise ValueError("no run named: give folders that train.py made, before --temperatures")
+    more, one = o.law or o.show or o.temperatures, bool(o.model) != bool(o.benchmark)
+    wrong = {
+        f"--top-p {o.top_p:g}: must lie above 0 and be at most 1": not 0 < o.top_p <= 1,
+        f"--k {o.k}: larger than --samples {o.samples}; draw at least k a problem": 0 < o.samples < o.k,
+        "--model and --benchmark: give both, and no runs beside them": one or (o.model and o.runs),
+        f"--template {o.template!r}: needs {{problem}}, where the question goes": "{problem}"
+        not in o.template,
+        "no run named: give folders that train.py made, before --temperatures": more and not o.runs,
+    }
+    for message, found in wrong.items():
+        if found:
+            raise ValueError(message)
 
 
 def own_folder(path: Path) -> Path:
@@ -1448,60 +1357,51 @@ def own_folder(path: Path) -> Path:
 
 def runs(o: Options) -> None:
     """Everything about finished runs."""
-    records, notes = find_records(o.finished.runs)
+    records, notes = find_records(o.runs)
     print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
-    set_threads(o.machine.threads, embedded=not any(r.settings.get("model") for r in records))
+    set_threads(o.threads, embedded=not any(r.settings.get("model") for r in records))
     alone = len(records) == 1
-    out = own_folder(Path(o.machine.out or (records[0].folder / "eval" if alone else "runs/compare")))
-    if o.finished.show:
-        if not alone:
-            raise ValueError(f"--show: {len(records)} runs; name one, e.g. {records[0].folder}")
-        return show(records[0], o.sampling.seed, o.machine.attention, out)
-    if o.finished.law:
+    out = own_folder(Path(o.out or (records[0].folder / "eval" if alone else "runs/compare")))
+    if o.show and not alone:
+        raise ValueError(f"--show: {len(records)} runs; name one, e.g. {records[0].folder}")
+    if o.show:
+        return show(records[0], o.seed, o.attention, out)
+    tasks = {r.task: [x for x in records if x.task == r.task] for r in records}
+    if o.law:
         law(records, out)
-    else:
-        tasks = {r.task: [x for x in records if x.task == r.task] for r in records}
-        for i, (task, members) in enumerate(tasks.items(), 1):  # no frontier lies in two sets of problems
-            place = out
-            if len(tasks) > 1:
-                place = own_folder(out / f"{i}-{Path(task).name or 'embedded'}")
-                print(f"\n== {task or 'the embedded task'}: {len(members)} of {len(records)} runs\n")
+    elif alone:
+        sample_run(o, records[0], out)
+    elif len(tasks) == 1:
+        compare(o, grouped(records), out)
+    else:  # no frontier lies in two sets of problems
+        for i, (task, members) in enumerate(tasks.items(), 1):
+            place = own_folder(out / f"{i}-{Path(task).name or 'embedded'}")
+            print(f"\n== {task or 'the embedded task'}: {len(members)} of {len(records)} runs\n")
             compare(o, grouped(members), place)
-            if alone:
-                sample_run(o, records[0], place)
     print(f"\npictures and CSV: {out}")
 
 
-def compare(o: Options, groups: dict[str, list[Record]], out: Path) -> None:
+def compare(o: Options, groups: Groups, out: Path) -> None:
     """The tables and the frontier: along training from the logs, over temperatures from fresh samples."""
-    records, s = [r for g in groups.values() for r in g], o.sampling
-    if len(records) == 1:
-        print(f"The run's log: first and last evaluation\n\n{table({records[0].spec: records[0].rows})}\n")
-    else:
-        rows = comparison(groups)
-        print_comparison(groups, rows)
-        write_csv(out / "comparison.csv", rows)
-    k, n = min(int(e.get("k", 1)) for r in records for e in r.evaluations), s.samples or s.k or 32
-    if s.k > k and len(records) > 1 and not o.finished.temperatures:
-        raise ValueError(f"--k {s.k}: the logs tell pass@{k}; leave --k out, or name a single run")
-    k, panels = min(s.k or 32, k), []
-    temperatures = sorted(o.finished.temperatures) if len(groups) > 1 else []
-    counts = {
-        (label, r.seed, *key): [sum(x["correct"] for x in g) for g in found]
-        for label, members in (groups.items() if temperatures else ())
-        for r in members
-        for key, found in samples_of(o, r, temperatures, out)[1].items()
-    }
-    for prefix, name, of in (("", "held-out problems", "test"), ("hard_", "hard problems", "hard")):
-        if len(groups) > 1 and (points := points_of(groups, prefix, k)):
-            panels.append((f"{name}, along training", k, frontier(groups, points, "step")))
-        points = {}
-        for (label, seed, x, t), right in counts.items():
-            if x == of:
-                points.setdefault((label, t), {})[seed] = outcome({"k": n, "right": right}, "", s.k or n)
-        if points:
-            rows = frontier(groups, points, "temperature")
-            panels.append((f"{name}, over test temperatures", s.k or n, rows))
+    rows, logs, k = comparison(groups), logged(groups), o.k
+    print_comparison(groups, rows)
+    write_csv(out / "comparison.csv", rows)
+    found = {("step", "along training"): logs}
+    if o.temperatures and len(groups) > 1:
+        found["temperature", "over test temperatures"] = drawn(o, groups, out)
+    elif o.temperatures:
+        print(
+            "\n--temperatures: nothing to sample, a frontier takes two methods; a run named alone is sampled"
+        )
+    elif k > (most := logs["n"].min()):
+        raise ValueError(f"--k {k}: the logs tell pass@{most}; leave --k out, or name a single run")
+    panels = []
+    for name, title in (("test", "held-out problems"), ("hard", "hard problems")):
+        for (along, where), counts in found.items() if len(groups) > 1 else ():
+            if len(own := counts[counts["set"] == name]):
+                most = int(own["n"].min())
+                k = min(o.k or most, most)
+                panels.append((f"{title}, {where}", k, frontier(groups, own, along, k)))
     for title, k, rows in panels:
         print_frontier(rows, k, title)
     if panels:
@@ -1512,37 +1412,37 @@ def compare(o: Options, groups: dict[str, list[Record]], out: Path) -> None:
 
 
 def sample_run(o: Options, record: Record, out: Path) -> None:
-    """Fresh samples of a run at its test temperatures: tables, calibration, forking tokens."""
-    s, temperatures = o.sampling, o.finished.temperatures or (o.sampling.temperature,)
-    n, at = s.samples or s.k or 32, " ".join(f"{t:g}" for t in temperatures)
-    print(f"Fresh samples: {n} per problem, temperature {at}, top-p {s.top_p:g}, no top-k, seed {s.seed}\n")
-    task, found = samples_of(o, record, temperatures, out)
-    sets, key = {f"{name} at {t:g}": g for (name, t), g in found.items()}, task.signature
+    """A run's log, and fresh samples at its test temperatures: tables, calibration, forking tokens."""
+    print(f"The run's log: first and last evaluation\n\n{table({record.spec: record.rows})}\n")
+    task, found = samples_of(o, record, out)
+    n, at = o.count, " ".join(dict.fromkeys(f"{t:g}" for _, t in found))
+    print(f"Fresh samples: {n} per problem, temperature {at}, top-p {o.top_p:g}, no top-k, seed {o.seed}\n")
+    sets, key = {f"{name} at {t:g}": x for (name, t), x in found.items()}, task.signature
     length = min(map(common_length, sets.values()))
-    rows = [{"set": x} | measure(g, s.k or n, key, key, length) for x, g in sets.items()]
+    rows = [{"set": x} | measure(samples, o.k or n, key, key, length) for x, samples in sets.items()]
     more = ("distinct-1", "distinct-2", "distinct-3", "ece_vote", "ece_likelihood")
     for names in ((*passes(rows[0]), "distinct_correct", "entropy", "length", "truncated"), more):
         print(shown(rows, ("set", *names)) + "\n")
     print(f"± standard error over problems (6.2); diversity (6.4) of the first {length} tokens\n")
     write_csv(out / "samples.csv", rows)
-    test = {x: g for x, g in sets.items() if x.startswith("test")}
-    draw_samples(test, key, token_namer(str(record.folder / "checkpoint")), out / "samples.png", "Entropy")
+    test = {x: samples for x, samples in sets.items() if x.startswith("test")}
+    draw_samples(test, key, str(record.folder / "checkpoint"), out / "samples.png", "Entropy")
 
 
 def demonstrate() -> None:
     """What the estimators do, on made-up counts."""
     print("pass@8 of a problem solved with probability .1 a try, from n samples: mean over their right count")
     q, k = 0.1, 8
+    truth = 1 - (1 - q) ** k
     for n in (8, 16, 32, 128):
         weight = [math.comb(n, c) * q**c * (1 - q) ** (n - c) for c in range(n + 1)]
         unbiased = sum(w * pass_at_k(n, c, k) for c, w in enumerate(weight))
         plug_in = sum(w * (1 - (1 - c / n) ** k) for c, w in enumerate(weight))
-        truth = 1 - (1 - q) ** k
         print(f"  n = {n:3}: (6.1) {unbiased:.3f}, 1 - (1 - c/n)^k {plug_in:.3f}, truth {truth:.3f}")
     print("\nTwo policies with the same pass@1, 100 problems, 32 samples each")
     for name, counts in (("sure", [32] * 40 + [0] * 60), ("broad", [13] * 98 + [3] * 2)):
-        both = [sum(pass_at_k(32, c, k) for c in counts) / 100 for k in (1, 32)]
-        print(f"  {name:6} pass@1 {both[0]:.3f}   pass@32 {both[1]:.3f}")
+        one, several = (sum(pass_at_k(32, c, k) for c in counts) / 100 for k in (1, 32))
+        print(f"  {name:6} pass@1 {one:.3f}   pass@32 {several:.3f}")
     print("\nOn your own runs: python eval.py runs/*        all flags: python eval.py --help")
 
 
@@ -1551,9 +1451,9 @@ def main(argv: list[str] | None = None) -> int:
     o = command_line(Options, "eval.py", argv)
     try:
         check(o)
-        if o.benchmarks.model:
+        if o.model:
             benchmark(o)
-        elif o.finished.runs:
+        elif o.runs:
             runs(o)
         else:
             demonstrate()

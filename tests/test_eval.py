@@ -26,7 +26,6 @@ from eval import (
     DRAWS,
     REPORTED,
     STYLES,
-    append,
     calibration,
     calibration_error,
     common_length,
@@ -59,7 +58,7 @@ from eval import (
     shade,
     sweep_of,
     table,
-    to_samples,
+    to_rows,
 )
 from grpo import Tokens
 from rollout import Problem, Sampling, Task, TinyModel, TorchEngine, chain_task, tiny_tokenizer
@@ -135,10 +134,11 @@ def scripted(monkeypatch, correct, lengths):
 
 @pytest.mark.parametrize("rows", [1, 4, 1000])
 def test_evaluate_is_right_on_known_results_however_it_is_batched(monkeypatch, rows):
+    monkeypatch.setattr(chapter, "ROWS", rows)
     correct = [[True, False, False, True], [False] * 4, [True, True, True, True]]
     lengths = [[2, 9, 4, 1], [9, 9, 9, 9], [3, 3, 3, 3]]
     task, asked = scripted(monkeypatch, correct, lengths)
-    got = evaluate(TorchEngine(torch.nn.Linear(1, 1), None), task, 4, 0.5, 1.0, 0, rows)
+    got = evaluate(TorchEngine(torch.nn.Linear(1, 1), None), task, 4, 0.5)
     assert got["pass@1"] == pytest.approx((2 / 4 + 0) / 2) and got["pass@k"] == pytest.approx(0.5)
     assert got["distinct_correct"] == pytest.approx((2 + 0) / 2)  # samples 0, 3 differ; 0, 1 would not
     assert got["eval_entropy"] == pytest.approx(
@@ -184,7 +184,7 @@ def rows(n=6, shift=0.0, **extra):
     return out
 
 
-@pytest.mark.parametrize("count", [1, 3, 5, len(STYLES) + 2])
+@pytest.mark.parametrize("count", [1, len(STYLES) + 2])
 def test_the_picture_is_a_png_for_any_number_of_methods(tmp_path, count):
     path = tmp_path / "made" / "entropy.png"
     draw({f"method {i}": rows(shift=i / 50) for i in range(count)}, path)
@@ -328,11 +328,11 @@ def sample(problem, j, ids, correct=False, text=None, nats=None, logp=-1.0, trun
 
 
 def test_measure_by_hand():
-    groups = [
-        [sample(0, 0, [1, 2], True, nats=[1.0, 0.0]), sample(0, 1, [1, 2], True), sample(0, 2, [1, 3], True)],
-        [sample(1, 0, [1, 2, 3, 4]), sample(1, 1, [5, 6], truncated=True), sample(1, 2, [5, 6], True)],
-    ]
-    got = measure(groups, 2, str, str) | measure(groups, 3, str, str)
+    samples = pd.DataFrame([
+        sample(0, 0, [1, 2], True, nats=[1.0, 0.0]), sample(0, 1, [1, 2], True), sample(0, 2, [1, 3], True),
+        sample(1, 0, [1, 2, 3, 4]), sample(1, 1, [5, 6], truncated=True), sample(1, 2, [5, 6], True),
+    ])  # fmt: skip
+    got = measure(samples, 2, str, str) | measure(samples, 3, str, str)
     assert got["pass@1"] == pytest.approx((1 + 1 / 3) / 2) and "pass@8" not in got
     assert got["pass@2"] == pytest.approx((1 + 2 / 3) / 2)
     assert (got["pass@3"], got["pass@3 se"]) == (1.0, 0.0)
@@ -340,21 +340,19 @@ def test_measure_by_hand():
     assert (got["length"], got["length se"]) == pytest.approx((14 / 6, 1 / 3))
     assert got["truncated"] == pytest.approx(1 / 6)
     assert got["entropy"] == pytest.approx((1.0 + 0.0 + 12 * 0.5) / 14)  # token mean
-    assert got["common_length"] == common_length(groups) == 2
+    assert got["common_length"] == common_length(samples) == 2
     assert got["distinct-1"] == pytest.approx((3 / 6 + 4 / 6) / 2)  # of the first two tokens
 
 
 def test_confidence_is_the_share_of_the_most_frequent_answer_and_the_mean_likelihood():
-    groups = [
-        [sample(0, j, [1, 2], t == "a", t, logp=-2.0) for j, t in enumerate("aab")],
-        [sample(1, j, [1], t == "a", t, logp=-1.0) for j, t in enumerate("bcb")],
-    ]
-    got = confidences(groups, str)
+    samples = [sample(0, j, [1, 2], t == "a", t, logp=-2.0) for j, t in enumerate("aab")]
+    samples += [sample(1, j, [1], t == "a", t, logp=-1.0) for j, t in enumerate("bcb")]
+    got = confidences(pd.DataFrame(samples), str)
     assert got["vote"] == ([2 / 3, 2 / 3], [True, False])
     assert got["likelihood"][0] == pytest.approx([math.exp(-1)] * 6)
-    assert "vote" not in confidences([g[:1] for g in groups], str)  # one sample agrees with itself
-    silent = [sample(0, j, [1], text=t) for j, t in enumerate(["", "", "a"])]
-    assert confidences([silent, silent[:2]], str)["vote"] == ([1 / 3, 0.0], [False, False])
+    assert "vote" not in confidences(pd.DataFrame(samples[::3]), str)  # one sample agrees with itself
+    silent = [sample(j // 3, j, [1], text=t) for j, t in enumerate(["", "", "a", "", ""])]
+    assert confidences(pd.DataFrame(silent), str)["vote"] == ([1 / 3, 0.0], [False, False])
     assert got["likelihood"][1] == [True, True, False, False, False, False]
 
 
@@ -428,9 +426,9 @@ def test_evaluate_and_stored_samples_tell_the_same(tmp_path, checkpoint):
     told = evaluate(engine, task, 4, 0.9, 0.95, seed=3)
     how = Sampling(4, task.max_new_tokens, 0.9, 0.95, entropy=True)
     parts = responses(engine, task, task.test, how, torch.Generator().manual_seed(3))
-    groups = [g for part in parts for g in to_samples(part, 4)]
-    got = measure(groups, 4, task.signature, task.signature)
-    assert [sum(s["correct"] for s in g) for g in groups] == told["right"]
+    samples = pd.DataFrame([row for part in parts for row in to_rows(part, 4)])
+    got = measure(samples, 4, task.signature, task.signature)
+    assert samples.groupby("problem")["correct"].sum().tolist() == told["right"]
     pairs = {"pass@1": "pass@1", "pass@k": "pass@4", "distinct_correct": "distinct_correct"}
     for old, new in (pairs | {"eval_entropy": "entropy", "eval_length": "length"}).items():
         assert got[new] == pytest.approx(told[old], abs=1e-4)
@@ -471,8 +469,7 @@ def test_a_log_cut_short_by_a_kill_is_read_and_other_damage_is_named(tmp_path):
     whole = path.read_text()
     path.write_text(whole + '{"step": 21, "ent')
     assert len(read_record(folder).rows) == 21
-    append(path, [{"step": 21, "entropy": math.nan}])  # not glued to the half line, and JSON for everyone
-    assert read_jsonl(path)[-2:] == [json.loads(whole.splitlines()[-1]), {"step": 21, "entropy": None}]
+    assert read_jsonl(path)[-1] == json.loads(whole.splitlines()[-1])
     path.write_text("{broken\n" + whole)
     with pytest.raises(ValueError, match="line 1"):
         read_record(folder)
@@ -626,7 +623,7 @@ def test_one_run_gives_its_log_and_fresh_samples(cli, tmp_path, checkpoint):
         assert word in out
     assert "tokens drawn most often at forks" in out and "0.167 → 0.250" in out
     made = {p.name for p in (run / "eval").iterdir()}
-    assert len(made) == 5 and made > {"eval.json", "samples.csv", "samples.png", "forks.csv"}
+    assert len(made) == 4 and made > {"eval.json", "samples.csv", "samples.png"}
     assert (run / "eval" / "samples.png").read_bytes().startswith(PNG)
     assert cli(run, "--k", 4, "--temperature", 0.8, "--top-p", 0.9, "--seed", 5)[1] == out  # repeats
 
@@ -881,7 +878,7 @@ def test_benchmark_stores_every_sample_and_computes_again_without_the_model(benc
     assert f"{mean:.1f} ± {se:.1f}" in out
 
 
-@pytest.mark.parametrize("cut", [1, 700, 0.5, -1, -40])
+@pytest.mark.parametrize("cut", [1, 0.5, -1])
 def test_a_killed_benchmark_goes_on_to_the_same_samples(bench, tmp_path, cut):
     bench()
     path = stored(tmp_path)
@@ -899,6 +896,7 @@ def test_a_kill_loses_at_most_one_batch(bench, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(self, prompts, *args, **kwargs)
 
+    monkeypatch.setattr(rollout, "_check_policy", lambda *_: None)  # which samples too
     monkeypatch.setattr(rollout.TorchEngine, "sample", dies)
     assert bench()[0] == 130 and len(stored(tmp_path).read_text().splitlines()) == 8
     assert bench()[0] == 0 and calls == [2, 2, 1, 1]  # only the last batch again
@@ -908,8 +906,7 @@ def test_other_settings_are_other_samples(bench, tmp_path):
     """Beside the first, which stay as they are."""
     bench()
     first, before = stored(tmp_path), stored(tmp_path).read_bytes()
-    changes = (["--temperature", 0.7], ["--top-p", 0.7], ["--seed", 1], ["--samples", 4], ["--limit", 3])
-    for count, change in enumerate([*changes, ["--batch", 8]], 2):
+    for count, change in enumerate((["--temperature", 0.7, "--seed", 1], ["--limit", 3], ["--batch", 8]), 2):
         assert bench(*change)[0] == 0
         assert len(list(first.parent.glob("sums-*.jsonl"))) == count and first.read_bytes() == before
 
@@ -926,15 +923,15 @@ def test_damaged_samples_are_named(bench, tmp_path):
 
 def test_attention_is_the_flags_else_the_runs_own(bench, reader, tmp_path, monkeypatch):
     shutil.copytree(reader, tmp_path / "run" / "checkpoint")
-    used, real = [], chapter.load_model
+    used, real = [], rollout.load_model
     spy = lambda *a: (used.append(a[3]), real(*a))[1]  # noqa: E731
-    monkeypatch.setattr(chapter, "load_model", spy)
+    monkeypatch.setattr(rollout, "load_model", spy)
     own = tmp_path / "run" / "config.json"
     own.write_text(json.dumps({"settings": {"attention": "eager"}}))
     assert bench("--model", "run", "--out", "a")[0] == 0
     assert bench("--model", "run", "--out", "b", "--attention", "sdpa")[0] == 0 and used == ["eager", "sdpa"]
     own.write_text(json.dumps({"settings": {"attention": "flash_attention_2"}}))
-    kinds = [chapter.own_attention("run/checkpoint", torch.device(x)) for x in ("cpu", "cuda")]
+    kinds = [chapter.attention_of("run/checkpoint", "auto", torch.device(x)) for x in ("cpu", "cuda")]
     assert kinds == ["sdpa", "flash_attention_2"], "flash attention does not run on a CPU"
 
 
