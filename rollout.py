@@ -9,8 +9,8 @@ starts broad, and a verifier, not seven billion parameters: a transformer of 0.1
         5  masks: the first EOS belongs to the response and nothing after it does
         6  sampling: batched, KV-cached, from the exact softmax at a temperature; top-p in evaluations only
         7  vLLM: the same from a production engine in this process, and a check that pushes arrived
-        8  rewards: is this answer that answer, in 1.5 s a comparison at most, whatever the answer is
-        9  the warm start: supervised learning on random right chains; a policy often wrong and very diverse
+        9  rewards: is this answer that answer, in 1.5 s a comparison at most, whatever the answer is
+       10  the warm start: supervised learning on random right chains; a policy often wrong and very diverse
 
 Left out: responses of several turns, tools, code that is run to be judged, reward models.
 
@@ -1106,7 +1106,7 @@ def check_push(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 8. Verified rewards for mathematics
+# 9. Verified rewards for mathematics
 #
 # Is this answer that answer?  Three stages, the cheap and certain ones first:
 #
@@ -1604,7 +1604,7 @@ def grade(completion: str, answer: str) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 9. Warm start
+# 10. Warm start
 
 
 @dataclass(frozen=True)
@@ -1706,7 +1706,7 @@ def warm_policy(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 10. Demonstration
+# 11. Demonstration
 
 
 def main() -> None:
