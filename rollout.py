@@ -276,7 +276,7 @@ def _check_policy(name: str, engine: TorchEngine) -> None:
     """Raise ValueError on a model whose log π we would compute wrongly: one whose logits are not the plain
     product of the last hidden state with the head (soft-capped, scaled), and one whose cache or padding
     changes its log π (recurrent layers need not honour the padding, nor every decoder the cache)."""
-    model, config, gaps = engine.model, engine.model.config.get_text_config(), []
+    model, config, heads, gaps = engine.model, engine.model.config.get_text_config(), [], []
     ids = (torch.arange(13) % config.vocab_size).tolist()
     try:
         for prompts in ([ids[:5]], [ids[:2], ids[2:]]):
@@ -284,18 +284,22 @@ def _check_policy(name: str, engine: TorchEngine) -> None:
             scored = Policy(model)(out)["logp"]
             for i, (first, length) in enumerate(zip(out.start.tolist(), out.lengths.tolist())):
                 row = out.full_ids[i : i + 1, : first + length + 1]  # alone, without cache and padding
-                logp = model(row, use_cache=False).logits[0, first:-1].float().log_softmax(-1)
-                own = logp.gather(-1, row[0, first + 1 :, None])[:, 0]
+                logits = model(row, use_cache=False).logits[0, first:-1].float()
+                hidden = model.get_decoder()(row, use_cache=False).last_hidden_state
+                product = model.get_output_embeddings()(hidden)[0, first:-1].float()
+                heads.append(((product - logits).abs() / (1 + logits.abs())).max())
+                own = logits.log_softmax(-1).gather(-1, row[0, first + 1 :, None])[:, 0]
                 gaps += [(own - x[i, :length]).abs().max() for x in (out.rollout_logp, scored)]
     except Exception as error:  # no decoder, a cache of its own kind, NaN
         raise ValueError(f"{name}: cannot be sampled ({' '.join(str(error).split())[:200]})") from None
-    gap = float(torch.stack(gaps).max())
-    exact = gap <= (1e-2 if model.dtype == torch.float32 else 1.0)
-    if not exact or getattr(config, "final_logit_softcapping", None):
-        raise ValueError(
-            f"{name}: not supported: its log π is not that of hidden state times output head (capping or "
-            f"scaling), or changes with a cache and prompts padded on the left (here by up to {gap:.2g})"
-        )
+    head, gap = (float(torch.stack(x).max()) for x in (heads, gaps))
+    if not head <= 1e-2 or getattr(config, "final_logit_softcapping", None):
+        why = "logits are not hidden state times output head (scaling or capping)"
+    elif not gap <= (1e-2 if model.dtype == torch.float32 else 1.0):
+        why = f"log π with a cache and prompts padded on the left is not that of one row alone (by {gap:.2g})"
+    else:
+        return
+    raise ValueError(f"{name}: its {why}; not supported")
 
 
 # Names under which the public sets keep the two fields, in order of preference.
