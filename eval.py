@@ -47,6 +47,7 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
+from tqdm import tqdm
 
 import rollout
 from entropy_math import TokenStats, check_entropy_law, entropy_change
@@ -406,8 +407,8 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def _draw_flows(axes: Any, runs: dict[str, list[dict[str, Any]]]) -> None:
-    """Per method: the tabular flow up and down as areas (left scale), the measured change as dots (right).
-    All panels share both scales, so that methods can be compared by eye."""
+    """Per method: the tabular flow up and down as areas (left scale), the measured change as dots (right), on
+    scales that all panels share."""
 
     def largest(*keys: str) -> float:
         sizes = [series(rows, key).abs().max() for rows in runs.values() for key in keys]
@@ -827,8 +828,6 @@ def sampled(
     mix.  What is missing is drawn with `ask() -> (engine, task, prompts)`.  A batch's draws depend on the
     seed and its place only: a run that was killed ends with the same samples.
     """
-    from tqdm import tqdm
-
     s, n = settings, settings["samples"]
     text = json.dumps([s, [[p.prompt, p.answer, *p.before] for p in problems]])
     path = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.jsonl"
@@ -924,8 +923,8 @@ def fingerprint(folder: Path) -> str:
 def draw_samples(
     sets: dict[str, pd.DataFrame], vote: Callable, model: str, path: Path, what: str, trust: bool = False
 ) -> None:
-    """Reliability, the share right against confidence, a panel for each meaning of the word; the entropy over
-    tokens with the fork's threshold (6.7).  The tokens drawn most often at forks are printed."""
+    """The share right against confidence, a panel for each meaning of the word; the entropy over tokens with
+    the fork's threshold (6.7).  The tokens drawn most often at forks are printed."""
     titles = {"vote": "share of the most frequent answer", "likelihood": "exp of the tokens' mean log π"}
     labels = [(f"confidence: {x}", "mean confidence", "share right") for x in titles.values()]
     fig, axes = figure(15, 4.8, 1, 3, [*labels, (f"{what} over tokens", "nats", "share of tokens")])
