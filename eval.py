@@ -857,16 +857,16 @@ def sampled(
     return pd.DataFrame(rows)
 
 
-def asked(o: Options, model: str, temperature: float, samples: int, max_new_tokens: int) -> dict[str, Any]:
+def asked(o: Options, model: str) -> dict[str, Any]:
     """All that samples depend on, but for the problems."""
     device = usable_device(o.device)
     dtype = "float32" if device.type == "cpu" else "bfloat16"
     return {
         "model": model, "weights": fingerprint(Path(model)), "engine": o.engine,
         "dtype": dtype if o.dtype == "auto" else o.dtype,
-        "attention": attention_of(model, o.attention, device), "temperature": temperature,
-        "top_p": o.top_p, "seed": o.seed, "samples": samples,
-        "max_new_tokens": max_new_tokens, "batch": o.batch or (512 if o.engine == "vllm" else 128),
+        "attention": attention_of(model, o.attention, device), "temperature": o.temperature,
+        "top_p": o.top_p, "seed": o.seed, "samples": o.count,
+        "max_new_tokens": o.max_new_tokens, "batch": o.batch or (512 if o.engine == "vllm" else 128),
     }  # fmt: skip
 
 
@@ -892,11 +892,10 @@ def reopen(record: Record, attention: str = "auto") -> tuple[Task, Engine]:
 
 def samples_of(o: Options, record: Record, out: Path) -> tuple[Task, dict[tuple[str, float], pd.DataFrame]]:
     """A run's task, and samples of its final policy on the CPU: ("test" or "hard", temperature) -> frame."""
-    o = replace(o, device="cpu", engine="torch", dtype="auto", batch=1024)
-    (task, engine), path = reopen(record, o.attention), str(record.folder / "checkpoint")
-    found = {}
+    (task, engine), found = reopen(record, o.attention), {}
+    o = replace(o, device="cpu", engine="torch", dtype="auto", batch=1024, max_new_tokens=task.max_new_tokens)
     for t in sorted(o.temperatures) or [o.temperature]:
-        settings = asked(o, path, t, o.count, task.max_new_tokens)
+        settings = asked(replace(o, temperature=t), str(record.folder / "checkpoint"))
         for name, problems in (("test", task.test), ("hard", task.hard)):
             ask = lambda: (engine, task, problems)  # noqa: B023, E731
             if problems:
@@ -1113,7 +1112,7 @@ def load_benchmarks(names: Sequence[str], data: Sequence[str], limit: int) -> di
         if not (source := given.get(name) or (str(local) if local.is_file() else "")):
             near = "" if name in BENCHMARKS else difflib.get_close_matches(name, BENCHMARKS, 1, 0)[0]
             raise ValueError(
-                f"--benchmark {name}: no problems here{near and f'; did you mean {near}?'} Give --data "
+                f"--benchmark {name}: no problems here{near and f'; did you mean {near}?'}; give --data "
                 f"{name}=FILE.jsonl or owner/dataset@config:split, or a folder of files in ENTROPY_FLOW_DATA"
             )
         try:
@@ -1147,8 +1146,7 @@ def open_engine(o: Options, model: str, everything: Sequence[Problem]) -> Engine
     """An engine with a model; its context must hold the longest prompt and a response."""
     from transformers import AutoConfig, AutoTokenizer
 
-    device, trust = usable_device(o.device), o.trust_remote_code
-    s = asked(o, model, 1.0, 1, o.max_new_tokens)
+    device, trust, s = usable_device(o.device), o.trust_remote_code, asked(o, model)
     try:
         if s["engine"] == "torch":
             policy, tokenizer = rollout.load_model(model, s["dtype"], trust, s["attention"], device)
@@ -1195,8 +1193,7 @@ def benchmark(o: Options) -> None:
         model = str(inner) if (inner / "config.json").is_file() else name  # a training run, or a model
         for x, found in problems.items():
             n = o.samples or (o.count if BENCHMARKS.get(x, 32) > 1 else 1)
-            settings = asked(o, model, o.temperature, n, o.max_new_tokens)
-            settings |= {"template": o.template, "chat": not o.plain}
+            settings = asked(replace(o, samples=n), model) | {"template": o.template, "chat": not o.plain}
             samples[x] = sampled(out / slug(name), x, found, settings, partial(ask, model, x))
             row = {"model": name, "benchmark": x, "problems x samples": f"{len(found)} x {n}"}
             rows.append(row | measure(samples[x], o.k or n, str.strip, boxed))
