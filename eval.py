@@ -47,6 +47,7 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
+from tqdm import tqdm
 
 import rollout
 from entropy_math import TokenStats, check_entropy_law, entropy_change
@@ -204,8 +205,7 @@ def to_rows(part: Part, k: int, first: int = 0) -> list[dict[str, Any]]:
 def distinct_n(texts: Sequence[Sequence[int]], n: int) -> float:
     """distinct-n = different n-grams / all n-grams of the responses to one problem   1510.03055 (6.4)
 
-    1 if no n-gram occurs twice.  Falls with length and with the number of texts: compare at equal ones only.
-    """
+    It falls with length and with the number of texts: compare at equal ones only."""
     grams = [tuple(t[i : i + n]) for t in texts for i in range(len(t) - n + 1)]
     return len(set(grams)) / len(grams) if grams else math.nan
 
@@ -218,9 +218,7 @@ def common_length(samples: pd.DataFrame, share: float = 0.9) -> int:
 
 def calibration(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> list[tuple]:
     """(mean confidence, share right, count) of at most `bins` groups of about equal size, by confidence.
-
-    Equal confidences stay in one group, so that no order of the data matters.
-    """
+    Equal confidences stay in one group: the order of the data does not matter."""
     c, r = np.asarray(confidence, dtype=float), np.asarray(right, dtype=float)
     edges = np.unique(np.quantile(c, np.arange(1, bins) / bins))
     which = np.searchsorted(edges, c, side="left")
@@ -236,9 +234,9 @@ def calibration_error(confidence: Sequence[float], right: Sequence[bool], bins: 
 def confidences(samples: pd.DataFrame, key: Callable[[str], str]) -> dict[str, tuple[list, list]]:
     """Two answers to "how sure was it", each against whether it was right.
 
-    vote         of a problem: the share of its most frequent answer (by `key`; the first drawn among equals)
-                 among its samples, right if that answer is; 0 and wrong where none holds an answer ("").
-                 Left out for single samples, which always agree with themselves
+    vote         of a problem: the share of its most frequent answer by `key` (the first drawn among equals),
+                 right if that answer is; 0 and wrong without any answer.  None for single samples, which
+                 always agree with themselves
     likelihood   of a response: exp of the mean of log π over its tokens; right if the response is
     """
     by, shares, voted = samples.assign(key=samples["text"].map(key)).groupby("problem"), [], []
@@ -262,10 +260,9 @@ def measure(
 ) -> dict[str, float]:
     """Everything that samples tell: means over problems, and beside each, as "NAME se", its error (6.2).
 
-    pass@1 (= avg@n) and pass@8, 16, 32 and k as far as the n samples of a problem allow; distinct_correct by
-    `key`; entropy (nats, the mean over all tokens, its error linearised as of a ratio), length (tokens),
-    truncated (share); distinct-1 to -3 of the first `length` tokens (0: the common length) of the responses
-    that have as many; the two calibration errors, the votes counted by `vote`.
+    pass@1 (= avg@n), pass@8, 16, 32 and k as far as n samples allow; distinct_correct by `key`; entropy
+    (nats, token mean, its error linearised as of a ratio), length (tokens), truncated (share); distinct-1 to
+    -3 of the first `length` tokens (0: the common length); both calibration errors, votes by `vote`.
     """
     length, sizes = length or common_length(samples), samples["ids"].map(len)
     answers = samples["text"].map(key).where(samples["correct"])
@@ -273,7 +270,7 @@ def measure(
     by, starts = frame.groupby("problem"), samples["ids"].str[:length][sizes >= length]
     n, tokens, nats = int(by.size().min()), by["tokens"].sum(), by["sum"].sum()
     H = float(nats.sum() / max(1, tokens.sum()))
-    texts = [t.tolist() for _, t in starts.groupby(samples["problem"]) if len(t) > 1]
+    texts = [list(t) for _, t in starts.groupby(samples["problem"]) if len(t) > 1]
     ks, right = sorted(j for j in {1, 8, 16, 32, k} if j <= n), by["correct"].sum()
     each = {f"pass@{j}": [pass_at_k(n, c, j) for c in right] for j in ks} | {
         "distinct_correct": by["answer"].nunique(),
@@ -292,11 +289,8 @@ def measure(
 
 
 def shown(rows: Sequence[dict[str, Any]], columns: dict[str, str] | Sequence[str]) -> str:
-    """Rows as a table in plain text; `columns`: keys, and what to call them.
-
-    In the cell of KEY stands also its standard error, "KEY se".  In that of "KEY diff", with a sign, its
-    interval: "KEY low", "KEY high".  A name that ends in % is shown in percent.
-    """
+    """Rows as a table in plain text; `columns`: keys, and what to call them; names in % are percentages.
+    Beside KEY stands its error, "KEY se"; beside "KEY diff" its interval, "KEY low" and "KEY high"."""
     names = columns if isinstance(columns, dict) else {key: key.replace("_", " ") for key in columns}
 
     def cell(row: dict[str, Any], key: str) -> str:
@@ -327,8 +321,7 @@ def write_csv(path: Path, rows: Any) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file; a last line that a kill cut short is dropped.  Raises ValueError naming the
-    line of any other damage."""
+    """The JSON objects of a file.  A last line cut short by a kill is dropped, any other damage an error."""
     rows, lines = [], path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
@@ -414,8 +407,8 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def _draw_flows(axes: Any, runs: dict[str, list[dict[str, Any]]]) -> None:
-    """Per method: the tabular flow up and down as areas (left scale), the measured change as dots (right).
-    All panels share both scales, so that methods can be compared by eye."""
+    """Per method: the tabular flow up and down as areas (left scale), the measured change as dots (right), on
+    scales that all panels share."""
 
     def largest(*keys: str) -> float:
         sizes = [series(rows, key).abs().max() for rows in runs.values() for key in keys]
@@ -458,6 +451,7 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
 
 METRICS = ("eval_entropy", "pass@1", "pass@k", "hard_pass@1", "hard_pass@k", "distinct_correct")
 BOOKKEEPING = {"method", "device", "threads", "micro_batch", "ledger", "ledger_every", "eval_every"}
+RIGHT = {"test": "right", "hard": "hard_right"}  # set of problems -> where an evaluation has its counts
 MARK = "eval.json"  # in every folder that this file writes to
 
 
@@ -553,16 +547,22 @@ def sweep_of(groups: Groups, label: str) -> list[str]:
     return lines if not label.startswith("grpo") else []
 
 
+def logged(groups: Groups) -> pd.DataFrame:
+    """All evaluations, a row each."""
+    runs = [(label, r) for label, members in groups.items() for r in members]
+    return pd.DataFrame([{"method": x, "pair": r.seed} | e for x, r in runs for e in r.evaluations])
+
+
 def comparison(groups: Groups) -> list[dict[str, Any]]:
     """One row a method: mean and standard error over seeds (6.2) at the last evaluation, and the difference
     to plain GRPO on the same seeds at the same step (6.3)."""
-    logs = {}
-    for label, members in groups.items():
-        log = pd.DataFrame([{"seed": r.seed} | e for r in members for e in r.evaluations])
-        logs[label] = log.set_index(["seed", "step"]).reindex(columns=METRICS)
+    logs = {
+        label: log.set_index(["pair", "step"]).reindex(columns=METRICS)
+        for label, log in logged(groups).groupby("method", sort=False)
+    }
     rows = []
     for label, log in logs.items():
-        last, other = log.groupby("seed", sort=False).tail(1), next(iter(rivals(groups, label)), None)
+        last, other = log.groupby("pair", sort=False).tail(1), next(iter(rivals(groups, label)), None)
         both = last.index.intersection(logs[other].index, sort=False) if other else []
         row = {"method": label, "seeds": len(last), "step": last.index.get_level_values("step").max()}
         row |= {"against": other, "pairs": len(both)}
@@ -599,9 +599,9 @@ def print_comparison(groups: Groups, rows: list[dict[str, Any]]) -> None:
 
 # -- the frontier --------------------------------------------------------------------------------------------
 #
-# A pair is a seed, with all that two runs of it share: warm start, prompts, problems.  What is kept of a
-# policy in one pair: means over problems, in row 0 pass@1, in row 1 pass@k, in more rows what else is
-# compared; column 0 is the mean itself, the others are bootstrap resamples of the problems, the same for all.
+# A pair is a seed, with all that two runs of it share: warm start, prompts, problems.  A policy in one pair
+# is an array of means over problems: row 0 pass@1, row 1 pass@k, then what else is compared; column 0 is the
+# mean itself, the others are bootstrap resamples of the problems, the same for all.
 
 DRAWS = 1000
 Means = dict[Any, np.ndarray]  # pair -> (measures, 1 + DRAWS)
@@ -642,8 +642,8 @@ def middle(every: Means) -> np.ndarray:
 
 
 def on_frontier(sweep: dict[str, Means]) -> list[str]:
-    """The policies that no other one beats in both pass@1 and pass@k, in the mean over the pairs that all
-    have: a point that two better ones lie above would bend the line down."""
+    """The policies that no other beats in both pass@1 and pass@k, in the mean over common pairs: a point
+    below two better ones would bend the line down."""
     pairs = sorted(set.intersection(*map(set, sweep.values())))
     mean = {x: middle({q: m[q] for q in pairs}) for x, m in sweep.items()} if pairs else {}
     return [x for x, m in mean.items() if not any((other > m).all() for other in mean.values())]
@@ -679,41 +679,27 @@ def over_pairs(d: np.ndarray) -> tuple[float, float, float]:
     return mean, *(float(mean + w) for w in wide)
 
 
-COUNTS = ("set", "method", "at", "pair", "n", "right")  # of n samples of each problem, how many are right
-
-
-def logged(groups: Groups) -> pd.DataFrame:
-    """COUNTS of each evaluation in the logs, at its step."""
-    rows = [
-        (name, label, e["step"], r.seed, e["k"], e[key])
-        for label, members in groups.items()
-        for r in members
-        for e in r.evaluations
-        for name, key in (("test", "right"), ("hard", "hard_right"))
-        if key in e
-    ]
-    return pd.DataFrame(rows, columns=COUNTS)
-
-
 def drawn(o: Options, groups: Groups, out: Path) -> pd.DataFrame:
-    """COUNTS of fresh samples of the final policies, at their test temperatures."""
-    rows = [
-        (name, label, t, r.seed, o.count, x.groupby("problem")["correct"].sum().tolist())
-        for label, members in groups.items()
-        for r in members
-        for (name, t), x in samples_of(o, r, out)[1].items()
-    ]
-    return pd.DataFrame(rows, columns=COUNTS)
+    """Fresh samples of the final policies, counted like evaluations, each at a test temperature."""
+    rows = []
+    for label, members in groups.items():
+        for r in members:
+            for (name, t), x in samples_of(o, r, out)[1].items():
+                right = x.groupby("problem")["correct"].sum().tolist()
+                row = {"method": label, "pair": r.seed, "temperature": t, "k": o.count}
+                rows.append(row | {RIGHT[name]: right})
+    return pd.DataFrame(rows)
 
 
-def frontier(groups: Groups, found: pd.DataFrame, along: str, k: int) -> list[dict[str, Any]]:
+def frontier(groups: Groups, found: pd.DataFrame, key: str, along: str, k: int) -> list[dict[str, Any]]:
     """A row for every method at every step, or test temperature, that all of its seeds have: where it lies,
     D1 (6.9), and the line: through GRPO's rates at that step and the warm start, or at all temperatures."""
     points: dict[tuple[str, float], Means] = {}
     share = cache(lambda n: np.array([[pass_at_k(n, c, j) for c in range(n + 1)] for j in (1, k)]))
-    for (label, at), each in found.groupby(["method", "at"], sort=False):
+    for (label, at), each in found.groupby(["method", along], sort=False):
         if len(each) == len(groups[label]):
-            points[label, at] = {r.pair: means(share(r.n)[:, r.right]) for r in each.itertuples()}
+            counts = zip(each["pair"], each["k"], each[key])
+            points[label, at] = {pair: means(share(n)[:, right]) for pair, n, right in counts}
     rows = []
     for (label, at), own in points.items():
         row = {"along": along, "method": label, "at": at} | dict(zip(("pass@1", "pass@k"), middle(own)))
@@ -791,8 +777,8 @@ def law_row(label: str, kind: str, H: Sequence[float], R: Sequence[float], share
 
 
 def law(records: Sequence[Record], out: Path) -> None:
-    """Table, law.png and law.csv.  R against H of the evaluations, as the paper has it, but with the entropy
-    of the very policy that is scored; and of every training batch: more points and more noise."""
+    """Table, law.png, law.csv: R against H of the evaluations, as in the paper, but with the entropy of the
+    very policy that is scored; and of every training batch: more points and more noise."""
     kinds = {"evaluation": ("eval_entropy", "pass@1", 14), "training batch": ("entropy", "reward", 3)}
     title = "R = -a e^H + b, {}: fitted on the filled points"
     labels = [(title.format(kind), "entropy H, nats", y) for kind, (_, y, _) in kinds.items()]
@@ -842,8 +828,6 @@ def sampled(
     mix.  What is missing is drawn with `ask() -> (engine, task, prompts)`.  A batch's draws depend on the
     seed and its place only: a run that was killed ends with the same samples.
     """
-    from tqdm import tqdm
-
     s, n = settings, settings["samples"]
     text = json.dumps([s, [[p.prompt, p.answer] for p in problems]])
     path = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.jsonl"
@@ -873,16 +857,16 @@ def sampled(
     return pd.DataFrame(rows)
 
 
-def asked(o: Options, model: str, temperature: float, samples: int, max_new_tokens: int) -> dict[str, Any]:
+def asked(o: Options, model: str) -> dict[str, Any]:
     """All that samples depend on, but for the problems."""
     device = usable_device(o.device)
     dtype = "float32" if device.type == "cpu" else "bfloat16"
     return {
         "model": model, "weights": fingerprint(Path(model)), "engine": o.engine,
         "dtype": dtype if o.dtype == "auto" else o.dtype,
-        "attention": attention_of(model, o.attention, device), "temperature": temperature,
-        "top_p": o.top_p, "seed": o.seed, "samples": samples,
-        "max_new_tokens": max_new_tokens, "batch": o.batch or (512 if o.engine == "vllm" else 128),
+        "attention": attention_of(model, o.attention, device), "temperature": o.temperature,
+        "top_p": o.top_p, "seed": o.seed, "samples": o.count,
+        "max_new_tokens": o.max_new_tokens, "batch": o.batch or (512 if o.engine == "vllm" else 128),
     }  # fmt: skip
 
 
@@ -895,12 +879,9 @@ def reopen(record: Record, attention: str = "auto") -> tuple[Task, Engine]:
     """A run's task, and an engine with its checkpoint, on the CPU."""
     path, s = record.folder / "checkpoint", record.settings
     if not (path / "config.json").is_file():
-        raise ValueError(
-            f"{record.folder}: holds no checkpoint/; name the folder of a run, e.g. runs/opefo-s0"
-        )
-    model, tokenizer = rollout.load_model(
-        str(path), attention=attention_of(path, attention, torch.device("cpu"))
-    )
+        raise ValueError(f"{record.folder}: holds no checkpoint/; name the folder of a run")
+    kind = attention_of(path, attention, torch.device("cpu"))
+    model, tokenizer = rollout.load_model(str(path), attention=kind)
     if not record.task:
         return chain_task(), TorchEngine(model, tokenizer)
     names = ("data", "eval_data", "eval_problems", "prompt_template")
@@ -911,11 +892,10 @@ def reopen(record: Record, attention: str = "auto") -> tuple[Task, Engine]:
 
 def samples_of(o: Options, record: Record, out: Path) -> tuple[Task, dict[tuple[str, float], pd.DataFrame]]:
     """A run's task, and samples of its final policy on the CPU: ("test" or "hard", temperature) -> frame."""
-    o = replace(o, device="cpu", engine="torch", dtype="auto", batch=1024)
-    (task, engine), path = reopen(record, o.attention), str(record.folder / "checkpoint")
-    found = {}
+    (task, engine), found = reopen(record, o.attention), {}
+    o = replace(o, device="cpu", engine="torch", dtype="auto", batch=1024, max_new_tokens=task.max_new_tokens)
     for t in sorted(o.temperatures) or [o.temperature]:
-        settings = asked(o, path, t, o.count, task.max_new_tokens)
+        settings = asked(replace(o, temperature=t), str(record.folder / "checkpoint"))
         for name, problems in (("test", task.test), ("hard", task.hard)):
             ask = lambda: (engine, task, problems)  # noqa: B023, E731
             if problems:
@@ -924,8 +904,8 @@ def samples_of(o: Options, record: Record, out: Path) -> tuple[Task, dict[tuple[
 
 
 def fingerprint(folder: Path) -> str:
-    """Of a model's weights: size, end, and 4 kB at 256 places of each safetensors file, for a merged adapter
-    changes neither the embedding nor the last norm; "" where none is."""
+    """Of weights: size, end, and 4 kB at 256 places of each safetensors file (a merged adapter changes
+    neither the embedding nor the last norm); "" where none is."""
     digest, files = hashlib.sha256(), sorted(folder.glob("*.safetensors"))
     for path in files:
         with open(path, "rb") as file:
@@ -942,8 +922,8 @@ def fingerprint(folder: Path) -> str:
 def draw_samples(
     sets: dict[str, pd.DataFrame], vote: Callable, model: str, path: Path, what: str, trust: bool = False
 ) -> None:
-    """Reliability, the share right against confidence, a panel for each meaning of the word; the entropy over
-    tokens with the fork's threshold (6.7).  The tokens drawn most often at forks are printed."""
+    """The share right against confidence, a panel for each meaning of the word; the entropy over tokens with
+    the fork's threshold (6.7).  The tokens drawn most often at forks are printed."""
     titles = {"vote": "share of the most frequent answer", "likelihood": "exp of the tokens' mean log π"}
     labels = [(f"confidence: {x}", "mean confidence", "share right") for x in titles.values()]
     fig, axes = figure(15, 4.8, 1, 3, [*labels, (f"{what} over tokens", "nats", "share of tokens")])
@@ -997,7 +977,8 @@ def fresh_flows(record: Record, seed: int, attention: str) -> tuple[list[dict[st
     """The exact flow of a table, entropy_math (3.2), of the tokens of a fresh batch: what one step of GRPO on
     it, at the run's temperature, would do to entropy.  Of each of the first 8 problems with right and wrong
     answers, the response that moves entropy most."""
-    (task, engine), tau = reopen(record, attention), record.settings.get("temperature", 1.0)
+    task, engine = reopen(record, attention)
+    path, tau = record.folder / "checkpoint", record.settings.get("temperature", 1.0)
     problems, how = task.test[:32], Sampling(16, task.max_new_tokens, tau)
     out, _ = answer(engine, task, problems, how, torch.Generator().manual_seed(seed))
     stats = TokenStats(**Policy(engine.model)(out, tau))
@@ -1011,10 +992,7 @@ def fresh_flows(record: Record, seed: int, attention: str) -> tuple[list[dict[st
         words = token_names(engine.tokenizer, out.ids[i][out.mask[i]].tolist())
         one = {"prompt": problems[p].prompt, "reward": float(out.correct[i]), "tokens": words}
         found.append(one | {"flow": flow[i][out.mask[i]].tolist()})
-    return (
-        found,
-        f"exact flow of a table, fresh batch of {len(problems)} x 16 from {record.folder}/checkpoint",
-    )
+    return found, f"exact flow of a table, fresh batch of {len(problems)} x 16 from {path}"
 
 
 def tidy(token: str | None) -> str:
@@ -1134,7 +1112,7 @@ def load_benchmarks(names: Sequence[str], data: Sequence[str], limit: int) -> di
         if not (source := given.get(name) or (str(local) if local.is_file() else "")):
             near = "" if name in BENCHMARKS else difflib.get_close_matches(name, BENCHMARKS, 1, 0)[0]
             raise ValueError(
-                f"--benchmark {name}: no problems here{near and f'; did you mean {near}?'} Give --data "
+                f"--benchmark {name}: no problems here{near and f'; did you mean {near}?'}; give --data "
                 f"{name}=FILE.jsonl or owner/dataset@config:split, or a folder of files in ENTROPY_FLOW_DATA"
             )
         try:
@@ -1168,8 +1146,7 @@ def open_engine(o: Options, model: str, everything: Sequence[Problem]) -> Engine
     """An engine with a model; its context must hold the longest prompt and a response."""
     from transformers import AutoConfig, AutoTokenizer
 
-    device, trust = usable_device(o.device), o.trust_remote_code
-    s = asked(o, model, 1.0, 1, o.max_new_tokens)
+    device, trust, s = usable_device(o.device), o.trust_remote_code, asked(o, model)
     try:
         if s["engine"] == "torch":
             policy, tokenizer = rollout.load_model(model, s["dtype"], trust, s["attention"], device)
@@ -1210,8 +1187,7 @@ def benchmark(o: Options) -> None:
         model = str(inner) if (inner / "config.json").is_file() else name  # a training run, or a model
         for x, found in problems.items():
             n = o.samples or (o.count if BENCHMARKS.get(x, 32) > 1 else 1)
-            settings = asked(o, model, o.temperature, n, o.max_new_tokens)
-            settings |= {"template": o.template, "chat": not o.plain}
+            settings = asked(replace(o, samples=n), model) | {"template": o.template, "chat": not o.plain}
             samples[x] = sampled(out / slug(name), x, found, settings, partial(ask, model, x))
             row = {"model": name, "benchmark": x, "problems x samples": f"{len(found)} x {n}"}
             rows.append(row | measure(samples[x], o.k or n, str.strip, boxed))
@@ -1337,8 +1313,7 @@ def check(o: Options) -> None:
         f"--top-p {o.top_p:g}: must lie above 0 and be at most 1": not 0 < o.top_p <= 1,
         f"--k {o.k}: larger than --samples {o.samples}; draw at least k a problem": 0 < o.samples < o.k,
         "--model and --benchmark: give both, and no runs beside them": one or (o.model and o.runs),
-        f"--template {o.template!r}: needs {{problem}}, where the question goes": "{problem}"
-        not in o.template,
+        f"--template {o.template!r}: needs {{problem}}": "{problem}" not in o.template,
         "no run named: give folders that train.py made, before --temperatures": more and not o.runs,
     }
     for message, found in wrong.items():
@@ -1390,18 +1365,17 @@ def compare(o: Options, groups: Groups, out: Path) -> None:
     if o.temperatures and len(groups) > 1:
         found["temperature", "over test temperatures"] = drawn(o, groups, out)
     elif o.temperatures:
-        print(
-            "\n--temperatures: nothing to sample, a frontier takes two methods; a run named alone is sampled"
-        )
-    elif k > (most := logs["n"].min()):
+        print("\n--temperatures: nothing is sampled; it takes two methods, or a run named alone")
+    elif k > (most := logs["k"].min()):
         raise ValueError(f"--k {k}: the logs tell pass@{most}; leave --k out, or name a single run")
     panels = []
     for name, title in (("test", "held-out problems"), ("hard", "hard problems")):
-        for (along, where), counts in found.items() if len(groups) > 1 else ():
-            if len(own := counts[counts["set"] == name]):
-                most = int(own["n"].min())
+        for (along, where), rows in found.items() if len(groups) > 1 else ():
+            rows = rows.dropna(subset=RIGHT[name]) if RIGHT[name] in rows else ()
+            if len(rows):
+                most = int(rows["k"].min())
                 k = min(o.k or most, most)
-                panels.append((f"{title}, {where}", k, frontier(groups, own, along, k)))
+                panels.append((f"{title}, {where}", k, frontier(groups, rows, RIGHT[name], along, k)))
     for title, k, rows in panels:
         print_frontier(rows, k, title)
     if panels:
@@ -1429,7 +1403,7 @@ def sample_run(o: Options, record: Record, out: Path) -> None:
     draw_samples(test, key, str(record.folder / "checkpoint"), out / "samples.png", "Entropy")
 
 
-def demonstrate() -> None:
+def demonstrate(_: Options) -> None:
     """What the estimators do, on made-up counts."""
     print("pass@8 of a problem solved with probability .1 a try, from n samples: mean over their right count")
     q, k = 0.1, 8
@@ -1449,14 +1423,10 @@ def demonstrate() -> None:
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 bad input, 130 stopped by the user."""
     o = command_line(Options, "eval.py", argv)
+    work = benchmark if o.model else runs if o.runs else demonstrate
     try:
         check(o)
-        if o.model:
-            benchmark(o)
-        elif o.runs:
-            runs(o)
-        else:
-            demonstrate()
+        work(o)
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ImportError, FloatingPointError) as error:

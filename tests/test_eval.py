@@ -691,6 +691,10 @@ def test_test_temperatures_are_sampled_once_and_reused_after_a_kill(cli, tmp_pat
     asked.clear()
     assert cli(*runs, 0.5, 1)[:2] == (0, out) and len(asked) == 1
     assert cli(*runs, 0.5, 1, 1.2)[0] == 0 and asked[1:] == [1.2] * 4
+    assert "1 pair: no interval" in out
+    make_run(tmp_path / "c", "grpo", 1)
+    code, out, err = cli("a", "c", "--out", "same", "--temperatures", 0.5)  # one method has no frontier
+    assert code == 0 and "nothing is sampled" in out and len(asked) == 5, err
 
 
 def test_law_on_the_command_line(cli, tmp_path):
