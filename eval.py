@@ -704,7 +704,7 @@ def frontier(groups: Groups, found: pd.DataFrame, key: str, along: str, k: int) 
     for (label, at), own in points.items():
         row = {"along": along, "method": label, "at": at} | dict(zip(("pass@1", "pass@k"), middle(own)))
         rates = sweep_of(groups, label)
-        grpo = {key: m for key, m in points.items() if key[0] in rates}
+        grpo = {point: m for point, m in points.items() if point[0] in rates}
         sweep = {f"{x} at {t:g}": m for (x, t), m in grpo.items()}
         if along == "step":
             start = {q: m for (_, step), every in grpo.items() if step == 0 for q, m in every.items()}
