@@ -1229,19 +1229,33 @@ def print_benchmarks(frame: pd.DataFrame, o: Options, out: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Options:
+class FinishedRuns:
+    """Which finished runs, and what is asked of them."""
+
     runs: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[RUN ...]")]] = ()
     """folders that train.py made, or folders of such"""
     temperatures: tuple[float, ...] = ()  # also sample runs at these test temperatures; name the runs first
     law: bool = False  # fit R = -a e^H + b to the first 15 percent of each run, predict the rest
     show: bool = False  # colour the tokens of a run by their entropy flow
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How responses are drawn.  Truncation hides a collapse: temperature 1 and top-p 1 unless you say so."""
+
     k: int = 0  # the largest k of pass@k (0: 32)
     samples: int = 0  # samples per problem (0: k; on the large benchmarks 1)
     temperature: float = 1.0  # of the softmax
-    top_p: float = 1.0  # the papers use .7, which hides a collapse
+    top_p: float = 1.0  # the papers use .7
     seed: int = 0  # the same seed draws the same samples
-    model: tuple[str, ...] = ()  # on benchmarks: folders or hub ids
-    benchmark: tuple[str, ...] = ()  # aime24, aime25, amc23, math500, minerva, olympiadbench, or your own
+
+
+@dataclass(frozen=True)
+class Benchmarks:
+    """A model on benchmarks: aime24, aime25, amc23, math500, minerva, olympiadbench, or your own."""
+
+    model: tuple[str, ...] = ()  # folders or hub ids
+    benchmark: tuple[str, ...] = ()  # names
     data: tuple[str, ...] = ()
     """NAME=FILE, NAME=owner/dataset@config:split; else $ENTROPY_FLOW_DATA/NAME.jsonl"""
     against: tuple[Literal["opefo", "steer", "clip_cov", "par"], ...] = ()  # print what these papers report
@@ -1254,18 +1268,37 @@ class Options:
     batch: int = 0  # responses at once, the most that a kill loses (0: 128; vllm: 512)
     gpu_memory: float = 0.9  # share of the GPU for vLLM
     trust_remote_code: bool = False  # run code that comes with the model
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where it runs, and where it writes."""
+
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
     """auto: that of the run, else sdpa"""
     device: str = "auto"  # cpu, cuda, ... (auto: a GPU if there is one)
     threads: int = 0  # CPU threads (0: for embedded runs 1, else torch's choice)
     out: str = ""  # folder to write to (without: runs/compare, a single run's eval/, runs/benchmarks)
 
+
+@dataclass(frozen=True)
+class Command:  # the groups of --help, which begins with this file's docstring
+    finished_runs: FinishedRuns = FinishedRuns()
+    drawing: Drawing = Drawing()
+    benchmarks: Benchmarks = Benchmarks()
+    machine: Machine = Machine()
+
+
+Command.__doc__ = __doc__
+
+
+@dataclass(frozen=True)
+class Options(FinishedRuns, Drawing, Benchmarks, Machine):
+    """All flags in one."""
+
     @property
     def count(self) -> int:
         return self.samples or self.k or 32
-
-
-Options.__doc__ = __doc__  # what --help begins with
 
 
 def flags_of(kind: type) -> list[str]:
@@ -1422,7 +1455,8 @@ def demonstrate(_: Options) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 bad input, 130 stopped by the user."""
-    o = command_line(Options, "eval.py", argv)
+    groups = vars(command_line(Command, "eval.py", argv)).values()
+    o = Options(**{name: value for group in groups for name, value in vars(group).items()})
     work = benchmark if o.model else runs if o.runs else demonstrate
     try:
         check(o)
