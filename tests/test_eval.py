@@ -842,7 +842,7 @@ def reader(tmp_path_factory):
 
 @pytest.fixture()
 def quick_grader(monkeypatch):
-    """Right is what has an even number of characters: grading itself is tested in chapter 4."""
+    """Right is what has an even number of characters: grading itself is tested in chapter 2."""
 
     class Even:
         def grade_all(self, texts, answers):
