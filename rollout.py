@@ -1,7 +1,8 @@
 """Chapter 4. Rollouts: problems, and a policy that answers them.
 
 Claim. To see entropy collapse one needs a task in which many different answers are right, a policy that
-starts broad, and a verifier (grpo section 8 has that of mathematics), not seven billion parameters: a transformer of 0.13 M shows it in a minute.
+starts broad, and a verifier, not seven billion parameters: a transformer of 0.13 M shows it in a minute.
+What verifies mathematics stands in grpo, section 8.
 
      1, 2  the embedded world, "chain": reach a target in one to three arithmetic steps; 6,348 problems
         3  a real `transformers` tokenizer and a real Llama, made in code: the 7 B path, smaller
