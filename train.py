@@ -48,7 +48,7 @@ import tempfile
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from itertools import count
@@ -79,21 +79,19 @@ from eval import command_line, draw, evaluate, fingerprint, read_jsonl, set_thre
 from grpo import Method, Plan, Progress, Tokens, batch_loss, concat_padded, plan_update, token_flow
 from rollout import REWARDS, Engine, Policy, Problem, Sampling, Task, TorchEngine, answer
 
-REFUSALS = (ValueError, ImportError, RuntimeError)  # what a library raises at what a user asks for
-
 
 class UserError(Exception):
     """A mistake that the user can mend: printed in one or two lines, exit code 2, no traceback."""
 
 
 @contextlib.contextmanager
-def user_error(before: str, after: str = "", kinds: tuple = REFUSALS) -> Iterator[None]:
+def user_error(before: str = "", after: str = "", kinds: tuple = (ValueError,)) -> Iterator[None]:
     """An error as a UserError: where it was, what it says, what to do about it."""
     try:
         yield
     except kinds as error:
-        text = str(error).strip() or type(error).__name__
-        raise UserError(f"{before} {text.splitlines()[0][:160] if after else text}{after}".strip()) from None
+        text = " ".join(str(error).split())[:400] or type(error).__name__
+        raise UserError(f"{before} {text}{after}".strip()) from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -411,7 +409,7 @@ def push_weights(run: Run) -> float:
         run.engine.push(full_weights(run.policy.model))
         run.engine.wake()
         prompt = run.tokenizer(run.task.train[0].prompt, add_special_tokens=False)["input_ids"]
-        with user_error(f"--engine {run.settings.engine}:"):
+        with user_error(f"--engine {run.settings.engine}:", kinds=(RuntimeError,)):
             rollout.check_push(run.engine, run.policy, prompt, run.dtype)
     return time.perf_counter() - begin
 
@@ -567,7 +565,6 @@ class Run:
     dtype: torch.dtype = torch.float32  # of the weights that a checkpoint holds for others to load
     reference: Policy | None = None
     ranks: Ranks = field(default_factory=lambda: Ranks())
-    report: Callable[[dict[str, Any]], None] = lambda row: None
     step: int = 0  # rollouts done
     prompts_used: int = 0
     skipped_in_row: int = 0  # updates
@@ -607,7 +604,6 @@ class Run:
         """A row of metrics.jsonl; where an evaluation was due, a checkpoint with it."""
         self.rows.append(row)
         self.append("metrics.jsonl", [row])
-        self.report(row)
         if not self.warned and self.step >= 10 and all(r.get("no_contrast") == 1 for r in self.rows[-10:]):
             self.warned = True
             if self.ranks.is_main:
@@ -919,8 +915,8 @@ def merged(weight: Tensor, layer: nn.Module) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------
 # 6. Settings
 #
-# Every setting is a field; its type, default and docstring make its flag and its line in --help.  The four
-# groups are those of --help.  `Settings` is all of them in one, as config.json has it.
+# A field's type, default and docstring make its flag and its line in --help; the four groups are those of
+# --help.  `Settings` is all of them in one, as config.json has it.
 
 
 @dataclass(frozen=True)
@@ -934,16 +930,14 @@ class Training:
     group_size: int = 16  # responses per prompt; their mean reward is the baseline of their advantages
     updates_per_rollout: int = 1  # optimizer steps per rollout; 1 is strictly on-policy, where no clip acts
     grad_clip: float = 1.0  # largest gradient norm; 0 means no clipping
-    temperature: float = 1.0
-    """used in sampling and for every probability in the loss: what is drawn is what is trained"""
+    temperature: float = 1.0  # of sampling and of every probability in the loss: what is drawn is trained
     reward: Literal["correct", "length_penalty", "random", "wrong"] = "correct"
     """length_penalty adds DAPO's overlong penalty; random and wrong are spurious, for study"""
     mismatch: Literal["auto", "tis", "icepop", "off"] = "auto"
     """weights against an engine whose probabilities differ from ours; auto: tis with vLLM, else off"""
     mismatch_low: float = 0.5  # icepop drops tokens whose probability ratio is smaller
     mismatch_high: float = 2.0  # tis cuts larger probability ratios to this; icepop drops their tokens
-    micro_batch: int = 0
-    """responses per forward pass, to bound memory; the gradient stays the same; 0 means no limit"""
+    micro_batch: int = 0  # responses per forward pass, to bound memory; same gradient; 0 means no limit
     tokens_per_micro_batch: int = 0
     """the same in tokens with padding (with --model: 16384); --micro-batch, if given, takes its place"""
     gradient_checkpointing: bool = False
@@ -970,8 +964,7 @@ class LanguageModel:
     """problems and answers: a .jsonl, .json, .csv or .parquet file, or owner/name@config:split of the hub"""
     eval_data: str = ""  # the same for evaluation; without it, --eval-problems of the data are held out
     eval_problems: int = 96  # number of held-out problems
-    prompt_template: str = rollout.PROMPT_TEMPLATE
-    """text around a problem, which takes the place of {problem}"""
+    prompt_template: str = rollout.PROMPT_TEMPLATE  # text around a problem, which replaces {problem}
     chat: Literal["auto", "off"] = "auto"
     """auto: the prompt is a user's turn if the tokenizer has a chat template; off: it is plain text"""
     max_prompt_tokens: int = 1024  # problems with longer prompts are left out and counted
@@ -979,8 +972,7 @@ class LanguageModel:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """numbers to compute in; the weights stay float32; auto: bfloat16 for a --model on a GPU"""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"  # kernel of the attention layers
-    lora: int = 0
-    """rank of LoRA adapters on all linear layers but the head, and on experts; 0 trains all weights"""
+    lora: int = 0  # rank of LoRA adapters on all linear layers but the head, and on experts; 0: all weights
     trust_remote_code: bool = False  # run code that comes with the model
 
 
@@ -994,7 +986,6 @@ class Machine:
     seed: int = 0  # seed of the warm start, the order of the prompts and the sampling
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto takes a GPU if there is one
     threads: int = 0  # CPU threads; 0: one for the embedded model, with --model what torch takes
-    report_to: Literal["none", "tensorboard", "wandb"] = "none"  # also log there
 
 
 @dataclass(frozen=True)
@@ -1010,7 +1001,7 @@ PER_METHOD = tuple(f.name for group in (Training, Measuring) for f in fields(gro
 # What a language model wants otherwise than the embedded one, where the command line does not say.
 MODEL_DEFAULTS = {"lr": 1e-6, "tokens_per_micro_batch": 16384, "eval_samples": 8}
 
-RANGES: dict[str, tuple[float, float]] = {
+RANGES = {  # smallest and largest value; other integers are at least 1
     "group_size": (2, math.inf),  # advantages compare the responses to one prompt
     "lr": (1e-12, 1e36),  # beyond, AdamW's step overflows float32
     "temperature": (1e-3, 1e3),  # beyond, float32 logits overflow
@@ -1043,8 +1034,7 @@ def parse_spec(spec: str, base: Settings) -> tuple[Settings, Method]:
 
 
 def complaints(s: Settings, method: Method, device: torch.device, ranks: Ranks) -> Iterator[str]:
-    """What is wrong with one job: impossible values, then what does not go together.  Each names flag, value
-    and remedy; what comes after the first may rest on it."""
+    """Impossible values, then what does not go together; what comes after the first may rest on it."""
     for name, kind in get_type_hints(Settings).items():
         value = getattr(s, name)
         low, high = RANGES.get(name, (value, value))
@@ -1055,30 +1045,28 @@ def complaints(s: Settings, method: Method, device: torch.device, ranks: Ranks) 
             yield f"{flag(name)} {value}: choose {', '.join(get_args(kind))}"
     updates = ranks.world * s.updates_per_rollout
     share = s.prompts * s.group_size // updates
-    chooses = method.overrides("sample")
-    for bad, text in (
-        (s.prompts % updates,
-         f"--prompts {s.prompts}: must be a multiple of --updates-per-rollout {s.updates_per_rollout} x "
-         f"{ranks.world} processes; the responses to a prompt stay together"),
-        (s.micro_batch and share % s.micro_batch,
-         f"--micro-batch {s.micro_batch}: must divide the {share} responses of one update in one process"),
-        (s.model and not s.data, f"--model {s.model}: needs --data; the embedded task has a few words only"),
-        (s.data and not s.model, f"--data {s.data}: needs --model; the embedded one has a few words only"),
-        (s.lora and not s.model, f"--lora {s.lora}: needs --model and --data"),
-        (s.lora and method.overrides("reset_reference"),
-         f"--lora {s.lora}: {method.key} makes the policy its reference, which --lora keeps as it was"),
-        (chooses and (s.engine == "vllm" or s.mismatch != "off"),
-         f"--engine {s.engine}: {method.key} chooses tokens itself, which vLLM does not allow and --mismatch "
-         "would undo; use --engine torch --mismatch off"),
-        (s.ledger == "full" and (s.updates_per_rollout > 1 or sharded(s, device, ranks)),
-         "--ledger full: books the tokens of one update, of whole weights; use --updates-per-rollout 1, one "
-         "process and --dtype float32, or --ledger step"),
-        (ranks.world % s.tensor_parallel,
-         f"--tensor-parallel {s.tensor_parallel}: must divide the {ranks.world} processes; start with "
-         f"torchrun --nproc-per-node {s.tensor_parallel}"),
-    ):  # fmt: skip
-        if bad:
-            yield text
+    if s.prompts % updates:
+        yield (
+            f"--prompts {s.prompts}: must be a multiple of --updates-per-rollout {s.updates_per_rollout} x "
+            f"{ranks.world} processes; the responses to a prompt stay together"
+        )
+    if s.micro_batch and share % s.micro_batch:
+        yield f"--micro-batch {s.micro_batch}: must divide the {share} responses of an update in one process"
+    if bool(s.model) != bool(s.data) or (s.lora and not s.model):
+        given = " ".join(f"{flag(n)} {getattr(s, n)}" for n in ("model", "data", "lora") if getattr(s, n))
+        yield f"{given}: give both --model and --data; the embedded task has a few words only"
+    if s.lora and method.overrides("reset_reference"):
+        yield f"--lora {s.lora}: {method.key} moves the reference, which with --lora is the model as it was"
+    if method.overrides("sample") and (s.engine == "vllm" or s.mismatch != "off"):
+        yield (
+            f"--engine {s.engine}: {method.key} chooses tokens itself, which vLLM does not allow and "
+            "--mismatch would undo; use --engine torch --mismatch off"
+        )
+    if s.ledger == "full" and (s.updates_per_rollout > 1 or sharded(s, device, ranks)):
+        yield "--ledger full: needs --updates-per-rollout 1, one process, --dtype float32; else --ledger step"
+    if ranks.world % s.tensor_parallel:
+        n = s.tensor_parallel
+        yield f"--tensor-parallel {n}: must divide the processes; start with torchrun --nproc-per-node {n}"
 
 
 def make_job(spec: str, base: Settings, device: torch.device, ranks: Ranks) -> tuple[Settings, Method]:
@@ -1100,7 +1088,7 @@ def make_job(spec: str, base: Settings, device: torch.device, ranks: Ranks) -> t
 def load_task_and_policy(
     s: Settings, device: torch.device, ranks: Ranks, quiet: bool
 ) -> tuple[Task, nn.Module, Any]:
-    """Task, first policy in float32 (on the CPU where it will be sharded), tokenizer."""
+    """Task, first policy in float32 (on the CPU where it will be sharded), tokenizer.  Raises ValueError."""
     if not s.model:
         bar = lambda it: tqdm(it, desc="warm start", unit="step", disable=quiet or not ranks.is_main)  # noqa: E731
         for turn in range(2):  # the first rank trains and fills the cache, the others read it
@@ -1114,9 +1102,8 @@ def load_task_and_policy(
     place = "cpu" if sharded(s, device, ranks) else device
     with user_error("--model"):
         model, tokenizer = rollout.load_model(s.model, dtype, s.trust_remote_code, s.attention, place)
-    with user_error(""):
-        how = (s.prompt_template, s.chat == "auto", s.max_prompt_tokens, s.max_new_tokens)
-        task, notes = rollout.task_of_data(tokenizer, s.data, s.eval_data, s.eval_problems, *how)
+    how = (s.prompt_template, s.chat == "auto", s.max_prompt_tokens, s.max_new_tokens)
+    task, notes = rollout.task_of_data(tokenizer, s.data, s.eval_data, s.eval_problems, *how)
     rows = model.get_input_embeddings().weight.shape[0]
     with user_error(f"--model {s.model}:"):
         longest = rollout.longest_prompt((*task.train, *task.test), tokenizer, rows)
@@ -1153,27 +1140,21 @@ def sharded(s: Settings, device: torch.device, ranks: Ranks) -> bool:
 def with_adapters(model: nn.Module, rank: int, seed: int) -> nn.Module:
     """LoRA (2106.09685) on every linear layer but the head, and on experts, where peft knows them, scaled by
     alpha / rank = 2, float32, drawn from `seed`.  Warns of matrices that got none."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise UserError(f"--lora {rank}: needs the package peft: pip install 'entropy-flow[llm]'") from None
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     place = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(place), warnings.catch_warnings():
+    with torch.random.fork_rng(place), warnings.catch_warnings(), user_error(f"--lora {rank}:"):
         warnings.simplefilter("ignore")  # peft tells how it fills in our config, and asks in deprecated words
         torch.manual_seed(seeded(seed, 0, "adapters").initial_seed())
-        try:
-            adapted = get_peft_model(model, config).eval()
-        except ValueError as error:  # Mamba's layers, which read weights past the adapter
-            raise UserError(f"--lora {rank}: {' '.join(str(error).split())[:200]}") from None
+        adapted = get_peft_model(model, config).eval()  # refuses Mamba's layers, which read past the adapter
     ends = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     known = {id(w) for w in (*ends, model.get_output_embeddings().weight)}
     weights = {plain_name(n): p for n, p in adapted.named_parameters() if ".lora_" not in n and p.ndim > 1}
     bare = [n for n, p in weights.items() if n not in adapters(adapted) and id(p) not in known]
     if bare:
-        warnings.warn(
-            f"--lora {rank}: {len(bare)} matrices stay as they are, {bare[0]} for one", stacklevel=2
-        )
+        text = f"--lora {rank}: {len(bare)} matrices stay as they are, {bare[0]} for one"
+        warnings.warn(text, stacklevel=2)
     return adapted
 
 
@@ -1188,12 +1169,17 @@ def vllm_engine(
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         ranks.all(None)
-        with user_error(""):
-            room = longest + max(16, task.max_new_tokens)
-            how = {"device": device, "dtype": compute_dtype(s, device), "max_model_len": room}
-            how |= {"gpu_memory": s.vllm_memory, "tensor_parallel": s.tensor_parallel, "seed": s.seed}
-            how["trust_remote_code"] = s.trust_remote_code
-            engine = rollout.VllmEngine(s.model or folder, tokenizer, **how)
+        engine = rollout.VllmEngine(
+            s.model or folder,
+            tokenizer,
+            device=device,
+            dtype=compute_dtype(s, device),
+            max_model_len=longest + max(16, task.max_new_tokens),
+            gpu_memory=s.vllm_memory,
+            tensor_parallel=s.tensor_parallel,
+            seed=s.seed,
+            trust_remote_code=s.trust_remote_code,
+        )
         ranks.all(None)  # all have read the folder
         return engine
 
@@ -1223,47 +1209,23 @@ def make_run(
         policy = shard(policy, dtype, device)
         reference = reference and shard(reference, dtype, device, offload=device.type == "cuda")
     engine = engine or TorchEngine(model, tokenizer)
-    run = Run(s, method, folder, task, policy, tokenizer, engine, dtype, reference, ranks)
-    if ranks.is_main and s.report_to != "none":
-        run.report = reporter(s, folder)
-    return run
-
-
-def reporter(s: Settings, folder: Path) -> Callable[[dict[str, Any]], None]:
-    """Where else the numbers of metrics.jsonl go.  Raises UserError where the package is missing."""
-    try:
-        if s.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(folder / "tensorboard"))
-            log = lambda row, step: [writer.add_scalar(k, v, step) for k, v in row.items()]  # noqa: E731
-        else:
-            import wandb
-
-            log = wandb.init(project="entropy-flow", name=folder.name, dir=folder, config=asdict(s)).log
-    except ImportError:
-        text = f"--report-to {s.report_to}: the package is not installed: pip install {s.report_to}"
-        raise UserError(text) from None
-    return lambda row: log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=row["step"])
+    return Run(s, method, folder, task, policy, tokenizer, engine, dtype, reference, ranks)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 8. The command line
 #
-# From words to runs: `main` turns errors into exit codes, `execute` words into jobs and a folder, `compare`
-# does the jobs, `follow` shows one.
+# `main` turns errors into exit codes, `execute` words into jobs, `compare` does them, `follow` shows one.
 
 
 @dataclass(frozen=True)
 class Command:  # its docstring, with the list of methods, follows
     method: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SPEC [SPEC ...]")] = ("opefo",)
     """one or more methods, run one after another from the same warm start"""
-    out: str = ""
-    """folder of the run; without it, a new one under runs/"""
+    out: str = ""  # folder of the run; without it, a new one under runs/
     resume: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[FOLDER]")] = None
     """go on with a run from its last checkpoint; without FOLDER, that of --out or the newest"""
-    quiet: bool = False
-    """no progress line, only the summary"""
+    quiet: bool = False  # no progress line, only the summary
     training: Training = Training()
     measuring: Measuring = Measuring()
     language_model: LanguageModel = LanguageModel()
@@ -1325,11 +1287,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def execute(command: Command, given: set[str]) -> int:
     """Everything that a command line asks for.  Returns the exit code."""
-    with user_error("", kinds=(ValueError,)):
+    with user_error():
         if wanted := [spec.removesuffix(":help") for spec in command.method if spec.endswith(":help")]:
             print("\n\n".join(map(method_help, wanted)))
             return 0
         folder, specs, base = new_run(command, given) if command.resume is None else old_run(command, given)
+        if not specs or len(set(specs)) < len(specs):
+            raise UserError(f"{' '.join(['--method', *specs])}: give at least one method, and none twice")
         device = pick_device(base.device)
         ranks = Ranks.join(device)
         jobs = [make_job(spec, base, device, ranks) for spec in specs]
@@ -1361,17 +1325,15 @@ def method_help(name: str) -> str:
     return "\n".join(lines[1:])
 
 
-def new_run(command: Command, given: set[str]) -> tuple[Path | None, list[str], Settings]:
+def new_run(command: Command, given: set[str]) -> tuple[None, tuple[str, ...], Settings]:
     """No folder yet, methods and settings.  Raises UserError where a file of problems is missing."""
-    specs, values = list(command.method), command.values()
-    if not specs or len(set(specs)) < len(specs):
-        raise UserError(f"{' '.join(['--method', *specs])}: give at least one method, and none twice")
+    values = command.values()
     for name in ("data", "eval_data"):
         with user_error(flag(name)):
             if values[name]:
                 rollout.data_file(values[name])
     base = Settings(**(MODEL_DEFAULTS if values["model"] else {}))
-    return None, specs, replace(base, **{name: values[name] for name in given - {"method"}})
+    return None, command.method, replace(base, **{name: values[name] for name in given - {"method"}})
 
 
 def old_run(command: Command, given: set[str]) -> tuple[Path, list[str], Settings]:
@@ -1388,18 +1350,13 @@ def old_run(command: Command, given: set[str]) -> tuple[Path, list[str], Setting
     with user_error(f"--resume {folder}: config.json is damaged:", "; start a new run", (Exception,)):
         config = json.loads((folder / "config.json").read_text())
         specs, base = list(map(str, config["specs"])), Settings(**config["settings"])
-        wrong = [f.name for f in fields(base) if type(getattr(base, f.name)) is not type(f.default)]
-        if wrong or not specs:
-            raise ValueError(f"settings.{wrong[0]} is of another type" if wrong else "no method")
     began, now = {**vars(base), "method": " ".join(specs)}, command.values()
     if "steps" in given:
         began["steps"] = max(base.steps, now["steps"])
     for name in sorted(given):
         if now[name] != began[name]:
-            raise UserError(
-                f"{flag(name)} {now[name]}: {folder} was started with {began[name]};\n"
-                "leave it out, or start a new run"
-            )
+            text = f"{flag(name)} {now[name]}: {folder} was started with {began[name]}"
+            raise UserError(f"{text};\nleave it out, or start a new run")
     return folder, specs, replace(base, steps=began["steps"])
 
 
@@ -1408,12 +1365,12 @@ def label_of(spec: str) -> str:
     return "".join(c if c.isalnum() or c in "._=+-" else "-" for c in spec)
 
 
-def places(folder: Path, specs: list[str]) -> list[Path]:
+def places(folder: Path, specs: Sequence[str]) -> list[Path]:
     """The folder of each method's run: a comparison has one for each."""
     return [folder / label_of(x) for x in specs] if len(specs) > 1 else [folder]
 
 
-def new_folder(out: str, specs: list[str], seed: int) -> Path:
+def new_folder(out: str, specs: Sequence[str], seed: int) -> Path:
     """--out, which must not hold a run; without it a fresh name under runs/."""
     name = "runs/" + "-vs-".join(label_of(x) for x in specs)[:80] + f"-s{seed}"
     for folder in map(Path, [out] if out else (name + f"-{n}" * (n > 1) for n in count(1))):
@@ -1466,16 +1423,16 @@ def compare(command: Command, jobs: list[Any], folder: Path, device: torch.devic
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of saving and loading a checkpoint
-    quiet = command.quiet or not ranks.is_main
-    done, code, engine = {}, 0, None
+    quiet, done, engine = command.quiet or not ranks.is_main, {}, None
     with contextlib.ExitStack() as at_the_end:
         for (settings, method), place in zip(jobs, places(folder, [s.method for s, _ in jobs])):
-            task, model, tokenizer = load_task_and_policy(settings, device, ranks, quiet)
-            if not ranks.is_main:
-                sys.stderr = sys.__stderr__  # from here on a process may fail alone, and says so itself
-            if settings.engine == "vllm" and engine is None:
-                engine = vllm_engine(settings, task, model, tokenizer, device, ranks)
-                at_the_end.callback(engine.close)
+            with user_error():
+                task, model, tokenizer = load_task_and_policy(settings, device, ranks, quiet)
+                if not ranks.is_main:
+                    sys.stderr = sys.__stderr__  # from here on a process may fail alone, and says so itself
+                if settings.engine == "vllm" and engine is None:
+                    engine = vllm_engine(settings, task, model, tokenizer, device, ranks)
+                    at_the_end.callback(engine.close)
             run = make_run(settings, method, place, task, model, tokenizer, engine, device, ranks)
             if command.resume is not None:
                 run.load()
@@ -1501,8 +1458,7 @@ def compare(command: Command, jobs: list[Any], folder: Path, device: torch.devic
     return code
 
 
-# The progress line: reward, groups whose rewards are all alike, rollouts drawn where a method refills,
-# entropy, flow up and down, λ, measured (predicted) change, evaluations.
+# The progress line: groups whose rewards are all alike, rollouts drawn where a method refills, ...
 BAR = {
     **{"reward": "r {:.2f}", "no_contrast": "alike {:.0%}", "draws": "draws {}", "entropy": "H {:.3f}"},
     **{"flow_up": "↑{:.3f}", "flow_down": "↓{:.3f}", "lam": "λ {:+.2f}", "dH_measured": "dH {:+.4f}"},
@@ -1528,11 +1484,9 @@ def follow(run: Run, quiet: bool) -> int:
                     return 130
     except FloatingPointError as error:
         if run.ranks.is_main:
-            print(
-                f"train.py: error: {spec}: {error} (after step {run.step});\n"
-                f"the last checkpoint is in {run.folder / 'checkpoint'}; try a smaller --lr",
-                file=sys.stderr,
-            )
+            print(f"train.py: error: {spec}: {error} (after step {run.step});", file=sys.stderr)
+            text = f"the last checkpoint is in {run.folder / 'checkpoint'}; try a smaller --lr"
+            print(text, file=sys.stderr)
         return 1
     return 0
 

@@ -265,9 +265,8 @@ def test_a_run_goes_on_as_it_was_with_more_steps_at_most(home, monkeypatch):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "{}", '{"specs": ["grpo"]}', '{"specs": ["grpo"], "settings": {"steps": "many"}}',
-     '{"specs": ["grpo"], "settings": {"speed": 1}}', '{"specs": [], "settings": {}}',
-     '{"specs": 3, "settings": {}}', '{"specs": ["grpo"], "settings": {"lr": null}}', "\xff"],
+    ["", "{", "[]", "{}", '{"specs": ["grpo"]}', '{"specs": ["grpo"], "settings": {"speed": 1}}',
+     '{"specs": 3, "settings": {}}', "\xff"],
 )  # fmt: skip
 def test_a_damaged_config_is_named(cli, home, text):
     (home / "a").mkdir()
