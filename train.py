@@ -6,31 +6,30 @@
     python train.py --method steer:help         the options of one method
     python train.py --resume runs/opefo-s0      go on after Ctrl-C or a crash, with the same numbers
 
-Claim. One GRPO step is: draw n responses to each of P prompts, verify them, push the tokens of the better
-ones up and of the worse ones down.  Repeated, it makes the policy better and more certain, and it is the
-second that ends the progress.
+Claim. One GRPO step draws n responses to each of P prompts, verifies them, and pushes the tokens of the good
+ones up and of the bad ones down.  Repeated, it makes the policy better and more certain; the second ends the
+progress.
 
-The entropy ledger books that certainty like money.  At each booked step, with H̄(θ) the mean entropy of the
-update batch's states (token mean, temperature as in sampling) and θ, θ' the parameters before and after the
-step:
+The entropy ledger books that certainty like money.  With H̄(θ) the mean entropy over the tokens of the update
+batch, at the sampling temperature, and θ, θ' the parameters before and after the step:
 
     dH_measured  = H̄(θ') - H̄(θ)              on the same states, float32 logits, float64 sums          (5.1)
     dH_predicted = <∇H̄(θ), θ' - θ>   the first-order effect of the step really taken, momentum included (5.2)
     flow_up      = Σ_t max(f_t, 0),  flow_down = Σ_t max(-f_t, 0),  f_t = F_t T_t                        (5.3)
 
-F_t = -∂loss/∂log π(y_t) is the force on token t (weights, clip and aggregation inside) and T_t its exact
-score on a table, entropy_math (2.2).  (5.1) and (5.2) are in nats; (5.3) in nats per unit of learning rate
-on a tabular policy: the units of (5.1) and (5.3) differ, their signs and their balance can be compared.
+F_t = -∂loss/∂log π(y_t) is the force on token t (weights, clip and aggregation inside), T_t its exact score
+on a table, entropy_math (2.2).  (5.1) and (5.2) are in nats, (5.3) in nats per unit of learning rate on a
+tabular policy: signs and balance can be compared, sizes cannot.
 
-Everything random comes from a generator seeded by a hash of (seed, step, purpose): a resumed run repeats the
-numbers of one never stopped, and methods that start from one seed see the same prompts in the same order.
+Every random draw comes from a generator seeded by a hash of (seed, step, purpose): a resumed run repeats the
+numbers of one never stopped, and methods with one seed see the same prompts in the same order.
 
     1  the loop                         4  a run and its files    7  what a run needs: task, policy, engine
     2  a step's parts, in order of use  5  several processes      8  the command line: from words to runs
     3  the entropy ledger               6  settings: flags
 
 Left out, compared with a production trainer: a critic, learning-rate schedules, weight decay, sampling ahead
-of the update, several responses packed in one row, and tensor, pipeline or context parallelism in training.
+of the update, packed rows, and tensor, pipeline or context parallelism in training.
 """
 
 from __future__ import annotations
@@ -198,7 +197,12 @@ def draw_responses(run: Run) -> tuple[Tokens, dict[str, Any]]:
         found = r.all(len(groups))
         if min(found) == share:
             break
-    row = {"step": run.step + 1, **drawn_metrics(run, tokens, torch.cat(right)), "draws": len(parts)}
+    n, rewards = r.sum(len(tokens.reward)), tokens.reward.view(-1, s.group_size)
+    alike = (rewards == rewards[:, :1]).all(1, keepdim=True).expand_as(rewards)  # teaches nothing
+    means = {"reward": rewards, "length": tokens.mask, "truncated": tokens.truncated, "no_contrast": alike}
+    means |= {"correct": torch.cat(right)} if s.reward != "correct" else {}
+    row = {name: r.sum(float(x.sum(dtype=torch.float64))) / n for name, x in means.items()}
+    row = {"step": run.step + 1, **row, "draws": len(parts)}
     if method.refill:
         if not len(groups) and any(found):  # take part in the step with rows that `select` masks out
             groups = tokens.group[:1]
@@ -206,18 +210,9 @@ def draw_responses(run: Run) -> tuple[Tokens, dict[str, Any]]:
     return tokens, row | {"tokens": int(r.sum(int(tokens.mask.sum())))}
 
 
-def drawn_metrics(run: Run, tk: Tokens, right: Tensor) -> dict[str, float]:
-    """Means over the responses of all ranks; groups whose rewards are all equal teach nothing."""
-    n, rewards = run.ranks.sum(len(tk.reward)), tk.reward.view(-1, run.settings.group_size)
-    alike = (rewards == rewards[:, :1]).all(1, keepdim=True).expand_as(rewards)
-    means = {"reward": tk.reward, "length": tk.mask, "truncated": tk.truncated, "no_contrast": alike}
-    means |= {"correct": right} if run.settings.reward != "correct" else {}
-    return {name: run.ranks.sum(float(x.sum(dtype=torch.float64))) / n for name, x in means.items()}
-
-
 class Passes:
-    """How a batch goes through the policy: the rows of each forward pass, in slices of `micro_batch` rows, or
-    as indices of responses of like length, padded together within `tokens_per_micro_batch` tokens."""
+    """The rows of each forward pass of a batch: slices of `micro_batch` rows, or indices of responses of like
+    length, padded together within `tokens_per_micro_batch` tokens."""
 
     def __init__(self, run: Run, tokens: Tokens) -> None:
         s, self.ranks, rows = run.settings, run.ranks, len(tokens.ids)
@@ -234,8 +229,8 @@ class Passes:
             self.rows = [slice(i, i + size) for i in range(0, rows, size)]
 
     def __iter__(self) -> Iterator[tuple[Any, bool]]:
-        """This rank's passes, then its first row again, marked False, until all ranks have had as many: they
-        gather sharded weights together."""
+        """This rank's passes, then its first row again, marked False, until all ranks have had as many, for
+        they gather sharded weights together."""
         for i in range(self.ranks.max(len(self.rows))):
             yield (self.rows[i], True) if i < len(self.rows) else (slice(0, 1), False)
 
@@ -262,8 +257,8 @@ def score_batch(
 
 
 def supply(run: Run, tokens: Tokens) -> None:
-    """Fill in, (B, T) each, what the method needs beyond the policy: π_old of the ratio, grpo (2.5); the
-    reference, with LoRA the model without its adapters; Lp-Reg's filtered proxy, interventions (3.28)."""
+    """Fill in, (B, T) each, π_old of the ratio, grpo (2.5); the reference, with LoRA the model without its
+    adapters; Lp-Reg's filtered proxy, interventions (3.28)."""
     if run.settings.updates_per_rollout > 1:
         tokens.old_logp = score_batch(run, tokens)["logp"]
     if "ref_logp" in run.method.needs:
@@ -291,11 +286,10 @@ def update_batches(run: Run, tokens: Tokens) -> list[Tokens]:
 
 
 class Update:
-    """One update: its plan, its micro-batches, and what they leave behind: metrics, force and flow (B, T).
+    """One update: its plan, its micro-batches, and what they leave: metrics, force and flow (B, T).
 
-    All at once, the plan is made from the very forward pass that is differentiated. In micro-batches it is
-    made from a pass without gradient over the whole batch, of all ranks, first: one more forward pass buys
-    that the gradient does not depend on how the batch was sliced.
+    All at once, the plan comes from the very forward pass that is differentiated.  In micro-batches it comes
+    from an extra pass without gradient over the batch of all ranks: the gradient does not depend on slicing.
     """
 
     def __init__(self, run: Run, batch: Tokens) -> None:
@@ -303,7 +297,7 @@ class Update:
         self.metrics, self.forces, self.flows, self.plan = {"loss": 0.0}, [], [], None
         if len(self.passes.rows) > 1 or run.ranks.world > 1:
             stats = replace(batch, **score_batch(run, batch), full_ids=None, start=None)
-            stats, self.first = run.ranks.gather(stats)
+            stats, self.first = run.ranks.gather(stats)  # where this rank's rows begin
             self._make_plan(stats)
 
     def _make_plan(self, stats: Tokens) -> None:
@@ -311,8 +305,8 @@ class Update:
         self.plan.metrics |= mismatch(stats, self.run.settings)[1]
 
     def micro_batches(self) -> Iterator[tuple[Tokens, Plan]]:
-        """Each micro-batch scored, with its graph, and its rows of the plan.  Its gradient must be taken
-        before the next one is asked for."""
+        """Each micro-batch scored, with its graph, and its rows of the plan.  The gradient is due before the
+        next one."""
         s, policy = self.run.settings, self.run.policy
         policy.train(s.gradient_checkpointing)  # transformers recomputes in train mode only; dropout is 0
         for rows, own in self.passes:
@@ -353,9 +347,9 @@ def up_and_down(flow: Tensor) -> tuple[float, float]:
 
 
 def mismatch(tk: Tokens, settings: Settings) -> tuple[Tensor | None, dict[str, float]]:
-    """Weights (B, T) against the engine's own probabilities, grpo (2.18) or (2.19), and how far these are
-    from the trainer's, with ρ = π_old / π_engine, grpo (2.17): mean and largest |log ρ|; the share of an
-    ideal sample that the weighted one is worth, ESS = (Σρ)² / (n Σρ²); k3 of KL(π_engine || π_old)."""
+    """Weights (B, T) against the engine's own probabilities, grpo (2.18) or (2.19), and with ρ = π_old /
+    π_engine, grpo (2.17): mean and largest |log ρ|; the share of an ideal sample that is left, ESS =
+    (Σρ)² / (n Σρ²); k3 of KL(π_engine || π_old)."""
     s = settings
     if s.mismatch in ("off", "auto"):
         return None, {}
@@ -392,8 +386,7 @@ def trained(policy: Policy) -> list[Tensor]:
 
 
 def over_updates(history: list[dict[str, float]]) -> dict[str, float]:
-    """One row from those of a rollout's updates: flows add up, the rest are means; the entropy is that of the
-    policy that sampled."""
+    """One row for all updates of a rollout: sums of flows, means of the rest, the entropy that sampled."""
     out: dict[str, float] = {}
     for key in dict.fromkeys(key for numbers in history for key in numbers):
         values = [numbers[key] for numbers in history if key in numbers]
@@ -402,8 +395,7 @@ def over_updates(history: list[dict[str, float]]) -> dict[str, float]:
 
 
 def push_weights(run: Run) -> float:
-    """Hand the new weights to an engine that has a copy of its own, and prove that they arrived.  Returns the
-    seconds that it took."""
+    """Hand the weights to an engine that has its own copy, and prove that they arrived; seconds it took."""
     begin = time.perf_counter()
     if run.engine.copies:
         run.engine.push(full_weights(run.policy.model))
@@ -425,11 +417,11 @@ def maybe_reset_reference(run: Run, score: float | None) -> None:
 def evaluation(run: Run) -> dict[str, Any]:
     """Held-out problems, each rank its share; some responses go to samples.jsonl."""
     s, r = run.settings, run.ranks
-    seed = seeded(s.seed, run.step, "evaluate").initial_seed()
+    seed = seeded(s.seed, run.step, "evaluate").initial_seed() + r.rank
     test, hard = (x[r.rank :: r.world] for x in (run.task.test, run.task.hard))
     # A rank without a problem answers the first too: processes that share an engine sample together.
     task = replace(run.task, test=test or run.task.test[:1], hard=hard or run.task.hard[:1])
-    result = evaluate(run.engine, task, s.eval_samples, s.temperature, seed=seed + r.rank)
+    result = evaluate(run.engine, task, s.eval_samples, s.temperature, seed=seed)
     samples = result.pop("samples")
     correct, length = (torch.tensor([x[key] for x in samples]) for key in ("correct", "tokens"))
     chance = seeded(s.seed, run.step, "samples")
@@ -439,8 +431,8 @@ def evaluation(run: Run) -> dict[str, Any]:
 
 
 def combined(parts: list[tuple[int, int, dict[str, Any]]]) -> dict[str, Any]:
-    """One evaluation from those of all ranks: (number of problems, of hard ones, result of `evaluate`), where
-    rank r had the problems r, r + world, ...  Entropy is a mean over tokens, the rest over problems."""
+    """One evaluation from all ranks' (number of problems, of hard ones, result), where rank r had problems r,
+    r + world, ...  Entropy is a mean over tokens, the rest over problems."""
     out, world = dict(parts[0][2]), len(parts)
     for key, value in out.items():
         hard = key.startswith("hard_")
@@ -487,18 +479,17 @@ class Ledger:
     def close(self) -> dict[str, float]:
         """(5.1) and (5.2), nats."""
         ranks, mask = self.run.ranks, self.tokens.mask
-        moved = [
-            to_local(p.detach()) - to_local(old) for p, old in zip(trained(self.run.policy), self.params)
-        ]
+        both = zip(trained(self.run.policy), self.params)
+        moved = [to_local(p.detach()) - to_local(old) for p, old in both]
         nats = torch.where(mask, score_batch(self.run, self.tokens)["entropy"], 0)
         now = ranks.sum(float(nats.sum(dtype=torch.float64))) / max(ranks.sum(int(mask.sum())), 1)
         predicted = entropy_directional_change([to_local(g) for g in self.grads], moved)  # entropy_math (5.1)
         return {"dH_measured": now - self.before, "dH_predicted": ranks.sum(predicted)}
 
     def network_flow(self, force: Tensor, **how: Any) -> Tensor:
-        """(B, T): F_t <∇log π(y_t), P ∇H̄> at θ, with `force` F_t (B, T) and P the optimizer's preconditioner
-        in this step: what token t did to the batch's entropy through the shared parameters, per unit of
-        learning rate and apart from momentum and clipping.  In a network the exact counterpart of (5.3)."""
+        """(B, T): F_t <∇log π(y_t), P ∇H̄> at θ, P the optimizer's preconditioner: what token t did to the
+        batch's entropy through the shared parameters, per unit of learning rate and apart from momentum and
+        clipping.  In a network the exact counterpart of (5.3)."""
         policy, passes, out = self.run.policy, Passes(self.run, self.tokens), []
         names = [name for name, p in policy.named_parameters() if p.requires_grad]
         scale = adam_preconditioner(self.run.optimizer)
@@ -516,8 +507,8 @@ class Ledger:
 
 
 def book_tokens(run: Run, ledger: Ledger, update: Update, responses: int = 4) -> dict[str, float | None]:
-    """The network flow of the step just taken, up and down, and how well the tabular score of a token knows
-    it (Pearson's r over tokens); flows.jsonl gets the responses that moved entropy most."""
+    """The network flow of the step just taken, and Pearson's r of it with the tabular one over tokens;
+    flows.jsonl gets the responses that moved entropy most."""
     tk, rows = ledger.tokens, []
     network = ledger.network_flow(update.force)
     moved = torch.where(tk.mask, network.abs(), 0).sum(-1)
@@ -542,17 +533,17 @@ STATE = ("step", "prompts_used", "skipped_in_row", "best")  # of a run, in state
 
 @dataclass
 class Run:
-    """One method, one seed, one folder.
+    """One method, one seed, one folder:
 
-    folder/config.json       the settings in force, the method's hyperparameters, digests of model and data
-    folder/metrics.jsonl     one JSON object a step; step 0 is the evaluation of the first policy
-    folder/samples.jsonl     some responses of every evaluation
-    folder/flows.jsonl       with --ledger full: the responses that moved entropy most, token by token
-    folder/checkpoint/       `transformers` and vLLM load it; with what it takes to go on: state.pt (method,
-                             step, prompts used), training/ (torch.distributed.checkpoint: weights, AdamW)
-    folder/checkpoint-previous/    the one before, in case of a crash between two renames
-    folder/checkpoint-best/  the policy of the evaluation with the highest pass@1
-    folder/entropy.png, summary.txt    picture and table, made when the run ends
+    config.json            settings in force, the method's hyperparameters, digests of model and data
+    metrics.jsonl          one JSON object a step; step 0 is the evaluation of the first policy
+    samples.jsonl          some responses of every evaluation
+    flows.jsonl            with --ledger full: the responses that moved entropy most, token by token
+    checkpoint/            `transformers` and vLLM load it; state.pt (method, step, prompts used), training/
+                           (torch.distributed.checkpoint: weights, AdamW) are what it takes to go on
+    checkpoint-previous/   the one before, in case of a crash between two renames
+    checkpoint-best/       the policy of the evaluation with the highest pass@1
+    entropy.png, summary.txt    picture and table, made when the run ends
     """
 
     settings: Settings
@@ -573,8 +564,8 @@ class Run:
     warned: bool = False  # that nothing is learned
 
     def __post_init__(self) -> None:
-        how = {"lr": self.settings.lr, "betas": (0.9, 0.95), "weight_decay": 0.0}
-        self.optimizer = torch.optim.AdamW(trained(self.policy), **how)
+        lr = self.settings.lr
+        self.optimizer = torch.optim.AdamW(trained(self.policy), lr, betas=(0.9, 0.95), weight_decay=0.0)
 
     def create(self) -> None:
         """The folder with its config.json."""
@@ -584,7 +575,7 @@ class Run:
             write_config(self.folder, [self.settings.method], self.settings, **more)
 
     def origin(self) -> dict[str, str]:
-        """What the names given to --model and --data stand for: files may change behind them."""
+        """What --model and --data stand for: files may change behind their names."""
         sha = lambda x: hashlib.sha256(json.dumps(x).encode()).hexdigest()[:16]  # noqa: E731
         here, problems = Path(self.settings.model).expanduser(), (*self.task.train, *self.task.test)
         model = getattr(self.policy.model.config, "_commit_hash", None) or ""  # of the hub
@@ -618,20 +609,15 @@ class Run:
     def _nothing_learned(self) -> str:
         """What steps without contrast come from, by their numbers, and what to do about it."""
         reward, cut = (sum(r[key] for r in self.rows[-10:]) / 10 for key in ("reward", "truncated"))
-        why = (
-            "answers are not in the form that is graded: look at samples.jsonl, change --prompt-template; or "
-            "the problems are too hard: other --data"
-        )
+        why = "answers in another form (see samples.jsonl): --prompt-template; or too hard: other --data"
         if not self.settings.model:
             why = "the policy has collapsed or broken: another --method or a smaller --lr"
         elif reward > 0.5:
             why = "the problems are too easy: other --data"
         elif cut > 0.5:
             why = f"responses are cut off: a --max-new-tokens above {self.task.max_new_tokens}"
-        return (
-            "ten steps in a row taught nothing, for all responses to a prompt had the same reward (mean "
-            f"{reward:.2f}, {cut:.0%} of responses truncated). Likely {why}"
-        )
+        told = f"all responses to a prompt had the same reward (mean {reward:.2f}, {cut:.0%} truncated)"
+        return f"ten steps in a row taught nothing: {told}. Likely {why}"
 
     @contextlib.contextmanager
     def _together(self, before: str, hint: str) -> Iterator[None]:
@@ -644,13 +630,13 @@ class Run:
         part, is_main = self.folder / ".checkpoint.part", self.ranks.is_main
         hint = f"\nmake room, then go on from the last checkpoint: --resume {self.folder}"
         writing = partial(self._together, f"{self.folder}: no checkpoint could be written:", hint)
+        weights, failed = {}, []
         try:
             with writing():
                 if is_main:
                     for left in (part, self.folder / ".best.part"):  # by a kill
                         shutil.rmtree(left, ignore_errors=True)
                     part.mkdir()
-            weights, failed = {}, []
             with self.ranks.together():
                 for name, weight in full_weights(self.policy.model):  # all ranks gather, the first one keeps
                     try:
@@ -696,26 +682,23 @@ class Run:
         part.rename(best)
 
     def _training(self, act: Callable[..., Any], folder: Path) -> None:
-        """dcp.save or dcp.load of training/.  What fails is raised bare, and a Ctrl-C before all else."""
+        """dcp.save or dcp.load of training/.  Raises what failed, a Ctrl-C before all else."""
         hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # torch's half-written files
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".* in a single process")  # no wonder
                 act(self._tensors(), checkpoint_id=folder / "training", no_dist=not dist.is_initialized())
         except CheckpointException as error:  # not an Exception; holds those of all ranks
-            causes = [e.with_traceback(None) for e, _ in error.failures.values()]
-            for e in causes:  # a stream that a Ctrl-C cuts short complains of its own position
-                causes += [e.__context__.with_traceback(None)] if e.__context__ else []
+            causes = [e for e, _ in error.failures.values()]
+            causes += [e.__context__ for e in causes if e.__context__]  # of a stream that a Ctrl-C cut short
             raise min(causes, key=lambda e: isinstance(e, Exception)) from None
         finally:
             sys.unraisablehook = hook
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Trained weights, AdamW's states and the reference by parameter name, whatever the number of ranks.
-
-        States that no step has made yet are made here, zero, as AdamW would.  (torch's own
-        `get_optimizer_state_dict` makes them by a step, which Adam's bias correction then counts.)
-        """
+        """Trained weights, AdamW's states and the reference by parameter name, on any number of ranks.  What
+        no step has made yet is made here, zero: torch's own `get_optimizer_state_dict` makes it by a step,
+        which Adam's bias correction then counts."""
         named = {n: p for n, p in self.policy.named_parameters() if p.requires_grad}
         for p in named.values():
             if not self.optimizer.state[p]:
@@ -737,10 +720,8 @@ class Run:
             began = json.loads((self.folder / "config.json").read_text())["origin"]
         for name, now in self.origin().items():
             if began.get(name, now) != now:
-                raise UserError(
-                    f"--resume {self.folder}: --{name} {getattr(self.settings, name)} has changed since the "
-                    "run began;\nput back what it was, or start a new run"
-                )
+                text = f"--{name} {getattr(self.settings, name)} has changed since the run began"
+                raise UserError(f"--resume {self.folder}: {text};\nput it back, or start a new run")
         # Without a checkpoint/ the process died between two renames.
         path = self.folder / ("checkpoint" if has("checkpoint") else "checkpoint-previous")
         hint = f"\nremove {path} to go on from checkpoint-previous if there is one, else from the start"
@@ -751,7 +732,7 @@ class Run:
                 self.method.load_state_dict(state["method"])
                 vars(self).update({name: state[name] for name in STATE})
         for name in filter(has, ("metrics.jsonl", "samples.jsonl", "flows.jsonl")):
-            with user_error(f"--resume {self.folder}:", "\nmend or remove it", (ValueError, KeyError)):
+            with user_error(f"--resume {self.folder}:", kinds=(ValueError, KeyError)):
                 rows = [r for r in read_jsonl(self.folder / name) if path.exists() and r["step"] <= self.step]
             if self.ranks.is_main:
                 write_atomically(self.folder / name, "".join(json.dumps(r) + "\n" for r in rows))
@@ -765,7 +746,7 @@ def write_atomically(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def write_config(folder: Path, specs: list[str], settings: Settings, **more: Any) -> None:
+def write_config(folder: Path, specs: Sequence[str], settings: Settings, **more: Any) -> None:
     """config.json of a run, or of a comparison of several."""
     config = {"specs": specs, "settings": asdict(settings), **more}
     write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -775,8 +756,8 @@ def write_config(folder: Path, specs: list[str], settings: Settings, **more: Any
 # 5. Several processes
 #
 # `torchrun --nproc-per-node N train.py ...` runs N of these programs.  Each samples and scores its share of
-# the prompts; weights, gradients and AdamW's states are sharded by PyTorch's FSDP2.  What a method must know
-# about the batch is gathered from all ranks first, so that N ranks take the step that one would have taken.
+# the prompts; FSDP2 shards weights, gradients and AdamW's states.  What a method must know about the batch is
+# gathered from all ranks first, so that N ranks take the step that one would have taken.
 
 
 @dataclass(frozen=True)
@@ -797,9 +778,8 @@ class Ranks:
 
     @staticmethod
     def leave() -> None:
-        """Before the process ends: end its group, and sleep while gloo's threads drop what they hold of
-        autograd's.  One that asks for the interpreter's lock once the interpreter ends aborts the process.
-        FSDP2's meshes keep these threads alive beyond the group."""
+        """Before the process ends, while gloo's threads drop what they hold of autograd's: one that asks for
+        the interpreter's lock after its end aborts the process."""
         if dist.is_initialized():
             dist.destroy_process_group()
             time.sleep(0.1)
@@ -817,8 +797,8 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """An error of one rank in the block ends all, with one exit code, and only that one tells of it.  In
-        the block nobody may wait for another behind a line at which one may fail alone."""
+        """An error of one rank in the block ends all, with one exit code and one message.  Nobody may wait
+        in it for another behind a line at which one may fail alone."""
         error: Exception | None = None
         try:
             yield
@@ -844,25 +824,25 @@ class Ranks:
 
 
 def shard(policy: Policy, dtype: torch.dtype, device: torch.device, offload: bool = False) -> Policy:
-    """Weights in float32, split over all ranks and computed with in `dtype`: FSDP2, layer by layer, in place.
-    With one rank the mixed precision remains: float32 weights, gradients and AdamW states, one layer at a
-    time in bfloat16.  `offload` keeps the shards in CPU memory.  The gradient that arrives is the *mean* over
-    ranks."""
+    """FSDP2 in place, layer by layer: float32 weights, gradients and AdamW states split over all ranks, one
+    layer at a time computed with in `dtype`, also with one rank.  `offload` keeps the shards in CPU memory.
+    The gradient that arrives is the *mean* over ranks."""
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    how = {
-        "mesh": dist.init_device_mesh(device.type, (dist.get_world_size(),)),
-        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
-        "reshard_after_forward": True,  # the root too: after a pass without backward, parameters are shards
-    }
+    split = partial(
+        fully_shard,
+        mesh=dist.init_device_mesh(device.type, (dist.get_world_size(),)),
+        mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
+        reshard_after_forward=True,  # the root too: after a pass without backward, parameters are shards
+    )
     for module in list(policy.modules()):
         if type(module).__name__ in (policy.model._no_split_modules or ()):
-            fully_shard(module, **how)
-    fully_shard(policy, **how)
+            split(module)
+    split(policy)
     policy.sharded = dist.get_world_size() > 1
     return policy
 
@@ -902,8 +882,8 @@ def adapters(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def merged(weight: Tensor, layer: nn.Module) -> Tensor:
-    """A weight with its LoRA adapter added by the layer's own rule, which knows of transposed weights and of
-    stacked experts, from all ranks' shards."""
+    """A weight with its LoRA adapter, from all ranks' shards, added by the layer's own rule, which knows of
+    transposed weights and stacked experts."""
     alone, parts = copy.copy(layer), {}
     for key in ("lora_A", "lora_B"):
         part = full_tensor(getattr(layer, key)["default"].weight.detach()).float()
@@ -1248,12 +1228,6 @@ examples:
 methods (options ride behind the name, NAME:key=value,key=value; so may training and measuring options):
 """ + "\n".join(f"  {name:<20} {cls.idea}" for name, cls in interventions.METHODS.items())  # fmt: skip
 
-ABSENT = dict.fromkeys(
-    ("--top-p", "--top-k"),
-    "not in training: the gradient of a policy that is sampled from the likeliest tokens only, but scored on "
-    "all, is biased; eval.py has --top-p",
-)
-
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point.  Exit codes: 0 done, 1 diverged, 2 bad input, 130 stopped by the user, 141 by a pipe that
@@ -1262,7 +1236,7 @@ def main(argv: list[str] | None = None) -> int:
     with warnings.catch_warnings():  # above the progress line
         warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
         try:
-            command = command_line(Command, "train.py", words, ABSENT)
+            command = command_line(Command, "train.py", words)
             if os.environ.get("RANK", "0") != "0":  # what one process of many says, the first one says too
                 sys.stderr = open(os.devnull, "w")  # noqa: SIM115
             flags = {word.split("=")[0].replace("_", "-") for word in words}
@@ -1291,7 +1265,7 @@ def execute(command: Command, given: set[str]) -> int:
         if wanted := [spec.removesuffix(":help") for spec in command.method if spec.endswith(":help")]:
             print("\n\n".join(map(method_help, wanted)))
             return 0
-        folder, specs, base = new_run(command, given) if command.resume is None else old_run(command, given)
+        folder, specs, base = what_to_run(command, given)
         if not specs or len(set(specs)) < len(specs):
             raise UserError(f"{' '.join(['--method', *specs])}: give at least one method, and none twice")
         device = pick_device(base.device)
@@ -1325,20 +1299,17 @@ def method_help(name: str) -> str:
     return "\n".join(lines[1:])
 
 
-def new_run(command: Command, given: set[str]) -> tuple[None, tuple[str, ...], Settings]:
-    """No folder yet, methods and settings.  Raises UserError where a file of problems is missing."""
-    values = command.values()
-    for name in ("data", "eval_data"):
-        with user_error(flag(name)):
-            if values[name]:
-                rollout.data_file(values[name])
-    base = Settings(**(MODEL_DEFAULTS if values["model"] else {}))
-    return None, command.method, replace(base, **{name: values[name] for name in given - {"method"}})
-
-
-def old_run(command: Command, given: set[str]) -> tuple[Path, list[str], Settings]:
-    """Folder (--resume FOLDER, --out FOLDER, or the newest under runs/), methods and settings of an earlier
-    call.  Raises UserError where a flag contradicts them; only --steps may be raised."""
+def what_to_run(command: Command, given: set[str]) -> tuple[Path | None, Sequence[str], Settings]:
+    """Methods and settings; with --resume (FOLDER, that of --out, or the newest under runs/) also the folder,
+    and a UserError where a flag contradicts the earlier call, but for more --steps."""
+    now = command.values()
+    if command.resume is None:
+        for name in ("data", "eval_data"):
+            with user_error(flag(name)):
+                if now[name]:
+                    rollout.data_file(now[name])
+        base = Settings(**(MODEL_DEFAULTS if now["model"] else {}))
+        return None, command.method, replace(base, **{name: now[name] for name in given - {"method"}})
     named = " ".join(command.resume or ()) or command.out
     if command.out not in ("", named):
         raise UserError(f"--out {command.out}: the run to go on with is {named}; leave --out out")
@@ -1350,7 +1321,7 @@ def old_run(command: Command, given: set[str]) -> tuple[Path, list[str], Setting
     with user_error(f"--resume {folder}: config.json is damaged:", "; start a new run", (Exception,)):
         config = json.loads((folder / "config.json").read_text())
         specs, base = list(map(str, config["specs"])), Settings(**config["settings"])
-    began, now = {**vars(base), "method": " ".join(specs)}, command.values()
+    began = {**vars(base), "method": " ".join(specs)}
     if "steps" in given:
         began["steps"] = max(base.steps, now["steps"])
     for name in sorted(given):
@@ -1484,9 +1455,8 @@ def follow(run: Run, quiet: bool) -> int:
                     return 130
     except FloatingPointError as error:
         if run.ranks.is_main:
-            print(f"train.py: error: {spec}: {error} (after step {run.step});", file=sys.stderr)
-            text = f"the last checkpoint is in {run.folder / 'checkpoint'}; try a smaller --lr"
-            print(text, file=sys.stderr)
+            remedy = f"the last checkpoint is in {run.folder / 'checkpoint'}; try a smaller --lr"
+            print(f"train.py: error: {spec}: {error} (step {run.step});\n{remedy}", file=sys.stderr)
         return 1
     return 0
 

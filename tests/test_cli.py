@@ -79,8 +79,6 @@ WRONG = {  # a command line -> words of the complaint
     "--lora 4": ["--lora 4", "--model"],
     "--engine sglang": ["--engine", "sglang", "'torch', 'vllm'"],
     "--tensor-parallel 2": ["--tensor-parallel 2", "torchrun --nproc-per-node 2"],
-    "--top-p .9": ["--top-p", "biased", "eval.py"],
-    "--top-k=20": ["--top-k", "biased", "eval.py"],
     "--resume nowhere": ["--resume nowhere", "--out"],
     "--resume": ["--resume runs/"],
     "--resume a --out b": ["--out b", "leave --out out"],
