@@ -514,10 +514,9 @@ def book_tokens(run: Run, ledger: Ledger, update: Update, responses: int = 4) ->
     moved = torch.where(tk.mask, network.abs(), 0).sum(-1)
     for i in moved.topk(min(responses, len(moved))).indices.tolist():
         m, prompt = tk.mask[i], tk.full_ids[i, : int(tk.start[i]) + 1]
-        text = {"prompt": run.tokenizer.decode(prompt), "reward": float(tk.reward[i])}
-        text["tokens"] = token_names(run.tokenizer, tk.ids[i][m].tolist())
-        flows = {"network_flow": network[i][m].tolist(), "flow": update.flow[i][m].tolist()}
-        rows.append({"step": run.step + 1, **text, **flows})
+        row = {"step": run.step + 1, "prompt": run.tokenizer.decode(prompt), "reward": float(tk.reward[i])}
+        row["tokens"] = token_names(run.tokenizer, tk.ids[i][m].tolist())
+        rows.append(row | {"network_flow": network[i][m].tolist(), "flow": update.flow[i][m].tolist()})
     run.append("flows.jsonl", rows)
     a, b = update.flow[tk.mask].double(), network[tk.mask].double()
     r = float(torch.corrcoef(torch.stack([a, b]))[0, 1]) if len(a) > 1 else math.nan
@@ -858,8 +857,7 @@ def to_local(x: Tensor) -> Tensor:
 
 
 def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name in `transformers`, weight) of the whole model, one after another, LoRA merged in.  All ranks must
-    read it to the end together."""
+    """(name in `transformers`, weight) of the whole model, LoRA merged in.  All ranks must read to the end."""
     layers = adapters(model)
     for name, p in model.named_parameters():
         if ".lora_" not in name:
@@ -918,10 +916,8 @@ class Training:
     mismatch_low: float = 0.5  # icepop drops tokens whose probability ratio is smaller
     mismatch_high: float = 2.0  # tis cuts larger probability ratios to this; icepop drops their tokens
     micro_batch: int = 0  # responses per forward pass, to bound memory; same gradient; 0 means no limit
-    tokens_per_micro_batch: int = 0
-    """the same in tokens with padding (with --model: 16384); --micro-batch, if given, takes its place"""
-    gradient_checkpointing: bool = False
-    """recompute each layer in the backward pass: a third slower, far less memory"""
+    tokens_per_micro_batch: int = 0  # in tokens with padding (with --model: 16384); unless --micro-batch
+    gradient_checkpointing: bool = False  # recompute layers in the backward pass: slower, far less memory
 
 
 @dataclass(frozen=True)
@@ -1133,8 +1129,7 @@ def with_adapters(model: nn.Module, rank: int, seed: int) -> nn.Module:
     weights = {plain_name(n): p for n, p in adapted.named_parameters() if ".lora_" not in n and p.ndim > 1}
     bare = [n for n, p in weights.items() if n not in adapters(adapted) and id(p) not in known]
     if bare:
-        text = f"--lora {rank}: {len(bare)} matrices stay as they are, {bare[0]} for one"
-        warnings.warn(text, stacklevel=2)
+        warnings.warn(f"--lora {rank}: {len(bare)} matrices stay as they are, e.g. {bare[0]}", stacklevel=2)
     return adapted
 
 
@@ -1230,8 +1225,7 @@ methods (options ride behind the name, NAME:key=value,key=value; so may training
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point.  Exit codes: 0 done, 1 diverged, 2 bad input, 130 stopped by the user, 141 by a pipe that
-    nobody reads."""
+    """Exit codes: 0 done, 1 diverged, 2 bad input, 130 stopped by the user, 141 by a pipe nobody reads."""
     code, words = 141, sys.argv[1:] if argv is None else argv
     with warnings.catch_warnings():  # above the progress line
         warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
@@ -1343,7 +1337,7 @@ def places(folder: Path, specs: Sequence[str]) -> list[Path]:
 
 def new_folder(out: str, specs: Sequence[str], seed: int) -> Path:
     """--out, which must not hold a run; without it a fresh name under runs/."""
-    name = "runs/" + "-vs-".join(label_of(x) for x in specs)[:80] + f"-s{seed}"
+    name = "runs/" + "-vs-".join(map(label_of, specs))[:80] + f"-s{seed}"
     for folder in map(Path, [out] if out else (name + f"-{n}" * (n > 1) for n in count(1))):
         files = [p / x for p in (folder, *places(folder, specs)) for x in ("config.json", "metrics.jsonl")]
         there = next((file.parent for file in files if file.exists()), None)
@@ -1389,8 +1383,7 @@ def locked(folders: list[Path], ranks: Ranks) -> Iterator[None]:
 
 
 def compare(command: Command, jobs: list[Any], folder: Path, device: torch.device, ranks: Ranks) -> int:
-    """Run the methods one after another from the same warm start; table and picture at the end, or as far as
-    it came."""
+    """The methods one after another from one warm start; table and picture, also of a part if it stops."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of saving and loading a checkpoint
@@ -1467,10 +1460,10 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     asked: list[int] = []
 
     def handler(number: int, _: Any) -> None:
-        asked.append(number)
-        if len(asked) == 1:
+        if not asked:
             print("\nstopping after this step, with a checkpoint (again: at once, without)", file=sys.stderr)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        asked.append(number)
 
     old = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
