@@ -1309,12 +1309,9 @@ def flags_of(kind: type) -> list[str]:
     return out
 
 
-def command_line(
-    kind: type, prog: str, argv: Sequence[str] | None, absent: dict[str, str] | None = None
-) -> Any:
+def command_line(kind: type, prog: str, argv: Sequence[str] | None) -> Any:
     """A dataclass filled by tyro: fields are flags, their docstrings the help, nested dataclasses its groups.
-    tyro's framed complaint becomes one line, with exit code 2 and the nearest flag; `absent` are flags that
-    one may look for, and why there are none."""
+    tyro's framed complaint becomes one line, with exit code 2 and the nearest flag."""
     words, said = sys.argv[1:] if argv is None else list(argv), io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -1328,7 +1325,7 @@ def command_line(
             if unknown := re.match(r"Unrecognized options: ([^\s,;]+)", text):
                 flag = unknown[1].split("=")[0]
                 near = difflib.get_close_matches(flag, flags_of(kind), 1, 0)
-                text = f"{flag}: " + ((absent or {}).get(flag) or f"unknown; did you mean {near[0]}?")
+                text = f"{flag}: unknown; did you mean {near[0]}?"
             print(f"{prog}: error: {text}  (see --help)", file=sys.stderr)
         raise
 

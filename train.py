@@ -6,31 +6,30 @@
     python train.py --method steer:help         the options of one method
     python train.py --resume runs/opefo-s0      go on after Ctrl-C or a crash, with the same numbers
 
-Claim. One GRPO step is: draw n responses to each of P prompts, verify them, push the tokens of the better
-ones up and of the worse ones down.  Repeated, it makes the policy better and more certain, and it is the
-second that ends the progress.
+Claim. One GRPO step draws n responses to each of P prompts, verifies them, and pushes the tokens of the good
+ones up and of the bad ones down.  Repeated, it makes the policy better and more certain; the second ends the
+progress.
 
-The entropy ledger books that certainty like money.  At each booked step, with H̄(θ) the mean entropy of the
-update batch's states (token mean, temperature as in sampling) and θ, θ' the parameters before and after the
-step:
+The entropy ledger books that certainty like money.  With H̄(θ) the mean entropy over the tokens of the update
+batch, at the sampling temperature, and θ, θ' the parameters before and after the step:
 
     dH_measured  = H̄(θ') - H̄(θ)              on the same states, float32 logits, float64 sums          (5.1)
     dH_predicted = <∇H̄(θ), θ' - θ>   the first-order effect of the step really taken, momentum included (5.2)
     flow_up      = Σ_t max(f_t, 0),  flow_down = Σ_t max(-f_t, 0),  f_t = F_t T_t                        (5.3)
 
-F_t = -∂loss/∂log π(y_t) is the force on token t (weights, clip and aggregation inside) and T_t its exact
-score on a table, entropy_math (2.2).  (5.1) and (5.2) are in nats; (5.3) in nats per unit of learning rate
-on a tabular policy: the units of (5.1) and (5.3) differ, their signs and their balance can be compared.
+F_t = -∂loss/∂log π(y_t) is the force on token t (weights, clip and aggregation inside), T_t its exact score
+on a table, entropy_math (2.2).  (5.1) and (5.2) are in nats, (5.3) in nats per unit of learning rate on a
+tabular policy: signs and balance can be compared, sizes cannot.
 
-Everything random comes from a generator seeded by a hash of (seed, step, purpose): a resumed run repeats the
-numbers of one never stopped, and methods that start from one seed see the same prompts in the same order.
+Every random draw comes from a generator seeded by a hash of (seed, step, purpose): a resumed run repeats the
+numbers of one never stopped, and methods with one seed see the same prompts in the same order.
 
     1  the loop                         4  a run and its files    7  what a run needs: task, policy, engine
     2  a step's parts, in order of use  5  several processes      8  the command line: from words to runs
     3  the entropy ledger               6  settings: flags
 
 Left out, compared with a production trainer: a critic, learning-rate schedules, weight decay, sampling ahead
-of the update, several responses packed in one row, and tensor, pipeline or context parallelism in training.
+of the update, packed rows, and tensor, pipeline or context parallelism in training.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ import tempfile
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from itertools import count
@@ -79,21 +78,19 @@ from eval import command_line, draw, evaluate, fingerprint, read_jsonl, set_thre
 from grpo import Method, Plan, Policy, Progress, Tokens, batch_loss, concat_padded, plan_update, token_flow
 from rollout import Engine, Problem, Sampling, Task, TorchEngine, answer
 
-REFUSALS = (ValueError, ImportError, RuntimeError)  # what a library raises at what a user asks for
-
 
 class UserError(Exception):
     """A mistake that the user can mend: printed in one or two lines, exit code 2, no traceback."""
 
 
 @contextlib.contextmanager
-def user_error(before: str, after: str = "", kinds: tuple = REFUSALS) -> Iterator[None]:
+def user_error(before: str = "", after: str = "", kinds: tuple = (ValueError,)) -> Iterator[None]:
     """An error as a UserError: where it was, what it says, what to do about it."""
     try:
         yield
     except kinds as error:
-        text = str(error).strip() or type(error).__name__
-        raise UserError(f"{before} {text.splitlines()[0][:160] if after else text}{after}".strip()) from None
+        text = " ".join(str(error).split())[:400] or type(error).__name__
+        raise UserError(f"{before} {text}{after}".strip()) from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -200,7 +197,12 @@ def draw_responses(run: Run) -> tuple[Tokens, dict[str, Any]]:
         found = r.all(len(groups))
         if min(found) == share:
             break
-    row = {"step": run.step + 1, **drawn_metrics(run, tokens, torch.cat(right)), "draws": len(parts)}
+    n, rewards = r.sum(len(tokens.reward)), tokens.reward.view(-1, s.group_size)
+    alike = (rewards == rewards[:, :1]).all(1, keepdim=True).expand_as(rewards)  # teaches nothing
+    means = {"reward": rewards, "length": tokens.mask, "truncated": tokens.truncated, "no_contrast": alike}
+    means |= {"correct": torch.cat(right)} if s.reward != "correct" else {}
+    row = {name: r.sum(float(x.sum(dtype=torch.float64))) / n for name, x in means.items()}
+    row = {"step": run.step + 1, **row, "draws": len(parts)}
     if method.refill:
         if not len(groups) and any(found):  # take part in the step with rows that `select` masks out
             groups = tokens.group[:1]
@@ -208,18 +210,9 @@ def draw_responses(run: Run) -> tuple[Tokens, dict[str, Any]]:
     return tokens, row | {"tokens": int(r.sum(int(tokens.mask.sum())))}
 
 
-def drawn_metrics(run: Run, tk: Tokens, right: Tensor) -> dict[str, float]:
-    """Means over the responses of all ranks; groups whose rewards are all equal teach nothing."""
-    n, rewards = run.ranks.sum(len(tk.reward)), tk.reward.view(-1, run.settings.group_size)
-    alike = (rewards == rewards[:, :1]).all(1, keepdim=True).expand_as(rewards)
-    means = {"reward": tk.reward, "length": tk.mask, "truncated": tk.truncated, "no_contrast": alike}
-    means |= {"correct": right} if run.settings.reward != "correct" else {}
-    return {name: run.ranks.sum(float(x.sum(dtype=torch.float64))) / n for name, x in means.items()}
-
-
 class Passes:
-    """How a batch goes through the policy: the rows of each forward pass, in slices of `micro_batch` rows, or
-    as indices of responses of like length, padded together within `tokens_per_micro_batch` tokens."""
+    """The rows of each forward pass of a batch: slices of `micro_batch` rows, or indices of responses of like
+    length, padded together within `tokens_per_micro_batch` tokens."""
 
     def __init__(self, run: Run, tokens: Tokens) -> None:
         s, self.ranks, rows = run.settings, run.ranks, len(tokens.ids)
@@ -236,8 +229,8 @@ class Passes:
             self.rows = [slice(i, i + size) for i in range(0, rows, size)]
 
     def __iter__(self) -> Iterator[tuple[Any, bool]]:
-        """This rank's passes, then its first row again, marked False, until all ranks have had as many: they
-        gather sharded weights together."""
+        """This rank's passes, then its first row again, marked False, until all ranks have had as many, for
+        they gather sharded weights together."""
         for i in range(self.ranks.max(len(self.rows))):
             yield (self.rows[i], True) if i < len(self.rows) else (slice(0, 1), False)
 
@@ -264,8 +257,8 @@ def score_batch(
 
 
 def supply(run: Run, tokens: Tokens) -> None:
-    """Fill in, (B, T) each, what the method needs beyond the policy: π_old of the ratio, grpo (2.5); the
-    reference, with LoRA the model without its adapters; Lp-Reg's filtered proxy, interventions (3.28)."""
+    """Fill in, (B, T) each, π_old of the ratio, grpo (2.5); the reference, with LoRA the model without its
+    adapters; Lp-Reg's filtered proxy, interventions (3.28)."""
     if run.settings.updates_per_rollout > 1:
         tokens.old_logp = score_batch(run, tokens)["logp"]
     if "ref_logp" in run.method.needs:
@@ -293,11 +286,10 @@ def update_batches(run: Run, tokens: Tokens) -> list[Tokens]:
 
 
 class Update:
-    """One update: its plan, its micro-batches, and what they leave behind: metrics, force and flow (B, T).
+    """One update: its plan, its micro-batches, and what they leave: metrics, force and flow (B, T).
 
-    All at once, the plan is made from the very forward pass that is differentiated. In micro-batches it is
-    made from a pass without gradient over the whole batch, of all ranks, first: one more forward pass buys
-    that the gradient does not depend on how the batch was sliced.
+    All at once, the plan comes from the very forward pass that is differentiated.  In micro-batches it comes
+    from an extra pass without gradient over the batch of all ranks: the gradient does not depend on slicing.
     """
 
     def __init__(self, run: Run, batch: Tokens) -> None:
@@ -305,7 +297,7 @@ class Update:
         self.metrics, self.forces, self.flows, self.plan = {"loss": 0.0}, [], [], None
         if len(self.passes.rows) > 1 or run.ranks.world > 1:
             stats = replace(batch, **score_batch(run, batch), full_ids=None, start=None)
-            stats, self.first = run.ranks.gather(stats)
+            stats, self.first = run.ranks.gather(stats)  # where this rank's rows begin
             self._make_plan(stats)
 
     def _make_plan(self, stats: Tokens) -> None:
@@ -313,8 +305,8 @@ class Update:
         self.plan.metrics |= mismatch(stats, self.run.settings)[1]
 
     def micro_batches(self) -> Iterator[tuple[Tokens, Plan]]:
-        """Each micro-batch scored, with its graph, and its rows of the plan.  Its gradient must be taken
-        before the next one is asked for."""
+        """Each micro-batch scored, with its graph, and its rows of the plan.  The gradient is due before the
+        next one."""
         s, policy = self.run.settings, self.run.policy
         policy.train(s.gradient_checkpointing)  # transformers recomputes in train mode only; dropout is 0
         for rows, own in self.passes:
@@ -355,9 +347,9 @@ def up_and_down(flow: Tensor) -> tuple[float, float]:
 
 
 def mismatch(tk: Tokens, settings: Settings) -> tuple[Tensor | None, dict[str, float]]:
-    """Weights (B, T) against the engine's own probabilities, grpo (2.18) or (2.19), and how far these are
-    from the trainer's, with ρ = π_old / π_engine, grpo (2.17): mean and largest |log ρ|; the share of an
-    ideal sample that the weighted one is worth, ESS = (Σρ)² / (n Σρ²); k3 of KL(π_engine || π_old)."""
+    """Weights (B, T) against the engine's own probabilities, grpo (2.18) or (2.19), and with ρ = π_old /
+    π_engine, grpo (2.17): mean and largest |log ρ|; the share of an ideal sample that is left, ESS =
+    (Σρ)² / (n Σρ²); k3 of KL(π_engine || π_old)."""
     s = settings
     if s.mismatch in ("off", "auto"):
         return None, {}
@@ -394,8 +386,7 @@ def trained(policy: Policy) -> list[Tensor]:
 
 
 def over_updates(history: list[dict[str, float]]) -> dict[str, float]:
-    """One row from those of a rollout's updates: flows add up, the rest are means; the entropy is that of the
-    policy that sampled."""
+    """One row for all updates of a rollout: sums of flows, means of the rest, the entropy that sampled."""
     out: dict[str, float] = {}
     for key in dict.fromkeys(key for numbers in history for key in numbers):
         values = [numbers[key] for numbers in history if key in numbers]
@@ -404,14 +395,13 @@ def over_updates(history: list[dict[str, float]]) -> dict[str, float]:
 
 
 def push_weights(run: Run) -> float:
-    """Hand the new weights to an engine that has a copy of its own, and prove that they arrived.  Returns the
-    seconds that it took."""
+    """Hand the weights to an engine that has its own copy, and prove that they arrived; seconds it took."""
     begin = time.perf_counter()
     if run.engine.copies:
         run.engine.push(full_weights(run.policy.model))
         run.engine.wake()
         prompt = run.tokenizer(run.task.train[0].prompt, add_special_tokens=False)["input_ids"]
-        with user_error(f"--engine {run.settings.engine}:"):
+        with user_error(f"--engine {run.settings.engine}:", kinds=(RuntimeError,)):
             rollout.check_push(run.engine, run.policy, prompt, run.dtype)
     return time.perf_counter() - begin
 
@@ -427,10 +417,10 @@ def maybe_reset_reference(run: Run, score: float | None) -> None:
 def evaluation(run: Run) -> dict[str, Any]:
     """Held-out problems, each rank its share; some responses go to samples.jsonl."""
     s, r = run.settings, run.ranks
-    seed = seeded(s.seed, run.step, "evaluate").initial_seed()
+    seed = seeded(s.seed, run.step, "evaluate").initial_seed() + r.rank
     test, hard = (x[r.rank :: r.world] for x in (run.task.test, run.task.hard))
     task = replace(run.task, test=test or run.task.test[:1], hard=hard or run.task.hard[:1])
-    result = evaluate(run.engine, task, s.eval_samples, s.temperature, seed=seed + r.rank)
+    result = evaluate(run.engine, task, s.eval_samples, s.temperature, seed=seed)
     samples = result.pop("samples")
     correct, length = (torch.tensor([x[key] for x in samples]) for key in ("correct", "tokens"))
     chance = seeded(s.seed, run.step, "samples")
@@ -440,8 +430,8 @@ def evaluation(run: Run) -> dict[str, Any]:
 
 
 def combined(parts: list[tuple[int, int, dict[str, Any]]]) -> dict[str, Any]:
-    """One evaluation from those of all ranks: (number of problems, of hard ones, result of `evaluate`), where
-    rank r had the problems r, r + world, ...  Entropy is a mean over tokens, the rest over problems."""
+    """One evaluation from all ranks' (number of problems, of hard ones, result), where rank r had problems r,
+    r + world, ...  Entropy is a mean over tokens, the rest over problems."""
     out, world = dict(parts[0][2]), len(parts)
     for key, value in out.items():
         hard = key.startswith("hard_")
@@ -488,18 +478,17 @@ class Ledger:
     def close(self) -> dict[str, float]:
         """(5.1) and (5.2), nats."""
         ranks, mask = self.run.ranks, self.tokens.mask
-        moved = [
-            to_local(p.detach()) - to_local(old) for p, old in zip(trained(self.run.policy), self.params)
-        ]
+        both = zip(trained(self.run.policy), self.params)
+        moved = [to_local(p.detach()) - to_local(old) for p, old in both]
         nats = torch.where(mask, score_batch(self.run, self.tokens)["entropy"], 0)
         now = ranks.sum(float(nats.sum(dtype=torch.float64))) / max(ranks.sum(int(mask.sum())), 1)
         predicted = entropy_directional_change([to_local(g) for g in self.grads], moved)  # entropy_math (5.1)
         return {"dH_measured": now - self.before, "dH_predicted": ranks.sum(predicted)}
 
     def network_flow(self, force: Tensor, **how: Any) -> Tensor:
-        """(B, T): F_t <∇log π(y_t), P ∇H̄> at θ, with `force` F_t (B, T) and P the optimizer's preconditioner
-        in this step: what token t did to the batch's entropy through the shared parameters, per unit of
-        learning rate and apart from momentum and clipping.  In a network the exact counterpart of (5.3)."""
+        """(B, T): F_t <∇log π(y_t), P ∇H̄> at θ, P the optimizer's preconditioner: what token t did to the
+        batch's entropy through the shared parameters, per unit of learning rate and apart from momentum and
+        clipping.  In a network the exact counterpart of (5.3)."""
         policy, passes, out = self.run.policy, Passes(self.run, self.tokens), []
         names = [name for name, p in policy.named_parameters() if p.requires_grad]
         scale = adam_preconditioner(self.run.optimizer)
@@ -517,17 +506,16 @@ class Ledger:
 
 
 def book_tokens(run: Run, ledger: Ledger, update: Update, responses: int = 4) -> dict[str, float | None]:
-    """The network flow of the step just taken, up and down, and how well the tabular score of a token knows
-    it (Pearson's r over tokens); flows.jsonl gets the responses that moved entropy most."""
+    """The network flow of the step just taken, and Pearson's r of it with the tabular one over tokens;
+    flows.jsonl gets the responses that moved entropy most."""
     tk, rows = ledger.tokens, []
     network = ledger.network_flow(update.force)
     moved = torch.where(tk.mask, network.abs(), 0).sum(-1)
     for i in moved.topk(min(responses, len(moved))).indices.tolist():
         m, prompt = tk.mask[i], tk.full_ids[i, : int(tk.start[i]) + 1]
-        text = {"prompt": run.tokenizer.decode(prompt), "reward": float(tk.reward[i])}
-        text["tokens"] = token_names(run.tokenizer, tk.ids[i][m].tolist())
-        flows = {"network_flow": network[i][m].tolist(), "flow": update.flow[i][m].tolist()}
-        rows.append({"step": run.step + 1, **text, **flows})
+        row = {"step": run.step + 1, "prompt": run.tokenizer.decode(prompt), "reward": float(tk.reward[i])}
+        row["tokens"] = token_names(run.tokenizer, tk.ids[i][m].tolist())
+        rows.append(row | {"network_flow": network[i][m].tolist(), "flow": update.flow[i][m].tolist()})
     run.append("flows.jsonl", rows)
     a, b = update.flow[tk.mask].double(), network[tk.mask].double()
     r = float(torch.corrcoef(torch.stack([a, b]))[0, 1]) if len(a) > 1 else math.nan
@@ -543,17 +531,17 @@ STATE = ("step", "prompts_used", "skipped_in_row", "best")  # of a run, in state
 
 @dataclass
 class Run:
-    """One method, one seed, one folder.
+    """One method, one seed, one folder:
 
-    folder/config.json       the settings in force, the method's hyperparameters, digests of model and data
-    folder/metrics.jsonl     one JSON object a step; step 0 is the evaluation of the first policy
-    folder/samples.jsonl     some responses of every evaluation
-    folder/flows.jsonl       with --ledger full: the responses that moved entropy most, token by token
-    folder/checkpoint/       `transformers` and vLLM load it; with what it takes to go on: state.pt (method,
-                             step, prompts used), training/ (torch.distributed.checkpoint: weights, AdamW)
-    folder/checkpoint-previous/    the one before, in case of a crash between two renames
-    folder/checkpoint-best/  the policy of the evaluation with the highest pass@1
-    folder/entropy.png, summary.txt    picture and table, made when the run ends
+    config.json            settings in force, the method's hyperparameters, digests of model and data
+    metrics.jsonl          one JSON object a step; step 0 is the evaluation of the first policy
+    samples.jsonl          some responses of every evaluation
+    flows.jsonl            with --ledger full: the responses that moved entropy most, token by token
+    checkpoint/            `transformers` and vLLM load it; state.pt (method, step, prompts used), training/
+                           (torch.distributed.checkpoint: weights, AdamW) are what it takes to go on
+    checkpoint-previous/   the one before, in case of a crash between two renames
+    checkpoint-best/       the policy of the evaluation with the highest pass@1
+    entropy.png, summary.txt    picture and table, made when the run ends
     """
 
     settings: Settings
@@ -574,8 +562,8 @@ class Run:
     warned: bool = False  # that nothing is learned
 
     def __post_init__(self) -> None:
-        how = {"lr": self.settings.lr, "betas": (0.9, 0.95), "weight_decay": 0.0}
-        self.optimizer = torch.optim.AdamW(trained(self.policy), **how)
+        lr = self.settings.lr
+        self.optimizer = torch.optim.AdamW(trained(self.policy), lr, betas=(0.9, 0.95), weight_decay=0.0)
 
     def create(self) -> None:
         """The folder with its config.json."""
@@ -585,7 +573,7 @@ class Run:
             write_config(self.folder, [self.settings.method], self.settings, **more)
 
     def origin(self) -> dict[str, str]:
-        """What the names given to --model and --data stand for: files may change behind them."""
+        """What --model and --data stand for: files may change behind their names."""
         sha = lambda x: hashlib.sha256(json.dumps(x).encode()).hexdigest()[:16]  # noqa: E731
         here, problems = Path(self.settings.model).expanduser(), (*self.task.train, *self.task.test)
         model = getattr(self.policy.model.config, "_commit_hash", None) or ""  # of the hub
@@ -619,20 +607,15 @@ class Run:
     def _nothing_learned(self) -> str:
         """What steps without contrast come from, by their numbers, and what to do about it."""
         reward, cut = (sum(r[key] for r in self.rows[-10:]) / 10 for key in ("reward", "truncated"))
-        why = (
-            "answers are not in the form that is graded: look at samples.jsonl, change --prompt-template; or "
-            "the problems are too hard: other --data"
-        )
+        why = "answers in another form (see samples.jsonl): --prompt-template; or too hard: other --data"
         if not self.settings.model:
             why = "the policy has collapsed or broken: another --method or a smaller --lr"
         elif reward > 0.5:
             why = "the problems are too easy: other --data"
         elif cut > 0.5:
             why = f"responses are cut off: a --max-new-tokens above {self.task.max_new_tokens}"
-        return (
-            "ten steps in a row taught nothing, for all responses to a prompt had the same reward (mean "
-            f"{reward:.2f}, {cut:.0%} of responses truncated). Likely {why}"
-        )
+        told = f"all responses to a prompt had the same reward (mean {reward:.2f}, {cut:.0%} truncated)"
+        return f"ten steps in a row taught nothing: {told}. Likely {why}"
 
     @contextlib.contextmanager
     def _together(self, before: str, hint: str) -> Iterator[None]:
@@ -645,13 +628,13 @@ class Run:
         part, is_main = self.folder / ".checkpoint.part", self.ranks.is_main
         hint = f"\nmake room, then go on from the last checkpoint: --resume {self.folder}"
         writing = partial(self._together, f"{self.folder}: no checkpoint could be written:", hint)
+        weights, failed = {}, []
         try:
             with writing():
                 if is_main:
                     for left in (part, self.folder / ".best.part"):  # by a kill
                         shutil.rmtree(left, ignore_errors=True)
                     part.mkdir()
-            weights, failed = {}, []
             with self.ranks.together():
                 for name, weight in full_weights(self.policy.model):  # all ranks gather, the first one keeps
                     try:
@@ -697,26 +680,23 @@ class Run:
         part.rename(best)
 
     def _training(self, act: Callable[..., Any], folder: Path) -> None:
-        """dcp.save or dcp.load of training/.  What fails is raised bare, and a Ctrl-C before all else."""
+        """dcp.save or dcp.load of training/.  Raises what failed, a Ctrl-C before all else."""
         hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # torch's half-written files
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".* in a single process")  # no wonder
                 act(self._tensors(), checkpoint_id=folder / "training", no_dist=not dist.is_initialized())
         except CheckpointException as error:  # not an Exception; holds those of all ranks
-            causes = [e.with_traceback(None) for e, _ in error.failures.values()]
-            for e in causes:  # a stream that a Ctrl-C cuts short complains of its own position
-                causes += [e.__context__.with_traceback(None)] if e.__context__ else []
+            causes = [e for e, _ in error.failures.values()]
+            causes += [e.__context__ for e in causes if e.__context__]  # of a stream that a Ctrl-C cut short
             raise min(causes, key=lambda e: isinstance(e, Exception)) from None
         finally:
             sys.unraisablehook = hook
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Trained weights, AdamW's states and the reference by parameter name, whatever the number of ranks.
-
-        States that no step has made yet are made here, zero, as AdamW would.  (torch's own
-        `get_optimizer_state_dict` makes them by a step, which Adam's bias correction then counts.)
-        """
+        """Trained weights, AdamW's states and the reference by parameter name, on any number of ranks.  What
+        no step has made yet is made here, zero: torch's own `get_optimizer_state_dict` makes it by a step,
+        which Adam's bias correction then counts."""
         named = {n: p for n, p in self.policy.named_parameters() if p.requires_grad}
         for p in named.values():
             if not self.optimizer.state[p]:
@@ -738,10 +718,8 @@ class Run:
             began = json.loads((self.folder / "config.json").read_text())["origin"]
         for name, now in self.origin().items():
             if began.get(name, now) != now:
-                raise UserError(
-                    f"--resume {self.folder}: --{name} {getattr(self.settings, name)} has changed since the "
-                    "run began;\nput back what it was, or start a new run"
-                )
+                text = f"--{name} {getattr(self.settings, name)} has changed since the run began"
+                raise UserError(f"--resume {self.folder}: {text};\nput it back, or start a new run")
         # Without a checkpoint/ the process died between two renames.
         path = self.folder / ("checkpoint" if has("checkpoint") else "checkpoint-previous")
         hint = f"\nremove {path} to go on from checkpoint-previous if there is one, else from the start"
@@ -752,7 +730,7 @@ class Run:
                 self.method.load_state_dict(state["method"])
                 vars(self).update({name: state[name] for name in STATE})
         for name in filter(has, ("metrics.jsonl", "samples.jsonl", "flows.jsonl")):
-            with user_error(f"--resume {self.folder}:", "\nmend or remove it", (ValueError, KeyError)):
+            with user_error(f"--resume {self.folder}:", kinds=(ValueError, KeyError)):
                 rows = [r for r in read_jsonl(self.folder / name) if path.exists() and r["step"] <= self.step]
             if self.ranks.is_main:
                 write_atomically(self.folder / name, "".join(json.dumps(r) + "\n" for r in rows))
@@ -766,7 +744,7 @@ def write_atomically(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def write_config(folder: Path, specs: list[str], settings: Settings, **more: Any) -> None:
+def write_config(folder: Path, specs: Sequence[str], settings: Settings, **more: Any) -> None:
     """config.json of a run, or of a comparison of several."""
     config = {"specs": specs, "settings": asdict(settings), **more}
     write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -776,8 +754,8 @@ def write_config(folder: Path, specs: list[str], settings: Settings, **more: Any
 # 5. Several processes
 #
 # `torchrun --nproc-per-node N train.py ...` runs N of these programs.  Each samples and scores its share of
-# the prompts; weights, gradients and AdamW's states are sharded by PyTorch's FSDP2.  What a method must know
-# about the batch is gathered from all ranks first, so that N ranks take the step that one would have taken.
+# the prompts; FSDP2 shards weights, gradients and AdamW's states.  What a method must know about the batch is
+# gathered from all ranks first, so that N ranks take the step that one would have taken.
 
 
 @dataclass(frozen=True)
@@ -798,9 +776,8 @@ class Ranks:
 
     @staticmethod
     def leave() -> None:
-        """Before the process ends: end its group, and sleep while gloo's threads drop what they hold of
-        autograd's.  One that asks for the interpreter's lock once the interpreter ends aborts the process.
-        FSDP2's meshes keep these threads alive beyond the group."""
+        """Before the process ends, while gloo's threads drop what they hold of autograd's: one that asks for
+        the interpreter's lock after its end aborts the process."""
         if dist.is_initialized():
             dist.destroy_process_group()
             time.sleep(0.1)
@@ -818,8 +795,8 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """An error of one rank in the block ends all, with one exit code, and only that one tells of it.  In
-        the block nobody may wait for another behind a line at which one may fail alone."""
+        """An error of one rank in the block ends all, with one exit code and one message.  Nobody may wait
+        in it for another behind a line at which one may fail alone."""
         error: Exception | None = None
         try:
             yield
@@ -845,25 +822,25 @@ class Ranks:
 
 
 def shard(policy: Policy, dtype: torch.dtype, device: torch.device, offload: bool = False) -> Policy:
-    """Weights in float32, split over all ranks and computed with in `dtype`: FSDP2, layer by layer, in place.
-    With one rank the mixed precision remains: float32 weights, gradients and AdamW states, one layer at a
-    time in bfloat16.  `offload` keeps the shards in CPU memory.  The gradient that arrives is the *mean* over
-    ranks."""
+    """FSDP2 in place, layer by layer: float32 weights, gradients and AdamW states split over all ranks, one
+    layer at a time computed with in `dtype`, also with one rank.  `offload` keeps the shards in CPU memory.
+    The gradient that arrives is the *mean* over ranks."""
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    how = {
-        "mesh": dist.init_device_mesh(device.type, (dist.get_world_size(),)),
-        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
-        "reshard_after_forward": True,  # the root too: after a pass without backward, parameters are shards
-    }
+    split = partial(
+        fully_shard,
+        mesh=dist.init_device_mesh(device.type, (dist.get_world_size(),)),
+        mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
+        reshard_after_forward=True,  # the root too: after a pass without backward, parameters are shards
+    )
     for module in list(policy.modules()):
         if type(module).__name__ in (policy.model._no_split_modules or ()):
-            fully_shard(module, **how)
-    fully_shard(policy, **how)
+            split(module)
+    split(policy)
     policy.sharded = dist.get_world_size() > 1
     return policy
 
@@ -879,8 +856,7 @@ def to_local(x: Tensor) -> Tensor:
 
 
 def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name in `transformers`, weight) of the whole model, one after another, LoRA merged in.  All ranks must
-    read it to the end together."""
+    """(name in `transformers`, weight) of the whole model, LoRA merged in, read by all ranks to the end."""
     layers = adapters(model)
     for name, p in model.named_parameters():
         if ".lora_" not in name:
@@ -903,8 +879,8 @@ def adapters(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def merged(weight: Tensor, layer: nn.Module) -> Tensor:
-    """A weight with its LoRA adapter added by the layer's own rule, which knows of transposed weights and of
-    stacked experts, from all ranks' shards."""
+    """A weight with its LoRA adapter, from all ranks' shards, added by the layer's own rule, which knows of
+    transposed weights and stacked experts."""
     alone, parts = copy.copy(layer), {}
     for key in ("lora_A", "lora_B"):
         part = full_tensor(getattr(layer, key)["default"].weight.detach()).float()
@@ -916,8 +892,8 @@ def merged(weight: Tensor, layer: nn.Module) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------
 # 6. Settings
 #
-# Every setting is a field; its type, default and docstring make its flag and its line in --help.  The four
-# groups are those of --help.  `Settings` is all of them in one, as config.json has it.
+# A field's type, default and docstring make its flag and its line in --help; the four groups are those of
+# --help.  `Settings` is all of them in one, as config.json has it.
 
 
 @dataclass(frozen=True)
@@ -931,20 +907,16 @@ class Training:
     group_size: int = 16  # responses per prompt; their mean reward is the baseline of their advantages
     updates_per_rollout: int = 1  # optimizer steps per rollout; 1 is strictly on-policy, where no clip acts
     grad_clip: float = 1.0  # largest gradient norm; 0 means no clipping
-    temperature: float = 1.0
-    """used in sampling and for every probability in the loss: what is drawn is what is trained"""
+    temperature: float = 1.0  # of sampling and of every probability in the loss: what is drawn is trained
     reward: Literal["correct", "length_penalty", "random", "wrong"] = "correct"
     """length_penalty adds DAPO's overlong penalty; random and wrong are spurious, for study"""
     mismatch: Literal["auto", "tis", "icepop", "off"] = "auto"
     """weights against an engine whose probabilities differ from ours; auto: tis with vLLM, else off"""
     mismatch_low: float = 0.5  # icepop drops tokens whose probability ratio is smaller
     mismatch_high: float = 2.0  # tis cuts larger probability ratios to this; icepop drops their tokens
-    micro_batch: int = 0
-    """responses per forward pass, to bound memory; the gradient stays the same; 0 means no limit"""
-    tokens_per_micro_batch: int = 0
-    """the same in tokens with padding (with --model: 16384); --micro-batch, if given, takes its place"""
-    gradient_checkpointing: bool = False
-    """recompute each layer in the backward pass: a third slower, far less memory"""
+    micro_batch: int = 0  # responses per forward pass, to bound memory; same gradient; 0 means no limit
+    tokens_per_micro_batch: int = 0  # in tokens with padding (with --model: 16384); unless --micro-batch
+    gradient_checkpointing: bool = False  # recompute layers in the backward pass: slower, far less memory
 
 
 @dataclass(frozen=True)
@@ -967,8 +939,7 @@ class LanguageModel:
     """problems and answers: a .jsonl, .json, .csv or .parquet file, or owner/name@config:split of the hub"""
     eval_data: str = ""  # the same for evaluation; without it, --eval-problems of the data are held out
     eval_problems: int = 96  # number of held-out problems
-    prompt_template: str = rollout.PROMPT_TEMPLATE
-    """text around a problem, which takes the place of {problem}"""
+    prompt_template: str = rollout.PROMPT_TEMPLATE  # text around a problem, which replaces {problem}
     chat: Literal["auto", "off"] = "auto"
     """auto: the prompt is a user's turn if the tokenizer has a chat template; off: it is plain text"""
     max_prompt_tokens: int = 1024  # problems with longer prompts are left out and counted
@@ -976,8 +947,7 @@ class LanguageModel:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """numbers to compute in; the weights stay float32; auto: bfloat16 for a --model on a GPU"""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"  # kernel of the attention layers
-    lora: int = 0
-    """rank of LoRA adapters on all linear layers but the head, and on experts; 0 trains all weights"""
+    lora: int = 0  # rank of LoRA adapters on all linear layers but the head, and on experts; 0: all weights
     trust_remote_code: bool = False  # run code that comes with the model
 
 
@@ -1005,7 +975,7 @@ PER_METHOD = tuple(f.name for group in (Training, Measuring) for f in fields(gro
 # What a language model wants otherwise than the embedded one, where the command line does not say.
 MODEL_DEFAULTS = {"lr": 1e-6, "tokens_per_micro_batch": 16384, "eval_samples": 8}
 
-RANGES: dict[str, tuple[float, float]] = {
+RANGES = {  # smallest and largest value; other integers are at least 1
     "group_size": (2, math.inf),  # advantages compare the responses to one prompt
     "lr": (1e-12, 1e36),  # beyond, AdamW's step overflows float32
     "temperature": (1e-3, 1e3),  # beyond, float32 logits overflow
@@ -1038,8 +1008,7 @@ def parse_spec(spec: str, base: Settings) -> tuple[Settings, Method]:
 
 
 def complaints(s: Settings, method: Method, device: torch.device, ranks: Ranks) -> Iterator[str]:
-    """What is wrong with one job: impossible values, then what does not go together.  Each names flag, value
-    and remedy; what comes after the first may rest on it."""
+    """Impossible values, then what does not go together; what comes after the first may rest on it."""
     for name, kind in get_type_hints(Settings).items():
         value = getattr(s, name)
         low, high = RANGES.get(name, (value, value))
@@ -1050,27 +1019,25 @@ def complaints(s: Settings, method: Method, device: torch.device, ranks: Ranks) 
             yield f"{flag(name)} {value}: choose {', '.join(get_args(kind))}"
     updates = ranks.world * s.updates_per_rollout
     share = s.prompts * s.group_size // updates
-    chooses = method.overrides("sample")
-    for bad, text in (
-        (s.prompts % updates,
-         f"--prompts {s.prompts}: must be a multiple of --updates-per-rollout {s.updates_per_rollout} x "
-         f"{ranks.world} processes; the responses to a prompt stay together"),
-        (s.micro_batch and share % s.micro_batch,
-         f"--micro-batch {s.micro_batch}: must divide the {share} responses of one update in one process"),
-        (s.model and not s.data, f"--model {s.model}: needs --data; the embedded task has a few words only"),
-        (s.data and not s.model, f"--data {s.data}: needs --model; the embedded one has a few words only"),
-        (s.lora and not s.model, f"--lora {s.lora}: needs --model and --data"),
-        (s.lora and method.overrides("reset_reference"),
-         f"--lora {s.lora}: {method.key} makes the policy its reference, which --lora keeps as it was"),
-        (chooses and (s.engine == "vllm" or s.mismatch != "off"),
-         f"--engine {s.engine}: {method.key} chooses tokens itself, which vLLM does not allow and --mismatch "
-         "would undo; use --engine torch --mismatch off"),
-        (s.ledger == "full" and (s.updates_per_rollout > 1 or sharded(s, device, ranks)),
-         "--ledger full: books the tokens of one update, of whole weights; use --updates-per-rollout 1, one "
-         "process and --dtype float32, or --ledger step"),
-    ):  # fmt: skip
-        if bad:
-            yield text
+    if s.prompts % updates:
+        yield (
+            f"--prompts {s.prompts}: must be a multiple of --updates-per-rollout {s.updates_per_rollout} x "
+            f"{ranks.world} processes; the responses to a prompt stay together"
+        )
+    if s.micro_batch and share % s.micro_batch:
+        yield f"--micro-batch {s.micro_batch}: must divide the {share} responses of an update in one process"
+    if bool(s.model) != bool(s.data) or (s.lora and not s.model):
+        given = " ".join(f"{flag(n)} {getattr(s, n)}" for n in ("model", "data", "lora") if getattr(s, n))
+        yield f"{given}: give both --model and --data; the embedded task has a few words only"
+    if s.lora and method.overrides("reset_reference"):
+        yield f"--lora {s.lora}: {method.key} moves the reference, which with --lora is the model as it was"
+    if method.overrides("sample") and (s.engine == "vllm" or s.mismatch != "off"):
+        yield (
+            f"--engine {s.engine}: {method.key} chooses tokens itself, which vLLM does not allow and "
+            "--mismatch would undo; use --engine torch --mismatch off"
+        )
+    if s.ledger == "full" and (s.updates_per_rollout > 1 or sharded(s, device, ranks)):
+        yield "--ledger full: needs --updates-per-rollout 1, one process, --dtype float32; else --ledger step"
 
 
 def make_job(spec: str, base: Settings, device: torch.device, ranks: Ranks) -> tuple[Settings, Method]:
@@ -1092,7 +1059,7 @@ def make_job(spec: str, base: Settings, device: torch.device, ranks: Ranks) -> t
 def load_task_and_policy(
     s: Settings, device: torch.device, ranks: Ranks, quiet: bool
 ) -> tuple[Task, nn.Module, Any]:
-    """Task, first policy in float32 (on the CPU where it will be sharded), tokenizer."""
+    """Task, first policy in float32 (on the CPU where it will be sharded), tokenizer.  Raises ValueError."""
     if not s.model:
         bar = lambda it: tqdm(it, desc="warm start", unit="step", disable=quiet or not ranks.is_main)  # noqa: E731
         for turn in range(2):  # the first rank trains and fills the cache, the others read it
@@ -1106,9 +1073,8 @@ def load_task_and_policy(
     place = "cpu" if sharded(s, device, ranks) else device
     with user_error("--model"):
         model, tokenizer = rollout.load_model(s.model, dtype, s.trust_remote_code, s.attention, place)
-    with user_error(""):
-        how = (s.prompt_template, s.chat == "auto", s.max_prompt_tokens, s.max_new_tokens)
-        task, notes = rollout.task_of_data(tokenizer, s.data, s.eval_data, s.eval_problems, *how)
+    how = (s.prompt_template, s.chat == "auto", s.max_prompt_tokens, s.max_new_tokens)
+    task, notes = rollout.task_of_data(tokenizer, s.data, s.eval_data, s.eval_problems, *how)
     with user_error(f"--model {s.model}:"):
         config = model.config.get_text_config()
         rollout.longest_prompt((*task.train, *task.test), tokenizer, config, s.max_new_tokens)
@@ -1139,27 +1105,20 @@ def sharded(s: Settings, device: torch.device, ranks: Ranks) -> bool:
 def with_adapters(model: nn.Module, rank: int, seed: int) -> nn.Module:
     """LoRA (2106.09685) on every linear layer but the head, and on experts, where peft knows them, scaled by
     alpha / rank = 2, float32, drawn from `seed`.  Warns of matrices that got none."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise UserError(f"--lora {rank}: needs the package peft: pip install 'entropy-flow[llm]'") from None
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     place = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(place), warnings.catch_warnings():
+    with torch.random.fork_rng(place), warnings.catch_warnings(), user_error(f"--lora {rank}:"):
         warnings.simplefilter("ignore")  # peft tells how it fills in our config, and asks in deprecated words
         torch.manual_seed(seeded(seed, 0, "adapters").initial_seed())
-        try:
-            adapted = get_peft_model(model, config).eval()
-        except ValueError as error:  # Mamba's layers, which read weights past the adapter
-            raise UserError(f"--lora {rank}: {' '.join(str(error).split())[:200]}") from None
+        adapted = get_peft_model(model, config).eval()  # refuses Mamba's layers, which read past the adapter
     ends = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     known = {id(w) for w in (*ends, model.get_output_embeddings().weight)}
     weights = {plain_name(n): p for n, p in adapted.named_parameters() if ".lora_" not in n and p.ndim > 1}
     bare = [n for n, p in weights.items() if n not in adapters(adapted) and id(p) not in known]
     if bare:
-        warnings.warn(
-            f"--lora {rank}: {len(bare)} matrices stay as they are, {bare[0]} for one", stacklevel=2
-        )
+        warnings.warn(f"--lora {rank}: {len(bare)} matrices stay as they are, e.g. {bare[0]}", stacklevel=2)
     return adapted
 
 
@@ -1174,12 +1133,16 @@ def vllm_engine(
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         ranks.all(None)
-        with user_error(""):
-            room = longest + max(16, task.max_new_tokens)
-            how = {"device": device, "dtype": compute_dtype(s, device), "max_model_len": room}
-            how |= {"gpu_memory": s.vllm_memory, "seed": s.seed}
-            how["trust_remote_code"] = s.trust_remote_code
-            engine = rollout.VllmEngine(s.model or folder, tokenizer, **how)
+        engine = rollout.VllmEngine(
+            s.model or folder,
+            tokenizer,
+            device=device,
+            dtype=compute_dtype(s, device),
+            max_model_len=longest + max(16, task.max_new_tokens),
+            gpu_memory=s.vllm_memory,
+            seed=s.seed,
+            trust_remote_code=s.trust_remote_code,
+        )
         ranks.all(None)  # all have read the folder
         return engine
 
@@ -1209,27 +1172,23 @@ def make_run(
         policy = shard(policy, dtype, device)
         reference = reference and shard(reference, dtype, device, offload=device.type == "cuda")
     engine = engine or TorchEngine(model, tokenizer)
-    run = Run(s, method, folder, task, policy, tokenizer, engine, dtype, reference, ranks)
-    return run
+    return Run(s, method, folder, task, policy, tokenizer, engine, dtype, reference, ranks)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 8. The command line
 #
-# From words to runs: `main` turns errors into exit codes, `execute` words into jobs and a folder, `compare`
-# does the jobs, `follow` shows one.
+# `main` turns errors into exit codes, `execute` words into jobs, `compare` does them, `follow` shows one.
 
 
 @dataclass(frozen=True)
 class Command:  # its docstring, with the list of methods, follows
     method: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SPEC [SPEC ...]")] = ("opefo",)
     """one or more methods, run one after another from the same warm start"""
-    out: str = ""
-    """folder of the run; without it, a new one under runs/"""
+    out: str = ""  # folder of the run; without it, a new one under runs/
     resume: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[FOLDER]")] = None
     """go on with a run from its last checkpoint; without FOLDER, that of --out or the newest"""
-    quiet: bool = False
-    """no progress line, only the summary"""
+    quiet: bool = False  # no progress line, only the summary
     training: Training = Training()
     measuring: Measuring = Measuring()
     language_model: LanguageModel = LanguageModel()
@@ -1252,21 +1211,14 @@ examples:
 methods (options ride behind the name, NAME:key=value,key=value; so may training and measuring options):
 """ + "\n".join(f"  {name:<20} {cls.idea}" for name, cls in interventions.METHODS.items())  # fmt: skip
 
-ABSENT = dict.fromkeys(
-    ("--top-p", "--top-k"),
-    "not in training: the gradient of a policy that is sampled from the likeliest tokens only, but scored on "
-    "all, is biased; eval.py has --top-p",
-)
-
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point.  Exit codes: 0 done, 1 diverged, 2 bad input, 130 stopped by the user, 141 by a pipe that
-    nobody reads."""
+    """Exit codes: 0 done, 1 diverged, 2 bad input, 130 stopped by the user, 141 by a pipe nobody reads."""
     code, words = 141, sys.argv[1:] if argv is None else argv
     with warnings.catch_warnings():  # above the progress line
         warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
         try:
-            command = command_line(Command, "train.py", words, ABSENT)
+            command = command_line(Command, "train.py", words)
             if os.environ.get("RANK", "0") != "0":  # what one process of many says, the first one says too
                 sys.stderr = open(os.devnull, "w")  # noqa: SIM115
             flags = {word.split("=")[0].replace("_", "-") for word in words}
@@ -1291,11 +1243,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def execute(command: Command, given: set[str]) -> int:
     """Everything that a command line asks for.  Returns the exit code."""
-    with user_error("", kinds=(ValueError,)):
+    with user_error():
         if wanted := [spec.removesuffix(":help") for spec in command.method if spec.endswith(":help")]:
             print("\n\n".join(map(method_help, wanted)))
             return 0
-        folder, specs, base = new_run(command, given) if command.resume is None else old_run(command, given)
+        folder, specs, base = what_to_run(command, given)
+        if not specs or len(set(specs)) < len(specs):
+            raise UserError(f"{' '.join(['--method', *specs])}: give at least one method, and none twice")
         device = pick_device(base.device)
         ranks = Ranks.join(device)
         jobs = [make_job(spec, base, device, ranks) for spec in specs]
@@ -1327,22 +1281,17 @@ def method_help(name: str) -> str:
     return "\n".join(lines[1:])
 
 
-def new_run(command: Command, given: set[str]) -> tuple[Path | None, list[str], Settings]:
-    """No folder yet, methods and settings.  Raises UserError where a file of problems is missing."""
-    specs, values = list(command.method), command.values()
-    if not specs or len(set(specs)) < len(specs):
-        raise UserError(f"{' '.join(['--method', *specs])}: give at least one method, and none twice")
-    for name in ("data", "eval_data"):
-        with user_error(flag(name)):
-            if values[name]:
-                rollout.data_file(values[name])
-    base = Settings(**(MODEL_DEFAULTS if values["model"] else {}))
-    return None, specs, replace(base, **{name: values[name] for name in given - {"method"}})
-
-
-def old_run(command: Command, given: set[str]) -> tuple[Path, list[str], Settings]:
-    """Folder (--resume FOLDER, --out FOLDER, or the newest under runs/), methods and settings of an earlier
-    call.  Raises UserError where a flag contradicts them; only --steps may be raised."""
+def what_to_run(command: Command, given: set[str]) -> tuple[Path | None, Sequence[str], Settings]:
+    """Methods and settings; with --resume (FOLDER, that of --out, or the newest under runs/) also the folder,
+    and a UserError where a flag contradicts the earlier call, but for more --steps."""
+    now = command.values()
+    if command.resume is None:
+        for name in ("data", "eval_data"):
+            with user_error(flag(name)):
+                if now[name]:
+                    rollout.data_file(now[name])
+        base = Settings(**(MODEL_DEFAULTS if now["model"] else {}))
+        return None, command.method, replace(base, **{name: now[name] for name in given - {"method"}})
     named = " ".join(command.resume or ()) or command.out
     if command.out not in ("", named):
         raise UserError(f"--out {command.out}: the run to go on with is {named}; leave --out out")
@@ -1354,18 +1303,13 @@ def old_run(command: Command, given: set[str]) -> tuple[Path, list[str], Setting
     with user_error(f"--resume {folder}: config.json is damaged:", "; start a new run", (Exception,)):
         config = json.loads((folder / "config.json").read_text())
         specs, base = list(map(str, config["specs"])), Settings(**config["settings"])
-        wrong = [f.name for f in fields(base) if type(getattr(base, f.name)) is not type(f.default)]
-        if wrong or not specs:
-            raise ValueError(f"settings.{wrong[0]} is of another type" if wrong else "no method")
-    began, now = {**vars(base), "method": " ".join(specs)}, command.values()
+    began = {**vars(base), "method": " ".join(specs)}
     if "steps" in given:
         began["steps"] = max(base.steps, now["steps"])
     for name in sorted(given):
         if now[name] != began[name]:
-            raise UserError(
-                f"{flag(name)} {now[name]}: {folder} was started with {began[name]};\n"
-                "leave it out, or start a new run"
-            )
+            text = f"{flag(name)} {now[name]}: {folder} was started with {began[name]}"
+            raise UserError(f"{text};\nleave it out, or start a new run")
     return folder, specs, replace(base, steps=began["steps"])
 
 
@@ -1374,14 +1318,14 @@ def label_of(spec: str) -> str:
     return "".join(c if c.isalnum() or c in "._=+-" else "-" for c in spec)
 
 
-def places(folder: Path, specs: list[str]) -> list[Path]:
+def places(folder: Path, specs: Sequence[str]) -> list[Path]:
     """The folder of each method's run: a comparison has one for each."""
     return [folder / label_of(x) for x in specs] if len(specs) > 1 else [folder]
 
 
-def new_folder(out: str, specs: list[str], seed: int) -> Path:
+def new_folder(out: str, specs: Sequence[str], seed: int) -> Path:
     """--out, which must not hold a run; without it a fresh name under runs/."""
-    name = "runs/" + "-vs-".join(label_of(x) for x in specs)[:80] + f"-s{seed}"
+    name = "runs/" + "-vs-".join(map(label_of, specs))[:80] + f"-s{seed}"
     for folder in map(Path, [out] if out else (name + f"-{n}" * (n > 1) for n in count(1))):
         files = [p / x for p in (folder, *places(folder, specs)) for x in ("config.json", "metrics.jsonl")]
         there = next((file.parent for file in files if file.exists()), None)
@@ -1427,21 +1371,20 @@ def locked(folders: list[Path], ranks: Ranks) -> Iterator[None]:
 
 
 def compare(command: Command, jobs: list[Any], folder: Path, device: torch.device, ranks: Ranks) -> int:
-    """Run the methods one after another from the same warm start; table and picture at the end, or as far as
-    it came."""
+    """The methods one after another from one warm start; table and picture, also of a part if it stops."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of saving and loading a checkpoint
-    quiet = command.quiet or not ranks.is_main
-    done, code, engine = {}, 0, None
+    quiet, done, engine = command.quiet or not ranks.is_main, {}, None
     with contextlib.ExitStack() as at_the_end:
         for (settings, method), place in zip(jobs, places(folder, [s.method for s, _ in jobs])):
-            task, model, tokenizer = load_task_and_policy(settings, device, ranks, quiet)
-            if not ranks.is_main:
-                sys.stderr = sys.__stderr__  # from here on a process may fail alone, and says so itself
-            if settings.engine == "vllm" and engine is None:
-                engine = vllm_engine(settings, task, model, tokenizer, device, ranks)
-                at_the_end.callback(engine.close)
+            with user_error():
+                task, model, tokenizer = load_task_and_policy(settings, device, ranks, quiet)
+                if not ranks.is_main:
+                    sys.stderr = sys.__stderr__  # from here on a process may fail alone, and says so itself
+                if settings.engine == "vllm" and engine is None:
+                    engine = vllm_engine(settings, task, model, tokenizer, device, ranks)
+                    at_the_end.callback(engine.close)
             run = make_run(settings, method, place, task, model, tokenizer, engine, device, ranks)
             if command.resume is not None:
                 run.load()
@@ -1467,8 +1410,7 @@ def compare(command: Command, jobs: list[Any], folder: Path, device: torch.devic
     return code
 
 
-# The progress line: reward, groups whose rewards are all alike, rollouts drawn where a method refills,
-# entropy, flow up and down, λ, measured (predicted) change, evaluations.
+# The progress line: groups whose rewards are all alike, rollouts drawn where a method refills, ...
 BAR = {
     **{"reward": "r {:.2f}", "no_contrast": "alike {:.0%}", "draws": "draws {}", "entropy": "H {:.3f}"},
     **{"flow_up": "↑{:.3f}", "flow_down": "↓{:.3f}", "lam": "λ {:+.2f}", "dH_measured": "dH {:+.4f}"},
@@ -1494,11 +1436,8 @@ def follow(run: Run, quiet: bool) -> int:
                     return 130
     except FloatingPointError as error:
         if run.ranks.is_main:
-            print(
-                f"train.py: error: {spec}: {error} (after step {run.step});\n"
-                f"the last checkpoint is in {run.folder / 'checkpoint'}; try a smaller --lr",
-                file=sys.stderr,
-            )
+            remedy = f"the last checkpoint is in {run.folder / 'checkpoint'}; try a smaller --lr"
+            print(f"train.py: error: {spec}: {error} (step {run.step});\n{remedy}", file=sys.stderr)
         return 1
     return 0
 
@@ -1509,10 +1448,10 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     asked: list[int] = []
 
     def handler(number: int, _: Any) -> None:
-        asked.append(number)
-        if len(asked) == 1:
+        if not asked:
             print("\nstopping after this step, with a checkpoint (again: at once, without)", file=sys.stderr)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        asked.append(number)
 
     old = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
     try:

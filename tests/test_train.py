@@ -10,6 +10,7 @@ import subprocess
 import time
 import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -508,12 +509,13 @@ def check_folder(folder, steps):
 def test_the_first_command_writes_what_it_promises(home):
     """The command line as a user types it, in a process of its own; two methods from one warm start."""
     methods = ["grpo", "opefo:form=exact"]
-    run = process("--method", *methods, "--steps", 3, "--eval-every", 2, "--out", "out", *TINY, cwd=home)
+    few = ["--steps", 2, "--eval-every", 2, "--eval-problems", 24]
+    run = process("--method", *methods, *few, "--out", "out", *TINY, cwd=home)
     out, err = run.communicate()
     assert run.returncode == 0, err
     assert err.strip() == "", "the quiet mode is quiet"
     assert (home / "out" / "entropy.png").read_bytes().startswith(PNG)
-    a, b = (check_folder(home / "out" / name, 3) for name in ("grpo", "opefo-form=exact"))
+    a, b = (check_folder(home / "out" / name, 2) for name in ("grpo", "opefo-form=exact"))
     assert without_clock(a[0]) == without_clock(b[0])
     assert a[1]["reward"] == b[1]["reward"], "both start from the same policy with the same prompts and draws"
     assert a[1]["tokens"] == round(a[1]["length"] * 64) and "lam" in b[1]
@@ -530,7 +532,8 @@ def test_a_run_repeats_itself_whenever_it_is_evaluated_and_depends_on_its_settin
     assert a == c != d
 
 
-def test_a_method_that_does_nothing_on_policy_says_so(cli):
+def test_a_method_that_does_nothing_on_policy_says_so(cli, monkeypatch):
+    monkeypatch.setattr(train, "compare", lambda *_: 0)  # it is said before any work
     _, _, err = cli("--method", "clip_higher", "--steps", 1, "--out", "a", *TINY)
     assert "clip_higher" in err and "--updates-per-rollout" in err and "warning" in err
     _, _, err = cli("--method", "clip_higher", "--steps", 1, "--updates-per-rollout", 2, "--out", "b", *TINY)
@@ -586,7 +589,7 @@ def test_methods_of_each_place_run_through_the_command_line(cli, home, spec):
 # ------------------------------------------------------------------------------------------------------------
 # Going on after an interruption
 
-SIX = ["--steps", "6", "--eval-every", "2", "--ledger-every", "2"]
+SIX = ["--steps", "6", "--eval-every", "2", "--ledger-every", "2", "--eval-problems", "24"]
 PAR = "par:schedule=entropy"
 # State that lives across steps: a reference, the position in the data (dapo), a controller.
 STATEFUL = ["prorl:every=2", "dapo", "opefo:target_entropy=.9"]
@@ -596,15 +599,21 @@ class Killed(BaseException):
     """Nothing in the program catches it, so nothing is tidied up: the process is gone."""
 
 
-def kill_at(patch, moment, count):
-    """Make the run die the `count`-th time that it reaches a moment."""
+def die(path=None, size=0):
+    """The file that was being written is cut off there, and the process is gone."""
+    if path:
+        path.write_bytes(path.read_bytes()[:size])
+    raise Killed
+
+
+def at_moment(patch, moment, count, act=die):
+    """The `count`-th time that the run reaches a moment: `act`, on a file of that moment where it has one."""
     reached = []
 
-    def now(spoil=lambda: None):
+    def now(*file):
         reached.append(1)
         if len(reached) == count:
-            spoil()
-            raise Killed
+            act(*file)
 
     def before(owner, name, ours=lambda *_, **__: True):
         real = getattr(owner, name)
@@ -615,9 +624,6 @@ def kill_at(patch, moment, count):
             return real(*args, **kwargs)
 
         patch.setattr(owner, name, wrapped)
-
-    def cut(path, size):
-        path.write_bytes(path.read_bytes()[:size])
 
     if moment == "before the optimizer's step":
         before(torch.optim.AdamW, "step")
@@ -631,7 +637,7 @@ def kill_at(patch, moment, count):
         def half(state, path):
             real(state, path)
             if isinstance(path, Path):  # else a tensor of training/
-                now(lambda: cut(path, 1000))
+                now(path, 1000)
 
         patch.setattr(torch, "save", half)
     elif moment == "between metrics and checkpoint":
@@ -642,7 +648,7 @@ def kill_at(patch, moment, count):
         def torn(self, name, rows):
             real_append(self, name, rows)
             if name == "metrics.jsonl":
-                now(lambda: cut(self.folder / name, -25))
+                now(self.folder / name, -25)
 
         patch.setattr(Run, "append", torn)
     elif moment == "before a rename":
@@ -651,9 +657,10 @@ def kill_at(patch, moment, count):
         before(shutil, "rmtree")
 
 
+EVALUATION = ("in the middle of an evaluation", 3)  # two steps after the last checkpoint
 MOMENTS = [
     ("before the optimizer's step", 4),
-    ("in the middle of an evaluation", 3),
+    EVALUATION,
     ("with half of the weights written", 3),
     ("in the middle of state.pt", 2),
     ("between metrics and checkpoint", 3),
@@ -669,21 +676,36 @@ EARLY = [  # and the same at the start of a run, and around other renames
 
 @pytest.fixture(scope="module")
 def uninterrupted(warm_cache, tmp_path_factory):
-    """Rows of runs that nobody stopped, by method."""
+    """Runs that nobody stopped, by method: (rows, samples), and the folder as a kill at each moment would
+    have left it."""
     folder, known = tmp_path_factory.mktemp("whole"), {}
+    left = lambda spec, *moment: folder / "left" / train.label_of(f"{spec} {moment}")  # noqa: E731
 
-    def rows(spec):
+    def rows(spec, moments=(EVALUATION,)):
         if spec not in known:
+            out = folder / train.label_of(spec)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("ENTROPY_FLOW_CACHE", str(warm_cache))
-                out = folder / train.label_of(spec)
+                patch.setattr(train, "draw", lambda runs, path: path.write_bytes(PNG))
+                for moment in moments:
+                    at_moment(patch, *moment, partial(keep, out, left(spec, *moment)))
                 assert train.main(["--method", spec, "--out", str(out), *SIX, *TINY]) == 0
             known[spec] = rows_of(out), rows_of(out, "samples.jsonl")
             learned = [r["grad_norm"] > 0 and 0.05 < r["reward"] < 0.95 for r in known[spec][0][1:]]
             assert all(learned), "a policy that stands still says nothing about resuming"
         return known[spec]
 
+    rows.left_by_a_kill = left
+    rows(PAR, [*MOMENTS, *EARLY])
     return rows
+
+
+def keep(folder, copy, path=None, size=0):
+    """What a kill now would leave."""
+    shutil.copytree(folder, copy)
+    if path:
+        path = copy / path.relative_to(folder)
+        path.write_bytes(path.read_bytes()[:size])
 
 
 @pytest.fixture()
@@ -701,26 +723,25 @@ def goes_on(home, cli, uninterrupted):
 @pytest.mark.parametrize(
     "moment, count", MOMENTS + [pytest.param(*early, marks=pytest.mark.slow) for early in EARLY]
 )
-def test_a_run_killed_at_any_moment_goes_on_with_the_same_numbers(cli, home, goes_on, moment, count):
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, moment, count)
-        cli("--method", PAR, "--out", "a", *SIX, *TINY)
+def test_a_run_killed_at_any_moment_goes_on_with_the_same_numbers(
+    home, goes_on, uninterrupted, moment, count
+):
+    shutil.copytree(uninterrupted.left_by_a_kill(PAR, moment, count), home / "a")
     goes_on()
     check_folder(home / "a", 6)
 
 
 @pytest.mark.parametrize("spec", STATEFUL)
-def test_the_state_of_a_method_lives_through_a_kill(cli, goes_on, spec):
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, "in the middle of an evaluation", 3)  # two steps after the last checkpoint
-        cli("--method", spec, "--out", "a", *SIX, *TINY)
+def test_the_state_of_a_method_lives_through_a_kill(home, goes_on, uninterrupted, spec):
+    uninterrupted(spec)
+    shutil.copytree(uninterrupted.left_by_a_kill(spec, *EVALUATION), home / "a")
     goes_on(spec)
 
 
 def test_a_comparison_killed_in_its_second_method_goes_on(cli, home, goes_on, uninterrupted):
     specs = [PAR, "opefo:target_entropy=.9"]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, "before the optimizer's step", 9)
+        at_moment(patch, "before the optimizer's step", 9)
         cli("--method", *specs, "--out", "a", *SIX, *TINY)
     first = home / "a" / train.label_of(specs[0]) / "metrics.jsonl"
     before = first.read_text()
@@ -731,7 +752,7 @@ def test_a_comparison_killed_in_its_second_method_goes_on(cli, home, goes_on, un
 
 def test_more_steps_on_resume_give_the_numbers_of_a_longer_run(cli, home, goes_on):
     """Resuming a finished run changes no number; with more steps it becomes the longer run."""
-    steps = ["--steps", "2", "--eval-every", "2", "--ledger-every", "2"]
+    steps = ["--steps", "2", *SIX[2:]]
     assert cli("--method", PAR, "--out", "a", *steps, *TINY)[0] == 0
     text = (home / "a" / "metrics.jsonl").read_text()
     assert cli("--resume", "a", "--quiet")[0] == 0 and (home / "a" / "metrics.jsonl").read_text() == text
@@ -740,16 +761,15 @@ def test_more_steps_on_resume_give_the_numbers_of_a_longer_run(cli, home, goes_o
     check_folder(home / "a", 6)
 
 
-def test_resume_finds_the_newest_run_and_checkpoint_previous(cli, home):
-    assert cli("--method", "grpo", "--steps", 4, "--eval-every", 2, *TINY)[0] == 0
-    text = rows_of("runs/grpo-s0")
-    shutil.rmtree("runs/grpo-s0/checkpoint")  # as the message about a damaged one advises
-    assert cli("--resume", "--quiet")[0] == 0
-    assert rows_of("runs/grpo-s0") == text
-    shutil.rmtree("runs/grpo-s0/checkpoint")
-    shutil.rmtree("runs/grpo-s0/checkpoint-previous")
-    assert cli("--resume", "--quiet")[0] == 0
-    assert rows_of("runs/grpo-s0") == text, "without any checkpoint it starts anew"
+def test_resume_finds_the_newest_run_and_checkpoint_previous(cli, home, finished):
+    folder = home / "runs" / "prorl-s0"
+    shutil.copytree(finished, folder)
+    text = rows_of(folder)
+    for lost in (["checkpoint"], ["checkpoint", "checkpoint-previous"]):  # without any it starts anew
+        for name in lost:  # as the message about a damaged one advises
+            shutil.rmtree(folder / name)
+        assert cli("--resume", "--quiet")[0] == 0
+        assert rows_of(folder) == text and (folder / "checkpoint").exists()
 
 
 def wait_for(path, lines, run):
@@ -786,18 +806,34 @@ def test_kill_9_at_random_moments_until_it_is_done(home, uninterrupted, seed):
         assert (rows_of(folder), rows_of(folder, "samples.jsonl")) == uninterrupted(spec)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(home, goes_on, number):
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_reaches_a_process_of_its_own(home, goes_on, number):
     run = process("--method", PAR, "--out", "a", *SIX, *TINY, cwd=home)
     wait_for(home / "a" / "metrics.jsonl", 4, run)
     run.send_signal(number)
     out, err = run.communicate()
-    assert run.returncode == 130 and "Traceback" not in err
+    stopped(home, (run.returncode, out, err))
+    goes_on()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(cli, home, monkeypatch, goes_on, number):
+    with monkeypatch.context() as patch:
+        at_moment(patch, "before the optimizer's step", 4, lambda: signal.raise_signal(number))
+        result = cli("--method", PAR, "--out", "a", *SIX, *TINY)
+    stopped(home, result)
+    assert rows_of("a")[-1]["step"] == 4, "the step in hand is finished"
+    goes_on()
+
+
+def stopped(home, result):
+    code, out, err = result
+    assert code == 130 and "Traceback" not in err
     assert "python train.py --resume a" in out + err
     assert (home / "a" / "entropy.png").exists()
     state = torch.load(home / "a" / "checkpoint" / "state.pt", weights_only=True)
     assert state["step"] == rows_of("a")[-1]["step"] < 6, "not one step is lost"
-    goes_on()
 
 
 def full_disk():
@@ -854,6 +890,7 @@ def finished(warm_cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "a"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ENTROPY_FLOW_CACHE", str(warm_cache))
+        patch.setattr(train, "draw", lambda runs, path: path.write_bytes(PNG))
         assert train.main(["--method", "prorl", "--steps", "2", "--out", str(folder), *TINY]) == 0
     return folder
 
