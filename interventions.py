@@ -120,12 +120,11 @@ def flow(tk: Tokens, force: Tensor, form: str) -> Tensor:
 
 
 class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
-    """Half of each group samples uniformly among the likely tokens, the rest as usual. [second-hand]
+    """Half of each group samples uniformly among the likely tokens, the rest as usual. [second-hand]. p is at
+    temperature 1, whatever the rollout's. The loss is GRPO's, though a token's true ratio is p_y |S|: the
+    paper accepts the bias, `correct` weighs it away and so refuses Tokens.mismatch.
 
         S = {v in TopK(p) : p_v > delta};  y ~ uniform(S);  the first `warm` tokens as usual            (3.26)
-
-    The loss is GRPO's on the merged group. p is at temperature 1, whatever the rollout's. A token's true
-    ratio is p_y |S|: the paper accepts the bias, `correct` weighs it away and so refuses Tokens.mismatch.
     """
 
     k: Count = 5
@@ -228,7 +227,7 @@ class DAPO(Method, key="dapo", place="selection", paper="2503.14476", needs=("lo
 
 
 class Entrocraft(Method, key="entrocraft", place="selection", paper="2604.26326", needs=ENTROPY):
-    """Outside an entropy band, keep only the responses that push entropy back into it. [paper] Alg. 1, [code]
+    """Outside an entropy band, keep only the responses that push entropy back into it. [paper] Alg. 1; [code]
 
         s = I[H > hi] - I[H < lo];   keep response i iff s A_i >= 0;   mean over what is kept           (3.17)
         lo goes from `start` to `end` along the run, hi = lo + width
@@ -355,12 +354,11 @@ def group_quantile(reward: Tensor, group: Tensor, K: float, interpolation: str =
 
 
 class QAE(Method, key="qae", place="weight", paper="2509.22611", needs=("logp", "reward", "group")):
-    """Quantile baseline: on hard prompts only successes teach, on easy ones only failures. [paper] §3-5.
+    """Quantile baseline: on hard prompts only successes teach, on easy ones only failures. [paper] §3-5; K =
+    .4 with clip-higher, .6 when entropy collapses. Its README interpolates. A does not sum to 0.
 
         A = (R - Q_K)/(std + 1e-6),   Q_K = inf{x : F(x) >= K} within the group                         (3.23)
-
-    Binary rewards: the baseline is 0 for success rates <= 1 - K, otherwise 1. A does not sum to 0. Paper: K =
-    .4 with clip-higher, .6 when entropy collapses. Its README interpolates the quantile.
+        binary rewards: the baseline Q_K is 0 for success rates <= 1 - K, otherwise 1
     """
 
     K: Share = 0.4
@@ -375,15 +373,14 @@ class QAE(Method, key="qae", place="weight", paper="2509.22611", needs=("logp", 
 
 
 class PAR(Method, key="par", place="weight", paper="2511.05993", needs=ENTROPY):
-    """Multiply positive advantages by a lambda in [0, 1] that follows the entropy. [second-hand] eq. 3-5.
+    """Multiply positive advantages by a lambda in [0, 1] that follows the entropy. [second-hand] eq. 3-5. The
+    paper recommends `entropy` with these defaults. λ = 1 is GRPO, λ = 0 learns from failures only.
 
         w = λ where A > 0, 1 elsewhere                                                                  (3.10)
         entropy   λ <- clip(λ - delta, 0, 1) if H < target else clip(λ + delta, 0, 1), from lam
         stage     λ = 0 in the first half of the run, then linearly 0 -> 1
         epoch     λ = (e - 1)/(E - 1) in epoch e = 1..E;  1 if E = 1
         constant  λ = lam
-
-    λ = 1 is GRPO, λ = 0 learns from failures only. The paper recommends `entropy` with these defaults.
     """
 
     schedule: Literal["entropy", "stage", "epoch", "constant"] = "entropy"
@@ -466,12 +463,11 @@ class ClipCov(RandPosClip, key="clip_cov", paper="2505.22617"):
 
 
 class HighEntropyTokens(Method, key="high_entropy_tokens", place="weight", paper="2506.01939", needs=ENTROPY):
-    """Train only on the 20 % of tokens with the highest entropy. [paper] eq. 6; [code].
+    """Train only on the 20 % of tokens with the highest entropy. [paper] eq. 6; [code], which selects per
+    micro-batch. TRL and ms-swift keep H >= a quantile and divide by N: a smaller loss. Penalties see every
+    token. Ties are common: a prompt's responses begin in one state.
 
         S = the k = max(1, ⌈rho · N⌉) tokens of largest H, ties drawn at random;  L = Σ_S l / |S|      (3.9)
-
-    Penalties see every token. Ties are common: a prompt's responses begin in one state. Released code selects
-    per micro-batch. TRL and ms-swift keep H >= a quantile and divide by N: a smaller loss.
     """
 
     rho: Annotated[float, (1e-9, 1)] = 0.2
@@ -587,10 +583,9 @@ class OPEFO(Method, key="opefo", place="weight", paper="2605.11491", needs=FLOW)
         if self.lam is not None:
             return self.lam
         rising, falling = f.clamp(min=0).sum(dtype=torch.float64), -f.clamp(max=0).sum(dtype=torch.float64)
-        if self.target_entropy is None or self.gain == 0:
-            return set_point_lambda(rising, falling)
-        past = self.target_entropy * self.integral * self.error_sum / self.gain  # + integral · Σ in λ
-        return set_point_lambda(rising, falling, entropy - past, self.target_entropy, self.gain)
+        gain = 0.0 if self.target_entropy is None else self.gain
+        past = self.target_entropy * self.integral * self.error_sum / gain if self.integral else 0.0
+        return set_point_lambda(rising, falling, entropy - past, self.target_entropy, gain)
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
         name = {"exact": "exact", "paper": "opefo", "theorem": "steer_theorem"}[self.form]
@@ -677,14 +672,12 @@ class CWGRPO(
 
 class STARE(Method, key="stare", place="weight", paper="2606.19236", needs=ENTROPY):
     """Below an entropy target, amplify the most surprising tokens with positive advantage. [code]
-    hp-luo/STARE.
+    hp-luo/STARE, which selects per micro-batch.
 
         gate = I[e < target]                                                                            (3.18)
         L+ = the ⌈fraction · |T+|⌉ tokens of largest surprisal -log p among T+ = {A > 0};  L- same for A < 0
         w = W on L+,  M on L- (variant C2 only),  1 elsewhere;  all 1 if the gate is closed
         adaptive: W <- clip(W + rate s, 1, 1.5),  M <- clip(M - rate s, .5, 1),  s = sgn(target - e), after
-
-    Released code selects per micro-batch.
     """
 
     fraction: Share = 0.1
@@ -724,14 +717,12 @@ class STARE(Method, key="stare", place="weight", paper="2606.19236", needs=ENTRO
 
 class EntroPIC(Method, key="entropic", place="weight", paper="2511.15248", needs=ENTROPY):
     """PI controller: weigh successes and failures among confident tokens to hold an entropy. [code]
-    yk7333/EntroPIC `core_algos.py`, `dp_actor.py`.
+    yk7333/EntroPIC `core_algos.py`, `dp_actor.py`; it has alpha and S per micro-batch and divides by
+    N_confident: where few tokens are confident this turns their sign. With the denominator `all` A > 0 weighs
+    1 + alpha and A < 0 1 - alpha: too little entropy damps confident successes, amplifies confident failures.
 
         e = H - target;   alpha = clip(kp e + ki S, -1, 1),  S the sum of all earlier e                 (3.19)
-        L = agg(clipped surrogate) + alpha · mean over {p > threshold} of (-r |A|)
-
-    Too little entropy, alpha < 0, damps confident successes and amplifies confident failures, unclipped. With
-    the denominator `all` A > 0 weighs 1 + alpha and A < 0 1 - alpha. Released code has alpha and S per
-    micro-batch and divides by N_confident: where few tokens are confident this turns their sign.
+        L = agg(clipped surrogate) + alpha · mean over {p > threshold} of (-r |A|), unclipped
     """
 
     kp: Positive = 1.0
@@ -806,18 +797,17 @@ class ClipHigher(Method, key="clip_higher", place="ratio", paper="2503.14476", o
 
 
 class CISPO(Method, key="cispo", place="ratio", paper="2506.13585", on_policy=False, without=("dual_clip",)):
-    """Clipped importance weight times log-prob: no token loses its gradient. [paper] eq. 4-5.
+    """Clipped importance weight times log-prob: no token loses its gradient. [paper] eq. 4-5, without a lower
+    bound and without the value of eps_high; TRL's example caps r at 5, our default (TRL's epsilon_high *is*
+    the cap, verl's is cap - 1). Inside the range the gradient is PPO's.
 
         l = -sg(clip(r, 1 - eps_low, 1 + eps_high)) A log π                                             (3.20)
-
-    The paper has no lower bound and does not give eps_high; TRL's example caps r at 5, our default (TRL's
-    epsilon_high *is* the cap, verl's is cap - 1). Inside the range the gradient is PPO's.
     """
 
     eps_low: Positive = 1.0
     """r is clipped from below at 1 - eps_low; 1: not at all"""
     eps_high: Positive = 4.0
-    """r is clipped from above at 1 + eps_high (the paper's value is not public)"""
+    """r is clipped from above at 1 + eps_high"""
 
     def factor(self, tk: Tokens, adv: Tensor, marks: dict[str, Tensor] | None = None) -> Tensor:
         return log_ratio(tk.logp, tk.old_logp).exp().detach().clamp(1 - self.eps_low, 1 + self.eps_high)
@@ -827,13 +817,11 @@ class CISPO(Method, key="cispo", place="ratio", paper="2506.13585", on_policy=Fa
 
 
 class GSPO(Method, key="gspo", place="ratio", paper="2507.18071", on_policy=False, without=("dual_clip",)):
-    """Clip the response's mean ratio instead of each token's. [paper]; [code] verl core `gspo`.
+    """Clip the response's mean ratio instead of each token's. [paper]; [code] verl core `gspo`. On-policy
+    only the aggregation differs from GRPO. s_i is of the whole response, whatever another method keeps of it.
 
         s_i = exp(mean_t log r_it),   l_i = max(-s_i A, -clip(s_i, 1 - eps_low, 1 + eps_high) A)        (3.22)
-
-    Per token, log s_it = log π - sg(log π) + sg(log s_i), at most 10, has the same gradient: all tokens of a
-    response are clipped together. s_i is of the whole response, also where another method keeps only some
-    tokens. On-policy only the aggregation differs from GRPO.
+        per token, with the same gradient: log s_it = log π - sg(log π) + sg(log s_i), at most 10
     """
 
     eps_low: Positive = 3e-4
@@ -857,13 +845,12 @@ class GSPO(Method, key="gspo", place="ratio", paper="2507.18071", on_policy=Fals
 
 
 class CEGPPO(FromFactor, key="ce_gppo", place="ratio", paper="2509.20712", on_policy=False):
-    """Tokens that PPO clips keep a bounded share of their gradient. [code] Kwai-Klear/CE-GPPO.
+    """Tokens that PPO clips keep a bounded share of their gradient. [code] Kwai-Klear/CE-GPPO. (b1, b2): 7B
+    (.75, 1), 1.5B (.5, 1), config (.25, 1); both 0: PPO's gradient; b2 = 1: continuous at 1 + eps_high.
 
         A < 0, r < 1 - eps_low:   l = -b1 (1 - eps_low) (r/sg r) A      rare failures: lowers H         (3.27)
         A > 0, r > 1 + eps_high:  l = -b2 (1 + eps_high) (r/sg r) A     rare successes: raises H
         else:                     l = -r A;    then dual clip
-
-    b1 = b2 = 0 is PPO; b2 = 1 is continuous at 1 + eps_high. 7B: (.75, 1), 1.5B: (.5, 1), config: (.25, 1).
     """
 
     b1: Positive = 0.75
