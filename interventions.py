@@ -182,13 +182,12 @@ class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
 
 class DAPO(Method, key="dapo", place="selection", paper="2503.14476", needs=("logp", "reward", "group")):
     """Drop prompts without a contrast, raise the upper clip, punish over-long responses. [paper] §3; [code].
+    Accuracy decides: a length penalty rescues no group. No usable group: loss 0. verl's shaping has no floor
+    at -1 and no `overlong_filter`. At shorter limits than the paper's set both lengths.
 
         keep a prompt iff 0 < #correct < G                    dynamic sampling; the loop refills groups  (3.6)
         R <- R + clip((overlong_max - overlong_cache - len)/overlong_cache, -1, 0)           overlong shaping
         r in [1 - eps_low, 1 + eps_high], eps_high = .28                                     clip-higher
-
-    Groups are filtered by accuracy: a length penalty rescues none. verl's shaping has no floor at -1 and no
-    `overlong_filter`. At shorter limits than the paper's set both lengths. No usable group: loss 0.
     """
 
     eps_high: Positive = 0.28
@@ -227,13 +226,12 @@ class DAPO(Method, key="dapo", place="selection", paper="2503.14476", needs=("lo
 
 
 class Entrocraft(Method, key="entrocraft", place="selection", paper="2604.26326", needs=ENTROPY):
-    """Outside an entropy band, keep only the responses that push entropy back into it. [paper] Alg. 1; [code]
+    """Outside an entropy band, keep only the responses that push entropy back into it. [paper] Alg. 1: (.6,
+    .7) -> (.1, .2), linear; [code]. In the band, edges included, GRPO.
 
         s = I[H > hi] - I[H < lo];   keep response i iff s A_i >= 0;   mean over what is kept           (3.17)
         lo goes from `start` to `end` along the run, hi = lo + width
-
-    H low: only A <= 0 teaches, which raises it. In the band, edges included, GRPO. `released`: all rows stay;
-    H > hi: A = max(R, 0) (RAFT++), H < lo: A = min(R, 0) (NSR), R = ±1. Paper: (.6, .7) -> (.1, .2), linear.
+        released: keep all;  A = max(R, 0) (RAFT++) for H > hi,  min(R, 0) (NSR) for H < lo,  R = ±1
     """
 
     start: float = 0.6
@@ -439,15 +437,13 @@ class RandPosClip(Method, key="rand_pos_clip", place="weight", paper="2511.05993
 
 
 class ClipCov(RandPosClip, key="clip_cov", paper="2505.22617"):
-    """Drop a random few of the tokens whose covariance of advantage and log-prob is high. [paper]; [code].
+    """Drop a random few of the tokens whose covariance of advantage and log-prob is high. [paper] eq. 10-12,
+    one token of 5,000; [code] verl: means and draws per micro-batch and rank, a floor of one token *each*;
+    its scripts set eps_low = eps_high = 1. High c: confident positives, rare negatives; both lower H.
 
-        c = (A - mean A)(log p - mean log p)                                                             (3.7)
+        c = (A - mean A)(log p - mean log p);  all A equal: nothing happens                              (3.7)
         E = {lb < c < ub, not already removed by the PPO clip};  n = max(⌊ratio · N⌋, 1)
         w = 0 on min(n, |E|) tokens of E drawn uniformly, 1 elsewhere
-
-    High c means confident positives and rare negatives: both lower H. Released code (verl) takes means and
-    draws per micro-batch and rank, with a floor of one token *each*; its scripts set eps_low = eps_high = 1.
-    Paper: eq. 10-12, ratio 2e-4, one token of 5,000. All A equal: nothing happens.
     """
 
     lb: float = 1.0
@@ -496,15 +492,14 @@ class EntropyAdvantage(Method, key="entropy_advantage", place="weight", paper="2
 
 
 class STEER(Method, key="steer", place="weight", paper="2510.10150", needs=ENTROPY):
-    """The more a token would move entropy, the smaller its weight. [second-hand] eq. 6-9; [code] STEER.
+    """The more a token would move entropy, the smaller its weight. [second-hand] eq. 6-9; [code] STEER:
+    max(max M, .02) over micro-batches of 8 responses, H of the old policy. One outlier as the maximum leaves
+    most weights within 1 % of 1: watch weight_std.
 
-        Ω = -I_clip r A p (1 - p)(log p + H)                                                    theorem (3.13)
+        Ω = -I_clip r A p (1 - p)(log p + H)                          theorem (3.13);    exact: Ω = A T
         M = |(A/π_old) p (1 - p)(log p + H)|  = |Ω| / p on-policy, without I_clip               released
         exp      w = exp(-a |Ω| / max |Ω|),  a = -ln(lambda_min)
         linear   w = w_max - (M - min M)/(max M - min M) (w_max - lambda_min);  all equal: the midpoint
-
-    Released code has max(max M, .02), micro-batches of 8 responses and H of the old policy. `exact`: Ω = A T.
-    One outlier as the maximum leaves most weights within 1 % of 1: watch weight_std.
     """
 
     form: Literal["theorem", "released", "exact"] = "theorem"
@@ -548,15 +543,14 @@ class OPEFO(Method, key="opefo", place="weight", paper="2605.11491", needs=FLOW)
         w = 1 + λ where f > 0,  1 - λ where f < 0,  1 where f = 0      =>     Σ w f = 0 without a target
 
     The paper's f keeps only the diagonal of the softmax Jacobian and one factor p too few: rare tokens
-    dominate, and on the embedded task entropy rises until the reward is gone. Balance alone drifts: it does
-    not know where entropy should be; a target does, entropy_math (6.2). P + Q = 0: λ = 0. One empty side:
-    λ = ±1, which switches the other off. `sides`, `lam` and `shuffled_sign` are controls.
+    dominate, and on the embedded task entropy rises until the reward is gone. Balance alone drifts; a target
+    holds, entropy_math (6.2). One empty side gives λ = ±1, which switches the other off.
     """
 
     form: Literal["exact", "paper", "theorem"] = "exact"
     """a token's entropy change: exact, paper (over-corrects), theorem"""
     sides: Literal["both", "plus", "minus"] = "both"
-    """which tokens get a weight: both, plus (entropy-raising only), minus (entropy-lowering only)"""
+    """control, which tokens get a weight: both, plus (entropy-raising only), minus (entropy-lowering only)"""
     target_entropy: Above | None = None
     """set point of the token-mean entropy, nats; none: pure balance, the paper's rule"""
     gain: Positive = 2.0
@@ -564,7 +558,7 @@ class OPEFO(Method, key="opefo", place="weight", paper="2605.11491", needs=FLOW)
     integral: Positive = 0.0
     """weight of the sum of past relative errors, which removes the offset; needs target_entropy and gain"""
     lam: Annotated[float, (-1, 1)] | None = None
-    """a static lambda instead of the computed one; 0 is plain GRPO; none: computed"""
+    """control: a static lambda instead of the computed one; 0 is plain GRPO; none: computed"""
     shuffled_sign: bool = False
     """control: the same weights, dealt to random tokens"""
 
