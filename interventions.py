@@ -1,21 +1,18 @@
 """Chapter 3. Every published way to hold entropy up, each a small class that overrides one hook.
 
-Claim. The published interventions look unlike each other, but each multiplies the force of some tokens by a
-number, drops some responses, or adds one term to the loss. Written on the five hooks of `grpo.Method`, a diff
-between two methods is the lesson.
+Claim. Each of them multiplies the force of some tokens by a number, drops some responses, or adds one term to
+the loss. Written on the five hooks of `grpo.Method`, a diff between two methods is the lesson.
 
-An entry says what the method does, where its formula was read, the formula (3.n) as the code computes it,
-what differs between paper and code, and what holds at the edges. The tests carry the number n. Sources:
+An entry gives the formula (3.n) as the code computes it, where it was read, what differs between paper and
+code, and the edges. The tests carry the number n. Read in the [paper], in the authors' [code], [second-hand]
+in agreeing notes, or a [reconstruction]: ours, with the published properties.
 
-    [paper]            read in the paper               [code]            read in the authors' code
-    [second-hand]      read in agreeing notes          [reconstruction]  ours, with the published properties
+N is the number of response tokens of the update batch, and the denominator unless an entry says otherwise.
+Every statistic obeys grpo's scope rule and is of the policy before the step, detached. `f` is a token's
+predicted entropy change (entropy_math) under the advantage that really acts on it, I_clip r A.
 
-N is the number of response tokens of the update batch. Every statistic obeys grpo's scope rule and is of the
-current policy before the step, detached; the denominator stays N unless an entry says otherwise. `f` is a
-token's predicted entropy change (entropy_math) with the advantage that really acts on it, I_clip r A.
-
-Left out: what the authors' trainers do around a method (critics, several turns, curricula of problems), and
-methods that change the model or the decoding of finished policies.
+Left out: what trainers do around a method (critics, several turns, curricula), and methods that change the
+model or decoding.
 
     python interventions.py       what every method does to one batch: a table, and runs/interventions.png
 """
@@ -54,8 +51,8 @@ FLOW = (*ENTROPY, "p2", "p2logp")  # what the exact entropy change needs
 
 
 def top(score: Tensor, mask: Tensor, k: int, keys: Tensor | None = None) -> Tensor:
-    """(B, T) bool: the k positions of mask with the largest score, all of mask where k is larger. Ties go to
-    the larger key (`token_keys`), without keys to the lower index."""
+    """(B, T) bool: the k positions of mask (or all) with the largest score. Ties go to the larger key
+    (`token_keys`), without keys to the lower index."""
     where = mask.flatten().nonzero()[:, 0]
     if keys is not None:  # both sorts are stable
         where = where[keys.flatten()[where].argsort(descending=True, stable=True)]
@@ -66,9 +63,8 @@ def top(score: Tensor, mask: Tensor, k: int, keys: Tensor | None = None) -> Tens
 
 
 def token_keys(tk: Tokens, progress: Progress, stream: int = 0) -> Tensor:
-    """(B, T) float64 in [0, 1): one random number per token, 0 where masked. Dealt to the rows in the order
-    of their ids, so that a key depends on neither the order of the batch nor the padding (rows with the same
-    ids exchange their keys with their order)."""
+    """(B, T) float64 in [0, 1): one random number per token, 0 where masked. Dealt in the order of the rows'
+    ids: neither the batch's order nor padding changes a key (rows with the same ids exchange theirs)."""
     rank = torch.unique(torch.where(tk.mask, tk.ids, -1), dim=0, return_inverse=True)[1]  # (B,)
     order = rank.argsort(stable=True)
     mask = tk.mask[order]
@@ -124,13 +120,11 @@ def flow(tk: Tokens, force: Tensor, form: str) -> Tensor:
 
 
 class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
-    """Half of each group samples uniformly among the likely tokens, the rest as usual. [second-hand]
+    """Half of each group samples uniformly among the likely tokens, the rest as usual. [second-hand]. p is at
+    temperature 1, whatever the rollout's. The loss is GRPO's, though a token's true ratio is p_y |S|: the
+    paper accepts the bias, `correct` weighs it away and so refuses Tokens.mismatch.
 
         S = {v in TopK(p) : p_v > delta};  y ~ uniform(S);  the first `warm` tokens as usual            (3.26)
-
-    Sampling only: the loss is GRPO's on the merged group. p is at temperature 1, whatever the rollout's.
-    The true ratio of such a token is p_y |S|; the paper accepts that bias, `correct` weighs it away up to 2,
-    from rollout_logp, and so refuses a second such weight, Tokens.mismatch.
     """
 
     k: Count = 5
@@ -162,10 +156,10 @@ class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
             return p
         plain = (logits * self.progress.temperature).softmax(-1)  # at temperature 1
         value, index = plain.topk(min(self.k, p.shape[-1]))  # (B, K)
-        inside, few = value > self.delta, 1 if self.empty == "argmax" else self.k
-        fallback = torch.arange(index.shape[1], device=p.device) < few
-        inside = torch.where(inside.any(-1, keepdim=True), inside, fallback).to(p.dtype)
-        cuts = torch.zeros_like(p).scatter(-1, index, inside / inside.sum(-1, keepdim=True))  # (3.26)
+        inside = value > self.delta
+        inside[:, : 1 if self.empty == "argmax" else self.k] |= ~inside.any(-1, keepdim=True)
+        uniform = inside.to(p.dtype) / inside.sum(-1, keepdim=True)
+        cuts = torch.zeros_like(p).scatter(-1, index, uniform)  # (3.26)
         return torch.where(self.exploring(rows)[:, None], cuts, p)
 
     def sample(
@@ -188,13 +182,12 @@ class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
 
 class DAPO(Method, key="dapo", place="selection", paper="2503.14476", needs=("logp", "reward", "group")):
     """Drop prompts without a contrast, raise the upper clip, punish over-long responses. [paper] §3; [code].
+    Accuracy decides: a length penalty rescues no group. No usable group: loss 0. verl's shaping has no floor
+    at -1 and no `overlong_filter`. At shorter limits than the paper's set both lengths.
 
         keep a prompt iff 0 < #correct < G                    dynamic sampling; the loop refills groups  (3.6)
         R <- R + clip((overlong_max - overlong_cache - len)/overlong_cache, -1, 0)           overlong shaping
         r in [1 - eps_low, 1 + eps_high], eps_high = .28                                     clip-higher
-
-    Groups are filtered by accuracy, so a length penalty does not rescue one. verl's shaping has no floor at
-    -1 and no `overlong_filter`. At length limits below the paper's set both lengths. No usable group: loss 0.
     """
 
     eps_high: Positive = 0.28
@@ -233,15 +226,12 @@ class DAPO(Method, key="dapo", place="selection", paper="2503.14476", needs=("lo
 
 
 class Entrocraft(Method, key="entrocraft", place="selection", paper="2604.26326", needs=ENTROPY):
-    """Outside an entropy band, keep only the responses that push entropy back into it. [paper] Alg. 1;
-    [code].
+    """Outside an entropy band, keep only the responses that push entropy back into it. [paper] Alg. 1: (.6,
+    .7) -> (.1, .2), linear; [code]. In the band, edges included, GRPO.
 
         s = I[H > hi] - I[H < lo];   keep response i iff s A_i >= 0;   mean over what is kept           (3.17)
         lo goes from `start` to `end` along the run, hi = lo + width
-
-    H low: only A <= 0 teaches, which raises it; H high: only A >= 0. In the band, edges included, GRPO.
-    `released`: the code does not filter but swaps the estimator, H > hi: A = max(R, 0) (RAFT++), H < lo: A =
-    min(R, 0) (NSR), R = ±1, and all rows stay in the denominator. Paper: (.6, .7) -> (.1, .2), linear.
+        released: keep all;  A = max(R, 0) (RAFT++) for H > hi,  min(R, 0) (NSR) for H < lo,  R = ±1
     """
 
     start: float = 0.6
@@ -294,12 +284,10 @@ class Entrocraft(Method, key="entrocraft", place="selection", paper="2604.26326"
 
 
 class WReinforce(Method, key="w_reinforce", place="weight", paper="2506.01347", needs=("logp", "reward")):
-    """Advantage +lam for right and -1 for wrong responses, no baseline. [paper]; [code]
-    TianHongZXY/RLVR-Decomposed.
+    """Advantage +lam for right and -1 for wrong responses, no baseline. [paper]; [code] RLVR-Decomposed by
+    TianHongZXY. PAR with a fixed lambda, but no baseline or division; lam = 1 is REINFORCE on rewards ±1.
 
-        A = lam if the response is correct, -1 if not; no baseline, no division                         (3.11)
-
-    PAR with a fixed lambda and without a baseline; lam = 1 is REINFORCE on rewards ±1.
+        A = lam if the response is correct, -1 if not                                                   (3.11)
     """
 
     lam: Positive = 0.1
@@ -310,10 +298,8 @@ class WReinforce(Method, key="w_reinforce", place="weight", paper="2506.01347", 
 
 
 class PSR(Method, key="psr", place="selection", paper="2506.01347", needs=("logp", "reward")):
-    """Learn from right responses only: sharpens most per step. [paper]; [code].
-
-    A = 1 on correct responses; the others leave the batch and its mean (3.11). The paper's negative control.
-    """
+    """Learn from right responses only: sharpens most per step. [paper]; [code]. A = 1 on correct responses;
+    the others leave the batch and its mean (3.11). The paper's negative control."""
 
     sign = 1
 
@@ -325,20 +311,16 @@ class PSR(Method, key="psr", place="selection", paper="2506.01347", needs=("logp
 
 
 class NSR(PSR, key="nsr", sign=-1):
-    """Learn from wrong responses only: keeps entropy, learns slowly. [paper]; [code].
-
-    A = -1 on incorrect responses; the others leave (3.11). Parallel to w_reinforce with lam = 0, but larger.
-    """
+    """Learn from wrong responses only: keeps entropy, learns slowly. [paper]; [code]. A = -1 on incorrect
+    responses; the others leave (3.11). Parallel to w_reinforce with lam = 0, but larger."""
 
 
 class DrGRPO(Method, key="dr_grpo", place="weight", paper="2503.20783"):
     """No division by the group's standard deviation, none by the response's length. [paper]; [code]
-    understand-r1-zero `train_zero_math.py`.
+    understand-r1-zero `train_zero_math.py`. The first favours very easy and very hard prompts, the second
+    long wrong answers. verl without `loss_scale_factor` divides by the padded length.
 
         A = R - mean of the group,    L = Σ l / (B · norm)                                              (3.21)
-
-    Dividing by the group's deviation favours very easy and very hard prompts, by a response's length long
-    wrong answers. verl without `loss_scale_factor` divides by the padded length.
     """
 
     aggregation: Aggregation = "seq_sum_norm"
@@ -370,12 +352,11 @@ def group_quantile(reward: Tensor, group: Tensor, K: float, interpolation: str =
 
 
 class QAE(Method, key="qae", place="weight", paper="2509.22611", needs=("logp", "reward", "group")):
-    """Quantile baseline: on hard prompts only successes teach, on easy ones only failures. [paper] §3-5.
+    """Quantile baseline: on hard prompts only successes teach, on easy ones only failures. [paper] §3-5; K =
+    .4 with clip-higher, .6 when entropy collapses. Its README interpolates. A does not sum to 0.
 
         A = (R - Q_K)/(std + 1e-6),   Q_K = inf{x : F(x) >= K} within the group                         (3.23)
-
-    Binary rewards: success rate <= 1 - K gives baseline 0, otherwise 1. Paper: K = .4 with clip-higher, .6
-    when entropy collapses. Its README interpolates the quantile. A does not sum to 0. Equal rewards: A = 0.
+        binary rewards: the baseline Q_K is 0 for success rates <= 1 - K, otherwise 1
     """
 
     K: Share = 0.4
@@ -390,15 +371,14 @@ class QAE(Method, key="qae", place="weight", paper="2509.22611", needs=("logp", 
 
 
 class PAR(Method, key="par", place="weight", paper="2511.05993", needs=ENTROPY):
-    """Multiply positive advantages by a lambda in [0, 1] that follows the entropy. [second-hand] eq. 3-5.
+    """Multiply positive advantages by a lambda in [0, 1] that follows the entropy. [second-hand] eq. 3-5. The
+    paper recommends `entropy` with these defaults. λ = 1 is GRPO, λ = 0 learns from failures only.
 
         w = λ where A > 0, 1 elsewhere                                                                  (3.10)
         entropy   λ <- clip(λ - delta, 0, 1) if H < target else clip(λ + delta, 0, 1), from lam
         stage     λ = 0 in the first half of the run, then linearly 0 -> 1
         epoch     λ = (e - 1)/(E - 1) in epoch e = 1..E;  1 if E = 1
         constant  λ = lam
-
-    λ = 1 is GRPO, λ = 0 learns from failures only. The paper recommends `entropy`, with the values below.
     """
 
     schedule: Literal["entropy", "stage", "epoch", "constant"] = "entropy"
@@ -436,10 +416,9 @@ class PAR(Method, key="par", place="weight", paper="2511.05993", needs=ENTROPY):
 
 class RandPosClip(Method, key="rand_pos_clip", place="weight", paper="2511.05993"):
     """Drop a random few of the tokens with positive advantage: the control for Clip-Cov. [second-hand] §7.3.
+    It performs like Clip-Cov, so the covariance may not be the point. Its fraction is unknown: Clip-Cov's.
 
         w = 0 on n = max(⌊ratio · N⌋, 1) tokens with A > 0 drawn uniformly, 1 elsewhere                 (3.10)
-
-    It performs like Clip-Cov, so the covariance may not be the point. Its fraction is unknown: Clip-Cov's.
     """
 
     ratio: Share = 2e-4
@@ -458,16 +437,13 @@ class RandPosClip(Method, key="rand_pos_clip", place="weight", paper="2511.05993
 
 
 class ClipCov(RandPosClip, key="clip_cov", paper="2505.22617"):
-    """Drop a random few of the tokens whose covariance of advantage and log-prob is high. [paper]; [code].
+    """Drop a random few of the tokens whose covariance of advantage and log-prob is high. [paper] eq. 10-12,
+    one token of 5,000; [code] verl: means and draws per micro-batch and rank, a floor of one token *each*;
+    its scripts set eps_low = eps_high = 1. High c: confident positives, rare negatives; both lower H.
 
-        c = (A - mean A)(log p - mean log p)                                                             (3.7)
+        c = (A - mean A)(log p - mean log p);  all A equal: nothing happens                              (3.7)
         E = {lb < c < ub, not already removed by the PPO clip};  n = max(⌊ratio · N⌋, 1)
         w = 0 on min(n, |E|) tokens of E drawn uniformly, 1 elsewhere
-
-    High c means confident positives and rare negatives: both lower H, so dropping some slows the collapse.
-    Released code (verl) takes means and draws per micro-batch and rank, with a floor of one token *each*; its
-    scripts set eps_low = eps_high = 1. Paper: eq. 10-12, ratio 2e-4, one token of 5,000. All A equal: nothing
-    happens.
     """
 
     lb: float = 1.0
@@ -483,12 +459,11 @@ class ClipCov(RandPosClip, key="clip_cov", paper="2505.22617"):
 
 
 class HighEntropyTokens(Method, key="high_entropy_tokens", place="weight", paper="2506.01939", needs=ENTROPY):
-    """Train only on the 20 % of tokens with the highest entropy. [paper] eq. 6; [code].
+    """Train only on the 20 % of tokens with the highest entropy. [paper] eq. 6; [code], which selects per
+    micro-batch. TRL and ms-swift keep H >= a quantile and divide by N: a smaller loss. Penalties see every
+    token. Ties are common: a prompt's responses begin in one state.
 
         S = the k = max(1, ⌈rho · N⌉) tokens of largest H, ties drawn at random;  L = Σ_S l / |S|      (3.9)
-
-    Penalties still see every token. Ties are common: all responses to a prompt begin in one state. Released
-    code selects per micro-batch. TRL and ms-swift keep H >= a quantile and divide by N: a smaller loss.
     """
 
     rho: Annotated[float, (1e-9, 1)] = 0.2
@@ -500,12 +475,10 @@ class HighEntropyTokens(Method, key="high_entropy_tokens", place="weight", paper
 
 
 class EntropyAdvantage(Method, key="entropy_advantage", place="weight", paper="2506.14758", needs=ENTROPY):
-    """Add a bonus for the token's entropy to its advantage, capped at half of it. [paper] §3-4.
+    """Add a bonus for the token's entropy to its advantage, capped at half of it. [paper] §3-4. It rewards
+    reasoning at forks, not entropy, which ends below the baseline's. kappa >= 1 keeps the sign of A.
 
         A' = A + min(alpha · H, |A| / kappa),   as a weight  w = A'/A                                   (3.12)
-
-    Amplifies A > 0, weakens A < 0; kappa >= 1 keeps the sign. It rewards reasoning at forks and does not aim
-    at more entropy (the reported end entropy is below the baseline's).
     """
 
     alpha: Positive = 0.4
@@ -519,16 +492,14 @@ class EntropyAdvantage(Method, key="entropy_advantage", place="weight", paper="2
 
 
 class STEER(Method, key="steer", place="weight", paper="2510.10150", needs=ENTROPY):
-    """The more a token would move entropy, the smaller its weight. [second-hand] eq. 6-9; [code] STEER.
+    """The more a token would move entropy, the smaller its weight. [second-hand] eq. 6-9; [code] STEER:
+    max(max M, .02) over micro-batches of 8 responses, H of the old policy. One outlier as the maximum leaves
+    most weights within 1 % of 1: watch weight_std.
 
-        Ω = -I_clip r A p (1 - p)(log p + H)                                                    theorem (3.13)
+        Ω = -I_clip r A p (1 - p)(log p + H)                          theorem (3.13);    exact: Ω = A T
         M = |(A/π_old) p (1 - p)(log p + H)|  = |Ω| / p on-policy, without I_clip               released
         exp      w = exp(-a |Ω| / max |Ω|),  a = -ln(lambda_min)
         linear   w = w_max - (M - min M)/(max M - min M) (w_max - lambda_min);  all equal: the midpoint
-
-    Released code divides by max(max M, .02), takes min and max over micro-batches of 8 responses and H from
-    the old policy. `exact` puts the true first-order change A T in the place of Ω. With one outlier as the
-    maximum, most weights lie within 1 % of 1: watch weight_std. Where max |Ω| = 0, w = 1.
     """
 
     form: Literal["theorem", "released", "exact"] = "theorem"
@@ -562,7 +533,7 @@ class STEER(Method, key="steer", place="weight", paper="2510.10150", needs=ENTRO
 
 class OPEFO(Method, key="opefo", place="weight", paper="2605.11491", needs=FLOW):
     """Weight entropy-raising and entropy-lowering tokens so that their flows cancel, or hold a target.
-    [second-hand] eq. 6-9.
+    [second-hand] eq. 6-9, read per token (inferred; no code is released).
 
         f = A T,  T = C - p (log p + H)              exact: the true first-order change, our default    (3.14)
         f = -A (1 - p)² (log p + H)                  paper: the integrand of its Eq. 6 at the sampled token
@@ -572,17 +543,14 @@ class OPEFO(Method, key="opefo", place="weight", paper="2605.11491", needs=FLOW)
         w = 1 + λ where f > 0,  1 - λ where f < 0,  1 where f = 0      =>     Σ w f = 0 without a target
 
     The paper's f keeps only the diagonal of the softmax Jacobian and one factor p too few: rare tokens
-    dominate it, and on the embedded task it drives entropy up until the reward is gone; hence `exact` is the
-    default. Balance alone has no memory of where entropy should be and drifts; a target gives it one,
-    entropy_math (6.2). No code is released; the per-token reading of Eq. 6 is inferred. `sides`, `lam` and
-    `shuffled_sign` are controls. P + Q = 0 gives λ = 0; one empty side gives λ = ±1, which switches the other
-    off. While λ is clamped, Σ takes up no error that pushes further.
+    dominate, and on the embedded task entropy rises until the reward is gone. Balance alone drifts; a target
+    holds, entropy_math (6.2). One empty side gives λ = ±1, which switches the other off.
     """
 
     form: Literal["exact", "paper", "theorem"] = "exact"
     """a token's entropy change: exact, paper (over-corrects), theorem"""
     sides: Literal["both", "plus", "minus"] = "both"
-    """which tokens get a weight: both, plus (entropy-raising only), minus (entropy-lowering only)"""
+    """control, which tokens get a weight: both, plus (entropy-raising only), minus (entropy-lowering only)"""
     target_entropy: Above | None = None
     """set point of the token-mean entropy, nats; none: pure balance, the paper's rule"""
     gain: Positive = 2.0
@@ -590,7 +558,7 @@ class OPEFO(Method, key="opefo", place="weight", paper="2605.11491", needs=FLOW)
     integral: Positive = 0.0
     """weight of the sum of past relative errors, which removes the offset; needs target_entropy and gain"""
     lam: Annotated[float, (-1, 1)] | None = None
-    """a static lambda instead of the computed one; 0 is plain GRPO; none: computed"""
+    """control: a static lambda instead of the computed one; 0 is plain GRPO; none: computed"""
     shuffled_sign: bool = False
     """control: the same weights, dealt to random tokens"""
 
@@ -609,10 +577,9 @@ class OPEFO(Method, key="opefo", place="weight", paper="2605.11491", needs=FLOW)
         if self.lam is not None:
             return self.lam
         rising, falling = f.clamp(min=0).sum(dtype=torch.float64), -f.clamp(max=0).sum(dtype=torch.float64)
-        if self.target_entropy is None or self.gain == 0:
-            return set_point_lambda(rising, falling)
-        past = self.target_entropy * self.integral * self.error_sum / self.gain  # adds integral · Σ to λ
-        return set_point_lambda(rising, falling, entropy - past, self.target_entropy, self.gain)
+        gain = 0.0 if self.target_entropy is None else self.gain
+        past = self.target_entropy * self.integral * self.error_sum / gain if self.integral else 0.0
+        return set_point_lambda(rising, falling, entropy - past, self.target_entropy, gain)
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
         name = {"exact": "exact", "paper": "opefo", "theorem": "steer_theorem"}[self.form]
@@ -637,14 +604,12 @@ class OPEFO(Method, key="opefo", place="weight", paper="2605.11491", needs=FLOW)
 
 
 class PAPO(Method, key="papo", place="weight", paper="2605.11775", needs=FLOW):
-    """Reconstruction: favour entropy-raising tokens while entropy falls, and the reverse. Polarity
-    [second-hand], weights a [reconstruction].
+    """Reconstruction: favour entropy-raising tokens while entropy falls, and the reverse. Published
+    [second-hand] are the product A T, both branches kept, and the entropy e of the run as the signal; the
+    weights are a [reconstruction]. The first update has phi = 0.
 
         P_t = A T  (the first-order change; A, not I_clip r A);   phi = clip((e_ref - e)/e_ref, -1, 1)  (3.15)
         w = 1 + lam phi where P_t > 0,  1 - lam phi where P_t < 0,  1 where P_t = 0
-
-    phi > 0: entropy e has fallen below its reference. Published are the product A T, both branches kept, and
-    the empirical entropy trajectory as the signal; the rest is ours. The first update has phi = 0.
     """
 
     lam: Annotated[float, (0, 0.999)] = 0.3
@@ -675,12 +640,11 @@ class CWGRPO(
     Method, key="cw_grpo", place="weight", paper="2605.11538", needs=("logp", "group"),
     idea="Gaussian weight around zero covariance of advantage and log-prob, mean weight 1",
 ):  # fmt: skip
-    """A Gaussian kernel on the covariance. [second-hand, two agreeing notes], no code.
+    """A Gaussian kernel on the covariance. [second-hand, two agreeing notes], no code. The paper's one group
+    is its batch, so the scope of the means is ambiguous.
 
         c = (log p - mean log p)(A - mean A);   w = exp(-c²/(2 σ²)),  σ = std of c;   w <- w N / Σ w    (3.16)
-
-    The paper's one group is its batch, so the scope of the means is ambiguous. σ² below 1e-6 of the mean of
-    c² counts as 0 (two tokens have equal c, up to rounding); then, and where N = 1, w = 1.
+        w = 1 where σ² is below 1e-6 of the mean of c²: rounding, two tokens have equal c
     """
 
     scope: Literal["batch", "group"] = "batch"
@@ -702,22 +666,20 @@ class CWGRPO(
 
 class STARE(Method, key="stare", place="weight", paper="2606.19236", needs=ENTROPY):
     """Below an entropy target, amplify the most surprising tokens with positive advantage. [code]
-    hp-luo/STARE.
+    hp-luo/STARE, which selects per micro-batch.
 
         gate = I[e < target]                                                                            (3.18)
         L+ = the ⌈fraction · |T+|⌉ tokens of largest surprisal -log p among T+ = {A > 0};  L- same for A < 0
         w = W on L+,  M on L- (variant C2 only),  1 elsewhere;  all 1 if the gate is closed
         adaptive: W <- clip(W + rate s, 1, 1.5),  M <- clip(M - rate s, .5, 1),  s = sgn(target - e), after
-
-    Released code selects per micro-batch. 14B and 32B models: 1.05 and .95.
     """
 
     fraction: Share = 0.1
     """share of the tokens of each sign that is selected"""
     up: AtLeastOne = 1.1
-    """W, weight of surprising tokens with A > 0"""
+    """W, weight of surprising tokens with A > 0; 14B and 32B models: 1.05"""
     down: Share = 0.9
-    """M, weight of surprising tokens with A < 0, variant C2"""
+    """M, weight of surprising tokens with A < 0, variant C2; 14B and 32B models: .95"""
     target: float = 0.3
     """the gate is open while entropy is below it, nats"""
     variant: Literal["O1", "C2"] = "O1"
@@ -749,15 +711,12 @@ class STARE(Method, key="stare", place="weight", paper="2606.19236", needs=ENTRO
 
 class EntroPIC(Method, key="entropic", place="weight", paper="2511.15248", needs=ENTROPY):
     """PI controller: weigh successes and failures among confident tokens to hold an entropy. [code]
-    yk7333/EntroPIC `core_algos.py`, `dp_actor.py`.
+    yk7333/EntroPIC `core_algos.py`, `dp_actor.py`; it has alpha and S per micro-batch and divides by
+    N_confident: where few tokens are confident this turns their sign. With the denominator `all` A > 0 weighs
+    1 + alpha and A < 0 1 - alpha: too little entropy damps confident successes, amplifies confident failures.
 
         e = H - target;   alpha = clip(kp e + ki S, -1, 1),  S the sum of all earlier e                 (3.19)
-        L = agg(clipped surrogate) + alpha · mean over {p > threshold} of (-r |A|)
-
-    Too little entropy, alpha < 0, damps confident successes and amplifies confident failures. The extra term
-    is unclipped. With the denominator `all` it weighs A > 0 by 1 + alpha and A < 0 by 1 - alpha, in [0, 2].
-    Released code has alpha and S per micro-batch and divides by the confident tokens' own number: alpha
-    counts N / N_confident times, and where few tokens are confident it turns their sign.
+        L = agg(clipped surrogate) + alpha · mean over {p > threshold} of (-r |A|), unclipped
     """
 
     kp: Positive = 1.0
@@ -793,12 +752,10 @@ class EntroPIC(Method, key="entropic", place="weight", paper="2511.15248", needs
 
 class AEM(Method, key="aem", place="weight", paper="2605.00425", needs=ENTROPY):
     """Reconstruction: responses of low mean entropy count more, whatever their sign. Theory [second-hand],
-    formula [reconstruction].
+    formula [reconstruction] in the style of EMPG (2509.09265); the paper's scaling is not known. Explores
+    while failures dominate: pushing confident failures harder raises H. All h equal: g = 1.
 
         h_i = mean H of response i, min-max scaled over the batch;  g_i = exp(-k h_i)/mean exp(-k h)  (3.25)
-
-    In the style of EMPG (2509.09265); the paper's scaling is not known. Explores while failures dominate:
-    pushing confident failures harder raises H. All h equal: g = 1.
     """
 
     k: Positive = 1.0
@@ -826,30 +783,25 @@ class FromFactor(Method):
 
 
 class ClipHigher(Method, key="clip_higher", place="ratio", paper="2503.14476", on_policy=False):
-    """A higher upper clip lets rare successful tokens rise further. [paper] §3.1.
-
-        r in [1 - eps_low, 1 + eps_high]                                                                 (3.6)
-
-    1 + eps bounds p_new/p_old, so a token at .01 may add .002 and one at .9 may add .1. Lower clips raise
-    entropy, upper ones lower it, at random rewards too (2509.26114).
-    """
+    """A higher upper clip lets rare successful tokens rise further. [paper] §3.1. It bounds p_new/p_old by
+    1 + eps_high (3.6): at .2 a token at .01 may add .002, one at .9 may add .1. Lower clips raise entropy,
+    upper ones lower it, at random rewards too (2509.26114)."""
 
     eps_high: Positive = 0.28
 
 
 class CISPO(Method, key="cispo", place="ratio", paper="2506.13585", on_policy=False, without=("dual_clip",)):
-    """Clipped importance weight times log-prob: no token loses its gradient. [paper] eq. 4-5.
+    """Clipped importance weight times log-prob: no token loses its gradient. [paper] eq. 4-5, without a lower
+    bound and without the value of eps_high; TRL's example caps r at 5, our default (TRL's epsilon_high *is*
+    the cap, verl's is cap - 1). Inside the range the gradient is PPO's.
 
         l = -sg(clip(r, 1 - eps_low, 1 + eps_high)) A log π                                             (3.20)
-
-    The paper has no lower bound in practice and does not disclose eps_high; TRL's example caps r at 5, our
-    default (TRL's epsilon_high *is* the cap, verl's is cap - 1). Inside the range the gradient is PPO's.
     """
 
     eps_low: Positive = 1.0
     """r is clipped from below at 1 - eps_low; 1: not at all"""
     eps_high: Positive = 4.0
-    """r is clipped from above at 1 + eps_high (the paper's value is not public)"""
+    """r is clipped from above at 1 + eps_high"""
 
     def factor(self, tk: Tokens, adv: Tensor, marks: dict[str, Tensor] | None = None) -> Tensor:
         return log_ratio(tk.logp, tk.old_logp).exp().detach().clamp(1 - self.eps_low, 1 + self.eps_high)
@@ -859,13 +811,11 @@ class CISPO(Method, key="cispo", place="ratio", paper="2506.13585", on_policy=Fa
 
 
 class GSPO(Method, key="gspo", place="ratio", paper="2507.18071", on_policy=False, without=("dual_clip",)):
-    """Clip the response's mean ratio instead of each token's. [paper]; [code] verl core `gspo`.
+    """Clip the response's mean ratio instead of each token's. [paper]; [code] verl core `gspo`. On-policy
+    only the aggregation differs from GRPO. s_i is of the whole response, whatever another method keeps of it.
 
         s_i = exp(mean_t log r_it),   l_i = max(-s_i A, -clip(s_i, 1 - eps_low, 1 + eps_high) A)        (3.22)
-
-    Written per token, log s_it = log π - sg(log π) + sg(log s_i) (at most 10), it has the same gradient under
-    the sequence aggregation, and all tokens of a response are clipped together. s_i is of the whole response,
-    also where another method keeps only some of its tokens. On-policy only the aggregation differs from GRPO.
+        per token, with the same gradient: log s_it = log π - sg(log π) + sg(log s_i), at most 10
     """
 
     eps_low: Positive = 3e-4
@@ -889,14 +839,12 @@ class GSPO(Method, key="gspo", place="ratio", paper="2507.18071", on_policy=Fals
 
 
 class CEGPPO(FromFactor, key="ce_gppo", place="ratio", paper="2509.20712", on_policy=False):
-    """Tokens that PPO clips keep a bounded share of their gradient. [code] Kwai-Klear/CE-GPPO.
+    """Tokens that PPO clips keep a bounded share of their gradient. [code] Kwai-Klear/CE-GPPO. (b1, b2): 7B
+    (.75, 1), 1.5B (.5, 1), config (.25, 1); both 0: PPO's gradient; b2 = 1: continuous at 1 + eps_high.
 
         A < 0, r < 1 - eps_low:   l = -b1 (1 - eps_low) (r/sg r) A      rare failures: lowers H         (3.27)
         A > 0, r > 1 + eps_high:  l = -b2 (1 + eps_high) (r/sg r) A     rare successes: raises H
         else:                     l = -r A;    then dual clip
-
-    b1 = b2 = 0 has PPO's gradient; b2 = 1 makes it continuous at 1 + eps_high. (b1, b2) = (.75, 1) for 7B,
-    (.5, 1) for 1.5B, the config has (.25, 1).
     """
 
     b1: Positive = 0.75
@@ -919,10 +867,8 @@ def dual_clip_factor(f: Tensor, adv: Tensor, c: float | None) -> Tensor:
 
 class HTPO(FromFactor, key="htpo", place="ratio", paper="2605.08283", needs=(*ENTROPY, "reward", "group")):
     """Other clip rules by difficulty of the prompt, correctness and entropy of the token. [code] xcyao00/HTPO
-    `core_algos.py`.
-
-    Prompt hard iff group accuracy < hard; token high iff H >= the max(⌊high · len⌋, 1)-th largest of its own
-    response; id = exp(log π - sg log π).                                                              (3.24)
+    `core_algos.py`. Prompt hard iff group accuracy < hard; token high iff H >= the max(⌊high · len⌋, 1)-th
+    largest of its own response; id = exp(log π - sg log π).                                           (3.24)
 
         hard, correct, low     PPO; drop H below the max(⌊low_drop · n⌋, 1)-th smallest of these n tokens
         hard, correct, high    -r A;  r > 1 + eps_high: +(1 + eps_high) A id;  r < 1 - eps_low: -(1/r) A id
@@ -930,9 +876,9 @@ class HTPO(FromFactor, key="htpo", place="ratio", paper="2605.08283", needs=(*EN
         easy, correct, high    PPO; drop the max(⌊high_drop · n⌋, 1) tokens with the largest H
         all others             PPO;    then dual clip everywhere
 
-    In the code the second row's r < 1 - eps_low branch has a plus sign, which lowers a successful token
-    further and looks like a slip: `released_sign` restores it. Its 1/r grows up to e^20, where `log_ratio`
-    clamps. The `low` drop is strict: one token fewer than `high`. On-policy only the drops act.
+    The code's second row has a plus at r < 1 - eps_low, which lowers a successful token: a slip, it seems
+    (`released_sign`). Its 1/r grows up to e^20. The `low` drop is strict: one token fewer than `high`.
+    On-policy only the drops act.
     """
 
     hard: Share = 0.6
