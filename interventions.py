@@ -37,8 +37,8 @@ from entropy_math import entropy_change, set_point_lambda, token_stats
 
 # isort: off
 from grpo import (
-    Above, Aggregation, AtLeastOne, Count, DualClip, Method, Plan, Positive, Progress, Share, Tokens,
-    batch_loss, clip_factor, clipped_surrogate, group_advantages, group_index, group_mean, group_std,
+    Above, Aggregation, AtLeastOne, Count, DualClip, Method, Plan, Policy, Positive, Progress, Share,
+    Tokens, batch_loss, clip_factor, clipped_surrogate, group_advantages, group_index, group_mean, group_std,
     kl_penalty, log_ratio, masked_mean, mismatch_weight, overlong_penalty, plan_update, policy_loss,
     token_flow, weighted_sum,
 )  # fmt: skip
@@ -1751,7 +1751,7 @@ def embedded_batches(steps: int = 20) -> list[tuple[Tokens, Tensor]]:
     """Two real batches of the embedded world: strictly on-policy after some steps of GRPO, and the same
     responses four updates later, when the ratio has left 1. Each with |∇_z H|² (B, T)."""
     # A demonstration needs something to demonstrate on, from chapter 4. All that a trainer has to do is this:
-    from rollout import Policy, Sampling, TorchEngine, WarmStart, answer, chain_task, warm_policy
+    from rollout import Sampling, TorchEngine, WarmStart, answer, chain_task, warm_policy
 
     (model, tokenizer), task = warm_policy(WarmStart()), chain_task()
     generator = torch.Generator().manual_seed(0)
