@@ -25,13 +25,12 @@ from __future__ import annotations
 import copy
 import difflib
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -1433,12 +1432,13 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
 
 
 def build(name: str, **hyperparameter: Any) -> Method:
-    """A method from its key, or several joined by "+", and hyperparameters, in their type or as strings.
+    """A method from a spec, as `parse` reads it, and hyperparameters, in their type or as strings.
 
     In a composition a hyperparameter goes to the member that has it; a shared one (clip range, aggregation)
-    to all; "clip_cov.ratio" names the member. Raises ValueError on an unknown method or hyperparameter
-    (naming the nearest), a value of the wrong type or range, and a composition without sense.
+    to all; "clip_cov.ratio" names the member. ValueError on what does not exist, fit or make sense.
     """
+    name, options = parse(name)
+    hyperparameter = options | hyperparameter
     types, members = {}, []
     for key in name.split("+"):
         if key not in METHODS:
@@ -1469,35 +1469,28 @@ def build(name: str, **hyperparameter: Any) -> Method:
 # 8. Inside other trainers: verl and TRL
 
 VERL = ("grpo", "clip_higher", "clip_cov", "kl_cov", "rand_pos_clip", "cispo", "gspo", "ce_gppo")
-VERL_CLIP = {  # our name: verl's, and its default
-    "eps_low": ("clip_ratio_low", 0.2),
-    "eps_high": ("clip_ratio_high", 0.2),
-    "dual_clip": ("clip_ratio_c", 3.0),
-}
+VERL_CLIP = {"eps_low": ("low", 0.2), "eps_high": ("high", 0.2), "dual_clip": ("c", 3.0)}  # clip_ratio_...
 
 
 def register_with_verl(*specs: str, prefix: str = "") -> list[str]:
     """Register methods as verl policy losses (`actor.policy_loss.loss_mode`); returns their names.
 
-    specs: as on the command line, "clip_cov:ratio=.002", compositions too; none: the eight keys of `VERL`. A
-    loss is named prefix + key; where verl has the name (gspo, cispo, clip_cov, kl_cov) ours replaces its.
-    Every worker has to register: put the call into a module and name it in VERL_USE_EXTERNAL_MODULES.
-    Hyperparameters come from the spec, only the aggregation from `loss_agg_mode`; another clip range in
-    verl's config is refused. Made for verl 0.9 (extra `verl`), imported by this call only.
+    specs: as on the command line, compositions too; default the eight keys of `VERL`. A loss is named prefix
+    + key, and replaces verl's of that name (gspo, cispo, clip_cov, kl_cov). Every worker has to register: put
+    the call into a module and name it in VERL_USE_EXTERNAL_MODULES. `loss_agg_mode` sets the aggregation, the
+    spec all else; another clip range in verl's config is refused. For verl 0.9, imported by this call only.
 
-    verl hands a policy loss advantages and old and new log-probabilities; a method that needs more raises
-    ValueError, opefo and steer among them. Denominators are of the whole mini-batch. **But verl calls once
-    per micro-batch and rank: clip_cov, kl_cov and rand_pos_clip then select among those tokens only**, as
-    verl's own do. And its old log-probabilities are of another forward pass: strictly on-policy kl_cov's
-    penalty is rounding noise. Against verl's own: `vanilla` is `grpo:dual_clip=3`; clip_cov has its own
-    generator; kl_cov's penalty is not multiplied by rollout_is_weights; gspo and cispo agree.
+    verl hands over advantages, old and new log-probabilities; a method that needs more (opefo, steer) raises
+    ValueError. Denominators are of the whole mini-batch. **But verl calls once per micro-batch and rank:
+    clip_cov, kl_cov and rand_pos_clip select among those tokens only**, as verl's own do. Its old log p are
+    of another forward pass: strictly on-policy kl_cov's penalty is rounding noise. verl's `vanilla` is
+    `grpo:dual_clip=3`; our clip_cov draws differently, and rollout_is_weights do not scale kl_cov's penalty.
     """
     from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
 
-    methods = []
-    for name, options in map(parse, specs or VERL):
-        methods.append(build(name, **options))
-        check_verl(methods[-1])
+    methods = [build(spec) for spec in specs or VERL]
+    for method in methods:
+        check_verl(method)
     for method in methods:
         register_policy_loss(prefix + method.key)(partial(verl_loss, method, agg_loss))
     return [prefix + method.key for method in methods]
@@ -1533,8 +1526,11 @@ def verl_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """A method's loss on one micro-batch, as verl's registry wants it: tensors (B, T) -> scalar, metrics."""
     for ours, (name, default) in VERL_CLIP.items():
-        if (value := config.get(name, default)) not in (default, None, getattr(method, ours)):
-            raise ValueError(f"actor.{name}={value} is overruled: write {method.key}:{ours}={value}")
+        value = config.get(f"clip_ratio_{name}", default)
+        if value not in (default, None, getattr(method, ours)):
+            raise ValueError(
+                f"actor.clip_ratio_{name}={value} is overruled: write {method.key}:{ours}={value}"
+            )
     ids = old_log_prob.float().contiguous().view(torch.int32)  # order the rows of a draw: verl keeps its ids
     tokens = Tokens(ids, response_mask.bool(), logp=log_prob, old_logp=old_log_prob, adv=advantages)
     tokens.mismatch = rollout_is_weights
@@ -1562,10 +1558,7 @@ def check_trl(trainer: Any, method: Method) -> None:
     set_too = [f.name for f in fields(a) if f.name in OVERRULED and getattr(a, f.name) != f.default]
     for bad, text in (
         (method.overrides("sample"), "TRL samples, not the method"),
-        (
-            method.overrides("reset_reference"),
-            "TRL keeps the reference and the optimizer; use ref_kl",
-        ),
+        (method.overrides("reset_reference"), "TRL keeps reference and optimizer; use ref_kl"),
         ("proxy_logp" in method.needs, "the logits of the policy that sampled are not kept"),
         ("ref_logp" in method.needs and not a.beta, "give GRPOConfig(beta=1.0), for a reference"),
         (set_too, f"the method makes the objective; leave GRPOConfig.{', '.join(set_too)} at the default"),
@@ -1584,29 +1577,22 @@ class InsideTRL:
 
         trainer = trl_trainer()("Qwen/Qwen3-0.6B", reward, GRPOConfig(...), data, method="opefo")
 
-    TRL keeps sampling (transformers or vLLM), rewards, optimizer, ranks and checkpoints; the objective is
-    ours.  What differs from plain TRL:
+    The objective is ours, all else TRL's. What differs from plain TRL:
 
-    - Before the first micro-batch of an update, a pass without graph scores all of them, on all ranks: the
-      scope of every statistic.  It costs a forward pass.
+    - A forward pass more: an update is scored first, without graph, on all ranks: every statistic's scope.
     - Rows stay in prompt order; TRL shuffles them, which tears groups apart where it makes several updates.
-    - Advantages, clip range, aggregation and penalties are the method's; a GRPOConfig setting that would be
-      overruled is refused.  `beta` only makes TRL keep a reference model, for methods that need one.
-    - A response is right if the sum of its rewards is positive.  One that no reward function scored teaches
+    - A GRPOConfig setting that the method overrules is refused. `beta` only makes TRL keep a reference model.
+    - A response is right if the sum of its rewards is positive. One that no reward function scored teaches
       nothing and is in nobody's baseline.
-    - Schedules and draws count optimizer steps.  Evaluation reports TRL's own loss.
+    - Schedules and draws count optimizer steps. Evaluation reports TRL's own loss.
 
-    `dapo` drops groups but cannot draw others.  Made for TRL 1.16 (extra `trl`), whose private methods it
-    overrides.
+    `dapo` drops groups but cannot draw others. For TRL 1.16, whose private methods it overrides.
     """
 
     def __init__(self, *args: Any, method: str | Method = "grpo", **kwargs: Any) -> None:
-        if isinstance(method, str):
-            name, options = parse(method)
-            method = build(name, **options)
+        self.method = build(method) if isinstance(method, str) else method
         super().__init__(*args, **kwargs)
-        check_trl(self, method)
-        self.method = method
+        check_trl(self, self.method)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         self.scores = super()._calculate_rewards(*args, **kwargs)  # (rows of all ranks, reward functions)
@@ -1616,7 +1602,7 @@ class InsideTRL:
         out = super()._generate_and_score_completions(inputs)
         row = torch.arange(len(inputs), device=self.scores.device)
         row += self.accelerator.process_index * len(inputs)
-        scores = self.scores[row]  # (B, reward functions), NaN where a function said nothing
+        scores = self.scores[row]  # NaN where a function said nothing
         out["reward"] = (scores * self.reward_weights.to(scores.device)).nansum(-1)
         out["group"] = torch.where(scores.isnan().all(-1), -1 - row, row // self.num_generations)
         return out
@@ -1709,16 +1695,9 @@ def trl_trainer() -> type:
 # 9. Demonstration
 
 
-class Effect(NamedTuple):
-    """What one method does to one batch, per token (B, T)."""
-
-    force: Tensor  # -∂loss/∂logp
-    change: Tensor  # predicted entropy change, nats per unit learning rate
-    touched: Tensor  # bool: treated unlike plain GRPO
-
-
-def effect(method: Method, tokens: Tokens, entropy_slope: Tensor) -> Effect:
-    """One backward pass to the leaves log p and H: the force of all hooks, and what it does to entropy.
+def effect(method: Method, tokens: Tokens, entropy_slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a method does to a batch, each (B, T): the force -∂loss/∂logp of all its hooks; the entropy change
+    predicted from it, nats per unit learning rate; and whether the token is treated unlike plain GRPO.
 
     entropy_slope (B, T): |∇_z H|² = Σ_v p_v² (log p_v + H)², by which a gradient on H moves H.
     """
@@ -1730,81 +1709,74 @@ def effect(method: Method, tokens: Tokens, entropy_slope: Tensor) -> Effect:
 
     (force, pull), (plain, _) = push(method), push(Method())
     change = token_flow(tokens, force) + torch.where(tokens.mask, pull * entropy_slope, 0)
-    return Effect(force, change, ((force - plain).abs() > 1e-6 * plain.abs()) | (pull != 0))
+    return force, change, ((force - plain).abs() > 1e-6 * plain.abs()) | (pull != 0)
 
 
-def demonstration_methods(tokens: Tokens) -> dict[str, Method]:
-    """Every method under its spec, which departs from the defaults where a batch of some thousand tokens, or
-    of this entropy, would not switch the method on."""
-    entropy = float(masked_mean(tokens.entropy, tokens.mask))
-    options = dict.fromkeys(("clip_cov", "kl_cov", "rand_pos_clip"), "ratio=.02") | {"lp_reg": "fraction=.1"}
-    options |= dict.fromkeys(("stare", "entropic"), above := f"target={1.5 * entropy:.2g}")
+def demonstration_options(entropy: float) -> dict[str, str]:
+    """Options for the methods that some thousand tokens of this entropy would not switch on by default."""
+    above = f"target={1.5 * entropy:.2g}"
+    options = {"clip_cov": "ratio=.02,lb=.5", "kl_cov": "ratio=.02", "rand_pos_clip": "ratio=.02"}
+    options |= {"lp_reg": "fraction=.1", "stare": above, "entropic": above}
     options |= {"papo": "reference=target," + above, "adaptive_entropy": f"{above},c_min=.005"}
-    options |= {"par": f"target={0.8 * entropy:.2g}", "entrocraft": f"start={1.2 * entropy:.2g}"}
-    options["clip_cov"] += ",lb=.5"
-    methods = {}
-    for spec in (f"{key}:{options.get(key, '')}" for key in METHODS):
-        name, given = parse(spec)
-        methods[spec] = build(name, **given)
-        methods[spec].progress = Progress(max_length=tokens.mask.shape[1])
-    return methods
+    return options | {"par": f"target={0.8 * entropy:.2g}", "entrocraft": f"start={1.2 * entropy:.2g}"}
 
 
 def show_batch(tokens: Tokens, entropy_slope: Tensor, path: str | None = None) -> None:
-    """Print what the methods do to one batch: all, or those that act on the ratio where the batch is
-    off-policy; and draw it into `path`. entropy_slope: as in `effect`."""
+    """Print what the methods do to one batch, off-policy only those that act on the ratio; draw it in `path`.
+    entropy_slope: as in `effect`."""
     import pandas
 
     mask, on_policy = tokens.mask, tokens.old_logp is None
+    entropy = float(masked_mean(tokens.entropy, mask))
     adv = torch.where(mask, Method().advantage(tokens), 0)
-    base, rows, effects = effect(Method(), tokens, entropy_slope), [], {}
-    for spec, m in demonstration_methods(tokens).items():
+    base, flow_of_grpo, _ = effect(Method(), tokens, entropy_slope)
+    rows, weights = [], {}
+    options = demonstration_options(entropy)
+    for key in METHODS:
+        m = build(f"{key}:{options.get(key, '')}")
+        m.progress = Progress(max_length=mask.shape[1])
         if not on_policy and m.on_policy and m.place not in ("none", "ratio"):
             continue
-        e = effects[m.key] = effect(m, tokens, entropy_slope)
-        up, down = (float(e.force[s].abs().sum() / base.force[s].abs().sum()) for s in (adv > 0, adv < 0))
-        share, change = masked_mean(e.touched.double(), mask), e.change.sum() / base.change.abs().sum()
+        force, change, touched = effect(m, tokens, entropy_slope)
+        weights[key] = torch.where(base == 0, 1, force / base).clamp(0, 2), touched
+        up, down = (float(force[s].abs().sum() / base[s].abs().sum()) for s in (adv > 0, adv < 0))
+        share, dh = masked_mean(touched.double(), mask), change.sum() / flow_of_grpo.abs().sum()
         inert = "acts with several updates per rollout only" if on_policy and not m.on_policy else ""
-        numbers = (f"{share:.1%}", f"{up:.2f}", f"{down:.2f}", f"{change:+.3f}")
-        rows.append((m.key, m.place, *numbers, inert or spec.partition(":")[2]))
-    print(f"{int(mask.sum())} tokens, entropy {masked_mean(tokens.entropy, mask):.3f} nats")
+        numbers = (f"{share:.1%}", f"{up:.2f}", f"{down:.2f}", f"{dh:+.3f}")
+        rows.append((key, m.place, *numbers, inert or options.get(key, "")))
+    print(f"{int(mask.sum())} tokens, entropy {entropy:.3f} nats")
     print("touched: tokens treated unlike GRPO;  A > 0, A < 0: sum of |force| there, GRPO = 1")
     print("dH: predicted change of entropy, as a share of all flow (up and down) that GRPO causes\n")
     names = ["method", "place", "touched", "A > 0", "A < 0", "dH", "options"]
     print(pandas.DataFrame(rows, columns=names).to_string(index=False, justify="left"))
     if path:
-        draw(tokens, adv, effects, path)
+        draw(tokens, adv, weights, path)
         print(f"\nfigure: {path}")
 
 
-def draw(tokens: Tokens, adv: Tensor, effects: dict[str, Effect], path: str) -> None:
-    """Per method the tokens that it touches on the plane (log p, A), darker where they count more."""
-    import matplotlib
+def draw(tokens: Tokens, adv: Tensor, weights: dict[str, tuple[Tensor, Tensor]], path: str) -> None:
+    """Tokens on the plane (log p, A), a panel per method: dark by weight, large where it touches them."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    jitter = 0.3 * torch.rand(adv.shape, generator=torch.Generator().manual_seed(0)).to(adv)
-    fig, axes = plt.subplots(-(-len(effects) // 4), 4, figsize=(15, 16), sharex=True, layout="constrained")
-    for axis in axes.flat[len(effects) :]:
+    adv = adv + 0.3 * torch.rand(adv.shape, generator=torch.Generator().manual_seed(0)).to(adv)  # jitter
+    fig = Figure(figsize=(15, 16), layout="constrained")
+    axes = fig.subplots(-(-len(weights) // 4), 4, sharex=True)
+    for axis in axes.flat[len(weights) :]:
         axis.axis("off")
-    for axis, (key, e) in zip(axes.flat, effects.items()):
-        weight = torch.where(effects["grpo"].force == 0, 1, e.force / effects["grpo"].force).clamp(0, 2)
+    for axis, (key, (weight, touched)) in zip(axes.flat, weights.items()):
         axis.set(title=key, ylabel="A")
-        for some, size in ((tokens.mask & ~e.touched, 2), (tokens.mask & e.touched, 7)):
-            x, y, color = tokens.logp[some], (adv + jitter)[some], weight[some]
-            dots = axis.scatter(x, y, size, color, cmap="YlGnBu", vmin=-0.3, vmax=2, rasterized=True)
+        for s, size in ((tokens.mask & ~touched, 2), (tokens.mask & touched, 7)):
+            look = {"cmap": "YlGnBu", "vmin": -0.3, "vmax": 2, "rasterized": True}
+            dots = axis.scatter(tokens.logp[s], adv[s], size, weight[s], **look)
     fig.supxlabel("log p of the sampled token, nats; large: touched")
     fig.colorbar(dots, ax=axes, label="weight relative to GRPO", aspect=90)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110)
-    plt.close(fig)
 
 
-def embedded_batches(steps: int = 20) -> list[tuple[Tokens, Tensor]]:
-    """Two real batches of the embedded world: strictly on-policy after some steps of GRPO, and the same
-    responses four updates later, when the ratio has left 1. Each with |∇_z H|² (B, T)."""
-    # A demonstration needs something to demonstrate on, from chapter 4. All that a trainer has to do is this:
+def embedded_batches() -> list[tuple[Tokens, Tensor]]:
+    """Two batches of chapter 4's embedded world: on-policy after 20 steps of GRPO, and the same responses
+    four updates later, when the ratio has left 1. Each with |∇_z H|² (B, T)."""
     from rollout import Policy, Sampling, TorchEngine, WarmStart, answer, chain_task, warm_policy
 
     (model, tokenizer), task = warm_policy(WarmStart()), chain_task()
@@ -1835,7 +1807,7 @@ def embedded_batches(steps: int = 20) -> list[tuple[Tokens, Tensor]]:
         proxy, slopes = (policy(tokens, of_logits=f)["of_logits"] for f in (proxy_log_prob, slope))
         return replace(tokens, **policy(tokens), ref_logp=reference(tokens)["logp"], proxy_logp=proxy), slopes
 
-    for _ in range(steps):
+    for _ in range(20):
         update(rollout())
     now = scored(batch := rollout())
     batch.old_logp = now[0].logp
@@ -1845,8 +1817,8 @@ def embedded_batches(steps: int = 20) -> list[tuple[Tokens, Tensor]]:
 
 
 def main(out: str = "runs/interventions.png") -> None:
-    """All methods on one strictly on-policy batch of the embedded world, as a table and as a figure (`out`);
-    then those that act on the ratio on a later one."""
+    """What every method does to a strictly on-policy batch of the embedded world, as a table and a figure
+    (`out`); then the methods that act on the ratio on a later one."""
     now, later = embedded_batches()
     show_batch(*now, out)
     print("\nThe same responses four updates later, for the methods that act on the ratio:\n")

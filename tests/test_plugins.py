@@ -20,17 +20,12 @@ from hypothesis import strategies as st
 
 import interventions
 from grpo import Policy, Progress, Tokens, batch_loss, concat_padded, policy_loss
-from interventions import METHODS, build, parse, trl_trainer
+from interventions import METHODS, build, trl_trainer
 from rollout import TinyModel, tiny_tokenizer
 from train import Run, Settings, Update, score_batch
 
 PROMPTS = ["3 5 7 9 -> 41", "2 3 -> 5", "4 4 9 -> 1", "8 -> 8"]  # of different lengths: TRL pads on the left
 TINY = TinyModel(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=1)
-
-
-def method_of(spec):
-    name, options = parse(spec)
-    return build(name, **options)
 
 
 def relative(a, b):
@@ -392,7 +387,7 @@ def test_verl_loss_is_verls_own(spec, theirs, clip, seed, mode, whole):
 @pytest.mark.parametrize("spec", [*interventions.VERL, "clip_higher+rand_pos_clip:ratio=.3"])
 def test_verl_loss_on_a_whole_mini_batch_is_our_policy_loss(spec, mode, verl):
     (name,) = interventions.register_with_verl(spec)
-    method = method_of(spec)
+    method = build(spec)
     for seed in range(5):
         update = random_update(seed)
         value, grad, _ = gradient(verl.get_policy_loss_fn(name), update, loss_agg_mode=mode, config=actor())
