@@ -990,9 +990,9 @@ class EntropyBonus(Method, key="entropy_bonus", place="penalty", paper="verl, TR
 
         L = L_pg - alpha · mean H,     ∂(-alpha H)/∂z_v = alpha p_v (log p_v + H)                        (3.2)
 
-    z are the scaled logits. Pushes every state towards uniform, however certain it should be. On a 7B model
-    (2505.22617) alpha 1e-4 and 1e-3 did little, 5e-3 stabilised without gain, 1e-2 exploded. It costs one
-    more backward pass through the vocabulary, which alpha = 0 saves.
+    z: scaled logits. Pushes every state towards uniform, however certain it should be. On a 7B model
+    (2505.22617) alpha 1e-3 did little, 5e-3 stabilised without gain, 1e-2 exploded. Costs one more backward
+    pass through the vocabulary.
     """
 
     alpha: Positive = 0.001
@@ -1007,8 +1007,7 @@ class EntropyBonus(Method, key="entropy_bonus", place="penalty", paper="verl, TR
 
 
 class AdaptiveEntropy(Method, key="adaptive_entropy", place="penalty", paper="2505.22312", needs=ENTROPY):
-    """Entropy bonus whose coefficient grows while entropy is below a target. [paper] eq. 3.1-3.2
-    (Skywork-OR1); [code]; TRL.
+    """Entropy bonus whose coefficient grows below a target. [paper] eq. 3.1-3.2 (Skywork-OR1); [code]; TRL.
 
         alpha = c I[e <= target];   c <- c + delta if e < target,  c - delta if e > target;  from 0   (3.3)
 
@@ -1065,11 +1064,11 @@ class RefKL(Method, key="ref_kl", place="penalty", paper="2402.03300", needs=("l
 
         L = L_pg + beta · mean kl(log π, log π_ref)                                                      (3.4)
 
-    Our default k2 has the gradient of KL(π||π_ref); the paper's k3 has that of the reverse KL, grpo (2.13) to
-    (2.16). k1 does not know the reference: its gradient E[∇log π(y)] is 0 for y ~ π; in the later updates of
-    a rollout y ~ π_old and it is -∇KL(π_old||π), away from the policy that sampled. abs: while π is π_ref, x
-    and its sign are rounding. Metric kl_ref is the mean k3. beta: .04 GRPO, .001 DeepSeek-R1 and verl, .05
-    open-instruct, 0 DAPO and TRL. 2505.22617 saw entropy stay and accuracy fall.
+    Our default k2 has the gradient of KL(π||π_ref), the paper's k3 that of the reverse KL, grpo (2.13) to
+    (2.16). k1 does not know the reference: its gradient E[∇log π(y)] is 0 for y ~ π; for y ~ π_old, in later
+    updates, it leads away from the policy that sampled. abs: while π is π_ref, its sign is rounding. Metric
+    kl_ref: mean k3. beta: .04 GRPO, .001 DeepSeek-R1 and verl, .05 open-instruct, 0 DAPO and TRL.
+    2505.22617 saw entropy stay and accuracy fall.
     """
 
     beta: Positive = 0.04
@@ -1078,9 +1077,8 @@ class RefKL(Method, key="ref_kl", place="penalty", paper="2402.03300", needs=("l
     """k2 (right gradient), k3 (papers), k1 (no pull), abs"""
 
     def penalty(self, tk: Tokens, plan: Plan) -> Tensor | None:
-        if not self.beta:
-            return None
-        return self.beta * weighted_sum(kl_penalty(tk.logp, tk.ref_logp, self.estimator), plan.coef_all)
+        kl = kl_penalty(tk.logp, tk.ref_logp, self.estimator)
+        return self.beta * weighted_sum(kl, plan.coef_all) if self.beta else None
 
 
 class ProRL(RefKL, key="prorl", paper="2505.24864"):
@@ -1089,8 +1087,8 @@ class ProRL(RefKL, key="prorl", paper="2505.24864"):
 
         L = L_pg + beta KL(π||π_ref);   at a reset  π_ref <- π,  optimizer state <- 0                    (3.5)
 
-    The paper resets when the validation score stagnates and does not give beta nor estimator (v2: 1e-4, k2).
-    It also has clip-higher at .4 and dynamic sampling: `prorl+dapo:eps_high=.4`. TRL keeps the optimizer.
+    The paper resets when the validation score stagnates, without beta or estimator (v2: 1e-4, k2), and adds
+    clip-higher at .4 and dynamic sampling: `prorl+dapo:eps_high=.4`. TRL keeps the optimizer.
     """
 
     beta: Positive = 0.001
@@ -1136,9 +1134,8 @@ class KLCov(OnPicked, key="kl_cov", place="penalty", paper="2505.22617", on_poli
 
     d: abs |log r| (released, default), k2, k3 = r - 1 - log r (estimates KL(π_old||π), as in the paper).
     **Strictly on-policy log r is 0 and so is every d's gradient: nothing happens.** Leave old_logp None then,
-    as the loop does: abs would turn the rounding of a second forward pass into gradients ±beta/N of random
-    sign. All A or all log p equal: nobody is picked. Paper: ratio 2e-3 (7B), 2e-4 (32B), beta 1. PRIME's 0.2
-    is in percent; verl has ratio 2e-4, beta 0.1.
+    as the loop does: abs would turn a second pass's rounding into gradients ±beta/N. All A or all log p
+    equal: none picked. Paper: ratio 2e-3 (7B), 2e-4 (32B), beta 1; PRIME .2 percent; verl 2e-4, beta .1.
     """
 
     ratio: Share = 2e-3
@@ -1183,8 +1180,8 @@ class LpReg(OnPicked, key="lp_reg", place="penalty", paper="2510.03222", needs=(
         among A < 0 tokens the k = ⌊fraction · n⌋ of lowest log p, none if k <= 1; of these, if log p < log q:
         l = -r A + beta · k3(log p - log q),  unclipped;   all others: clipped with eps (1, 9)
 
-    Filtered tokens (log q = -inf) are noise and left alone. On-policy the others get a push of 1/S - 1 on
-    their log-probability, S the kept mass: upwards. Costs one more pass for log q.
+    Filtered tokens (log q = -inf) are noise and left alone. On-policy the others are pushed up by 1/S - 1 in
+    log p, S the kept mass. Costs one more pass for log q.
     """
 
     fraction: Share = 0.01
@@ -1226,36 +1223,24 @@ EXCLUSIVE = (  # one of the first with one of the second: no hook is overridden 
 )
 
 
-def _owner(members: list[Method], hook: str) -> Method:
-    """The member whose hook counts; the first, which then has plain GRPO's, if none overrides it."""
-    owners = [m for m in members if m.overrides(hook)]
-    if len(owners) > 1:
-        names = " and ".join(m.key for m in owners)
-        raise ValueError(f"{names} cannot be combined: each replaces the {hook}, and only one can")
-    return owners[0] if owners else members[0]
-
-
 def _shared_value(name: str, members: list[Method], surrogate: Method) -> Any:
     """A clip bound or the aggregation: of the members that were given one, or whose default is not GRPO's."""
     default = getattr(Method, name)
     own = {m.key: getattr(m, name) for m in members if name not in m.without}
     set_by = {m.key: own[m.key] for m in members if name in m.given or own.get(m.key, default) != default}
+    text = ", ".join(f"{k} has {v}" for k, v in set_by.items())
     if len(set(set_by.values())) > 1:
-        text = ", ".join(f"{k} has {v}" for k, v in set_by.items())
-        who = "+".join(m.key for m in members)
-        raise ValueError(f"{who}: conflicting {name}: {text}; set {name} explicitly")
+        raise ValueError(f"conflicting {name}: {text}; set {name} explicitly")
     value = next(iter(set_by.values()), default)
     if value != default and name in surrogate.without:
-        who = f"{next(iter(set_by))} sets {name}, which the surrogate of {surrogate.key} does not use"
-        raise ValueError(f"{who}: leave it out, or give {name}={default}")
+        raise ValueError(f"{surrogate.key} does not use {name}, but {text}: leave it out, or give {default}")
     return value
 
 
 class Composite(Method):
-    """Several methods as one. Responses must be selected by all, weights multiply, penalties add, controllers
-    move each on its own; sampling, advantage and surrogate belong to at most one member. A weight hook sees
-    the advantage times the weights of the members before it, and a member with `last` (opefo) comes last: it
-    balances the flow of the real surrogate, without what penalties add on top."""
+    """Several methods as one: all must select a response, weights multiply, penalties add; at most one member
+    replaces sampling, advantage or surrogate. A weight hook sees the advantage times the weights before it; a
+    member with `last` (opefo) balances the flow of the real surrogate, without the penalties on top."""
 
     def __init__(self, members: list[Method]) -> None:
         keys = [m.key for m in members]
@@ -1266,12 +1251,16 @@ class Composite(Method):
             if (one := some & set(keys)) and (other := others & set(keys)):
                 raise ValueError(f"{one.pop()} and {other.pop()} cannot be combined: {reason}")
         self.members = sorted(members, key=lambda m: getattr(m, "last", False))
-        owner = {hook: _owner(self.members, hook) for hook in ("sample", "advantage", "surrogate")}
-        owner["factor"] = owner["surrogate"]
-        values = {name: _shared_value(name, self.members, owner["surrogate"]) for name in SHARED}
+        for hook in ("sample", "advantage", "surrogate"):
+            owners = [m for m in self.members if m.overrides(hook)]
+            if len(owners) > 1:
+                names = " and ".join(m.key for m in owners)
+                raise ValueError(f"{names} cannot be combined: each replaces the {hook}, and only one can")
+            owner = owners[0] if owners else self.members[0]  # the first has plain GRPO's
+            setattr(self, hook, getattr(owner, hook))
+        self.factor = owner.factor  # of the surrogate
+        values = {name: _shared_value(name, self.members, owner) for name in SHARED}
         super().__init__(**values)
-        for hook, m in owner.items():
-            setattr(self, hook, getattr(m, hook))
         for m in self.members:
             m.__dict__.update({k: v for k, v in values.items() if k not in m.without})
             m.advantage, m.coefficients = self.advantage, self.coefficients
@@ -1292,8 +1281,8 @@ class Composite(Method):
         return any(m.overrides(hook) for m in self.members)
 
     def select(self, tk: Tokens) -> Tensor | None:
-        asked = [m for m in self.members if m.refill or tk.logp is not None]  # not scored: it is being drawn
-        return self._all(m.select(tk) for m in asked)
+        drawing = tk.logp is None  # not scored yet
+        return self._all(m.select(tk) for m in self.members if m.refill or not drawing)
 
     def keep(self, tk: Tokens, adv: Tensor) -> Tensor | None:
         return self._all(m.keep(tk, adv) for m in self.members)
@@ -1371,32 +1360,37 @@ METHODS: dict[str, type[Method]] = {c.key: c for c in (
 
 def convert(key: str, name: str, value: Any, kind: Any) -> Any:
     """A value, often a word, in the type of its field: bool, int, float, str, Literal, Annotated with a
-    range; None for "none" where that is allowed. ValueError names the field, the value and what is allowed.
-    """
+    range; None for "none" where that is allowed."""
     word, optional, low, high = str(value).strip().lower(), type(None) in get_args(kind), -math.inf, math.inf
     if optional and word == "none":
         return None
     kind = get_args(kind)[0] if optional else kind
-    if get_origin(kind) is Literal:
-        if value in (words := get_args(kind)):
-            return value
-        raise ValueError(f"{key}: {name}={value!r} is unknown: choose one of {', '.join(words)}")
     if get_origin(kind) is Annotated:
         kind, (low, high) = get_args(kind)
-    if kind is str and isinstance(value, str):
-        return value
-    if kind is bool and word in ("true", "1", "yes", "on", "false", "0", "no", "off"):
-        return word in ("true", "1", "yes", "on")
-    if kind in (int, float) and not isinstance(value, bool):
+    if get_origin(kind) is Literal:
+        wanted = "one of " + ", ".join(get_args(kind))
+        if value in get_args(kind):
+            return value
+    elif kind is str:
+        wanted = "a word"
+        if isinstance(value, str):
+            return value
+    elif kind is bool:
+        wanted = "true or false"
+        if word in ("true", "1", "yes", "on", "false", "0", "no", "off"):
+            return word in ("true", "1", "yes", "on")
+    else:
+        wanted = f"{'a whole' if kind is int else 'a'} number from {low} to {high}"
         try:
             number = kind(value)
+            if (
+                low <= number <= high
+                and not isinstance(value, bool)
+                and (isinstance(value, str) or number == value)
+            ):
+                return number
         except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if number < low or number > high:
-            raise ValueError(f"{key}: {name}={value} is out of range: give a value from {low} to {high}")
-        if number == number and (isinstance(value, str) or number == value):
-            return number
-    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}[kind]
+            pass
     raise ValueError(f"{key}: {name}={value!r} does not fit: give {wanted}{' or none' * optional}")
 
 
@@ -1423,10 +1417,8 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
     options: dict[str, str] = {}
     for item in filter(None, rest.split(",")):
         key, _, value = (part.strip() for part in item.partition("="))
-        if not (key and value):
-            raise ValueError(f"method {spec!r}: {item!r} is not an option: write name=value,name=value")
-        if key in options:
-            raise ValueError(f"method {spec!r}: {key} is given twice: give it once")
+        if not (key and value) or key in options:
+            raise ValueError(f"method {spec!r}: {item!r}: write name=value,name=value, each name once")
         options[key] = value
     return name.strip(), options
 
@@ -1439,22 +1431,19 @@ def build(name: str, **hyperparameter: Any) -> Method:
     """
     name, options = parse(name)
     hyperparameter = options | hyperparameter
-    types, members = {}, []
+    types, given, members = {}, {}, []
     for key in name.split("+"):
         if key not in METHODS:
             (near,) = difflib.get_close_matches(key, METHODS, 1, 0)
             raise ValueError(f"method {key!r} is unknown: did you mean {near}? ({', '.join(METHODS)})")
-        types[key] = _types(METHODS[key])
-    given: dict[str, dict[str, Any]] = {key: {} for key in types}
+        types[key], given[key] = _types(METHODS[key]), {}
     for full, value in hyperparameter.items():
         prefix, _, n = full.rpartition(".")
         having = [key for key in types if n in types[key] and prefix in ("", key)]
         if not having:
             words = dict.fromkeys(x for kinds in types.values() for x in kinds)
             (near,) = difflib.get_close_matches(n, words, 1, 0)
-            raise ValueError(
-                f"{name} has no hyperparameter {full!r}: did you mean {near}? ({', '.join(words)})"
-            )
+            raise ValueError(f"{name} has no option {full!r}: did you mean {near}? ({', '.join(words)})")
         if len(having) > 1 and n not in SHARED:
             raise ValueError(f"{name}: {n} belongs to {' and '.join(having)}: write {having[0]}.{n}={value}")
         for key in having:
