@@ -1383,11 +1383,8 @@ def convert(key: str, name: str, value: Any, kind: Any) -> Any:
         wanted = f"{'a whole' if kind is int else 'a'} number from {low} to {high}"
         try:
             number = kind(value)
-            if (
-                low <= number <= high
-                and not isinstance(value, bool)
-                and (isinstance(value, str) or number == value)
-            ):
+            exact = isinstance(value, str) or (number == value and not isinstance(value, bool))
+            if exact and low <= number <= high:
                 return number
         except (TypeError, ValueError, OverflowError):
             pass
@@ -1479,7 +1476,7 @@ def register_with_verl(*specs: str, prefix: str = "") -> list[str]:
 
     methods = [build(spec) for spec in specs or VERL]
     for method in methods:
-        check_verl(method)
+        check_verl(method)  # all, before the first is registered
     for method in methods:
         register_policy_loss(prefix + method.key)(partial(verl_loss, method, agg_loss))
     return [prefix + method.key for method in methods]
@@ -1589,8 +1586,8 @@ class InsideTRL:
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         out = super()._generate_and_score_completions(inputs)
-        row = torch.arange(len(inputs), device=self.scores.device)
-        row += self.accelerator.process_index * len(inputs)
+        first = self.accelerator.process_index * len(inputs)
+        row = torch.arange(first, first + len(inputs), device=self.scores.device)
         scores = self.scores[row]  # NaN where a function said nothing
         out["reward"] = (scores * self.reward_weights.to(scores.device)).nansum(-1)
         out["group"] = torch.where(scores.isnan().all(-1), -1 - row, row // self.num_generations)
@@ -1719,8 +1716,7 @@ def show_batch(tokens: Tokens, entropy_slope: Tensor, path: str | None = None) -
     entropy = float(masked_mean(tokens.entropy, mask))
     adv = torch.where(mask, Method().advantage(tokens), 0)
     base, flow_of_grpo, _ = effect(Method(), tokens, entropy_slope)
-    rows, weights = [], {}
-    options = demonstration_options(entropy)
+    rows, weights, options = [], {}, demonstration_options(entropy)
     for key in METHODS:
         m = build(f"{key}:{options.get(key, '')}")
         m.progress = Progress(max_length=mask.shape[1])
