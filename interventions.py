@@ -1077,8 +1077,9 @@ class RefKL(Method, key="ref_kl", place="penalty", paper="2402.03300", needs=("l
     """k2 (right gradient), k3 (papers), k1 (no pull), abs"""
 
     def penalty(self, tk: Tokens, plan: Plan) -> Tensor | None:
-        kl = kl_penalty(tk.logp, tk.ref_logp, self.estimator)
-        return self.beta * weighted_sum(kl, plan.coef_all) if self.beta else None
+        if not self.beta:
+            return None
+        return self.beta * weighted_sum(kl_penalty(tk.logp, tk.ref_logp, self.estimator), plan.coef_all)
 
 
 class ProRL(RefKL, key="prorl", paper="2505.24864"):
