@@ -22,13 +22,12 @@ from __future__ import annotations
 import copy
 import difflib
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -937,9 +936,9 @@ class EntropyBonus(Method, key="entropy_bonus", place="penalty", paper="verl, TR
 
         L = L_pg - alpha · mean H,     ∂(-alpha H)/∂z_v = alpha p_v (log p_v + H)                        (3.2)
 
-    z are the scaled logits. Pushes every state towards uniform, however certain it should be. On a 7B model
-    (2505.22617) alpha 1e-4 and 1e-3 did little, 5e-3 stabilised without gain, 1e-2 exploded. It costs one
-    more backward pass through the vocabulary, which alpha = 0 saves.
+    z: scaled logits. Pushes every state towards uniform, however certain it should be. On a 7B model
+    (2505.22617) alpha 1e-3 did little, 5e-3 stabilised without gain, 1e-2 exploded. Costs one more backward
+    pass through the vocabulary.
     """
 
     alpha: Positive = 0.001
@@ -954,8 +953,7 @@ class EntropyBonus(Method, key="entropy_bonus", place="penalty", paper="verl, TR
 
 
 class AdaptiveEntropy(Method, key="adaptive_entropy", place="penalty", paper="2505.22312", needs=ENTROPY):
-    """Entropy bonus whose coefficient grows while entropy is below a target. [paper] eq. 3.1-3.2
-    (Skywork-OR1); [code]; TRL.
+    """Entropy bonus whose coefficient grows below a target. [paper] eq. 3.1-3.2 (Skywork-OR1); [code]; TRL.
 
         alpha = c I[e <= target];   c <- c + delta if e < target,  c - delta if e > target;  from 0   (3.3)
 
@@ -1012,11 +1010,11 @@ class RefKL(Method, key="ref_kl", place="penalty", paper="2402.03300", needs=("l
 
         L = L_pg + beta · mean kl(log π, log π_ref)                                                      (3.4)
 
-    Our default k2 has the gradient of KL(π||π_ref); the paper's k3 has that of the reverse KL, grpo (2.13) to
-    (2.16). k1 does not know the reference: its gradient E[∇log π(y)] is 0 for y ~ π; in the later updates of
-    a rollout y ~ π_old and it is -∇KL(π_old||π), away from the policy that sampled. abs: while π is π_ref, x
-    and its sign are rounding. Metric kl_ref is the mean k3. beta: .04 GRPO, .001 DeepSeek-R1 and verl, .05
-    open-instruct, 0 DAPO and TRL. 2505.22617 saw entropy stay and accuracy fall.
+    Our default k2 has the gradient of KL(π||π_ref), the paper's k3 that of the reverse KL, grpo (2.13) to
+    (2.16). k1 does not know the reference: its gradient E[∇log π(y)] is 0 for y ~ π; for y ~ π_old, in later
+    updates, it leads away from the policy that sampled. abs: while π is π_ref, its sign is rounding. Metric
+    kl_ref: mean k3. beta: .04 GRPO, .001 DeepSeek-R1 and verl, .05 open-instruct, 0 DAPO and TRL.
+    2505.22617 saw entropy stay and accuracy fall.
     """
 
     beta: Positive = 0.04
@@ -1036,8 +1034,8 @@ class ProRL(RefKL, key="prorl", paper="2505.24864"):
 
         L = L_pg + beta KL(π||π_ref);   at a reset  π_ref <- π,  optimizer state <- 0                    (3.5)
 
-    The paper resets when the validation score stagnates and does not give beta nor estimator (v2: 1e-4, k2).
-    It also has clip-higher at .4 and dynamic sampling: `prorl+dapo:eps_high=.4`. TRL keeps the optimizer.
+    The paper resets when the validation score stagnates, without beta or estimator (v2: 1e-4, k2), and adds
+    clip-higher at .4 and dynamic sampling: `prorl+dapo:eps_high=.4`. TRL keeps the optimizer.
     """
 
     beta: Positive = 0.001
@@ -1083,9 +1081,8 @@ class KLCov(OnPicked, key="kl_cov", place="penalty", paper="2505.22617", on_poli
 
     d: abs |log r| (released, default), k2, k3 = r - 1 - log r (estimates KL(π_old||π), as in the paper).
     **Strictly on-policy log r is 0 and so is every d's gradient: nothing happens.** Leave old_logp None then,
-    as the loop does: abs would turn the rounding of a second forward pass into gradients ±beta/N of random
-    sign. All A or all log p equal: nobody is picked. Paper: ratio 2e-3 (7B), 2e-4 (32B), beta 1. PRIME's 0.2
-    is in percent; verl has ratio 2e-4, beta 0.1.
+    as the loop does: abs would turn a second pass's rounding into gradients ±beta/N. All A or all log p
+    equal: none picked. Paper: ratio 2e-3 (7B), 2e-4 (32B), beta 1; PRIME .2 percent; verl 2e-4, beta .1.
     """
 
     ratio: Share = 2e-3
@@ -1130,8 +1127,8 @@ class LpReg(OnPicked, key="lp_reg", place="penalty", paper="2510.03222", needs=(
         among A < 0 tokens the k = ⌊fraction · n⌋ of lowest log p, none if k <= 1; of these, if log p < log q:
         l = -r A + beta · k3(log p - log q),  unclipped;   all others: clipped with eps (1, 9)
 
-    Filtered tokens (log q = -inf) are noise and left alone. On-policy the others get a push of 1/S - 1 on
-    their log-probability, S the kept mass: upwards. Costs one more pass for log q.
+    Filtered tokens (log q = -inf) are noise and left alone. On-policy the others are pushed up by 1/S - 1 in
+    log p, S the kept mass. Costs one more pass for log q.
     """
 
     fraction: Share = 0.01
@@ -1173,36 +1170,24 @@ EXCLUSIVE = (  # one of the first with one of the second: no hook is overridden 
 )
 
 
-def _owner(members: list[Method], hook: str) -> Method:
-    """The member whose hook counts; the first, which then has plain GRPO's, if none overrides it."""
-    owners = [m for m in members if m.overrides(hook)]
-    if len(owners) > 1:
-        names = " and ".join(m.key for m in owners)
-        raise ValueError(f"{names} cannot be combined: each replaces the {hook}, and only one can")
-    return owners[0] if owners else members[0]
-
-
 def _shared_value(name: str, members: list[Method], surrogate: Method) -> Any:
     """A clip bound or the aggregation: of the members that were given one, or whose default is not GRPO's."""
     default = getattr(Method, name)
     own = {m.key: getattr(m, name) for m in members if name not in m.without}
     set_by = {m.key: own[m.key] for m in members if name in m.given or own.get(m.key, default) != default}
+    text = ", ".join(f"{k} has {v}" for k, v in set_by.items())
     if len(set(set_by.values())) > 1:
-        text = ", ".join(f"{k} has {v}" for k, v in set_by.items())
-        who = "+".join(m.key for m in members)
-        raise ValueError(f"{who}: conflicting {name}: {text}; set {name} explicitly")
+        raise ValueError(f"conflicting {name}: {text}; set {name} explicitly")
     value = next(iter(set_by.values()), default)
     if value != default and name in surrogate.without:
-        who = f"{next(iter(set_by))} sets {name}, which the surrogate of {surrogate.key} does not use"
-        raise ValueError(f"{who}: leave it out, or give {name}={default}")
+        raise ValueError(f"{surrogate.key} does not use {name}, but {text}: leave it out, or give {default}")
     return value
 
 
 class Composite(Method):
-    """Several methods as one. Responses must be selected by all, weights multiply, penalties add, controllers
-    move each on its own; sampling, advantage and surrogate belong to at most one member. A weight hook sees
-    the advantage times the weights of the members before it, and a member with `last` (opefo) comes last: it
-    balances the flow of the real surrogate, without what penalties add on top."""
+    """Several methods as one: all must select a response, weights multiply, penalties add; at most one member
+    replaces sampling, advantage or surrogate. A weight hook sees the advantage times the weights before it; a
+    member with `last` (opefo) balances the flow of the real surrogate, without the penalties on top."""
 
     def __init__(self, members: list[Method]) -> None:
         keys = [m.key for m in members]
@@ -1213,12 +1198,16 @@ class Composite(Method):
             if (one := some & set(keys)) and (other := others & set(keys)):
                 raise ValueError(f"{one.pop()} and {other.pop()} cannot be combined: {reason}")
         self.members = sorted(members, key=lambda m: getattr(m, "last", False))
-        owner = {hook: _owner(self.members, hook) for hook in ("sample", "advantage", "surrogate")}
-        owner["factor"] = owner["surrogate"]
-        values = {name: _shared_value(name, self.members, owner["surrogate"]) for name in SHARED}
+        for hook in ("sample", "advantage", "surrogate"):
+            owners = [m for m in self.members if m.overrides(hook)]
+            if len(owners) > 1:
+                names = " and ".join(m.key for m in owners)
+                raise ValueError(f"{names} cannot be combined: each replaces the {hook}, and only one can")
+            owner = owners[0] if owners else self.members[0]  # the first has plain GRPO's
+            setattr(self, hook, getattr(owner, hook))
+        self.factor = owner.factor  # of the surrogate
+        values = {name: _shared_value(name, self.members, owner) for name in SHARED}
         super().__init__(**values)
-        for hook, m in owner.items():
-            setattr(self, hook, getattr(m, hook))
         for m in self.members:
             m.__dict__.update({k: v for k, v in values.items() if k not in m.without})
             m.advantage, m.coefficients = self.advantage, self.coefficients
@@ -1239,8 +1228,8 @@ class Composite(Method):
         return any(m.overrides(hook) for m in self.members)
 
     def select(self, tk: Tokens) -> Tensor | None:
-        asked = [m for m in self.members if m.refill or tk.logp is not None]  # not scored: it is being drawn
-        return self._all(m.select(tk) for m in asked)
+        drawing = tk.logp is None  # not scored yet
+        return self._all(m.select(tk) for m in self.members if m.refill or not drawing)
 
     def keep(self, tk: Tokens, adv: Tensor) -> Tensor | None:
         return self._all(m.keep(tk, adv) for m in self.members)
@@ -1318,32 +1307,34 @@ METHODS: dict[str, type[Method]] = {c.key: c for c in (
 
 def convert(key: str, name: str, value: Any, kind: Any) -> Any:
     """A value, often a word, in the type of its field: bool, int, float, str, Literal, Annotated with a
-    range; None for "none" where that is allowed. ValueError names the field, the value and what is allowed.
-    """
+    range; None for "none" where that is allowed."""
     word, optional, low, high = str(value).strip().lower(), type(None) in get_args(kind), -math.inf, math.inf
     if optional and word == "none":
         return None
     kind = get_args(kind)[0] if optional else kind
-    if get_origin(kind) is Literal:
-        if value in (words := get_args(kind)):
-            return value
-        raise ValueError(f"{key}: {name}={value!r} is unknown: choose one of {', '.join(words)}")
     if get_origin(kind) is Annotated:
         kind, (low, high) = get_args(kind)
-    if kind is str and isinstance(value, str):
-        return value
-    if kind is bool and word in ("true", "1", "yes", "on", "false", "0", "no", "off"):
-        return word in ("true", "1", "yes", "on")
-    if kind in (int, float) and not isinstance(value, bool):
+    if get_origin(kind) is Literal:
+        wanted = "one of " + ", ".join(get_args(kind))
+        if value in get_args(kind):
+            return value
+    elif kind is str:
+        wanted = "a word"
+        if isinstance(value, str):
+            return value
+    elif kind is bool:
+        wanted = "true or false"
+        if word in ("true", "1", "yes", "on", "false", "0", "no", "off"):
+            return word in ("true", "1", "yes", "on")
+    else:
+        wanted = f"{'a whole' if kind is int else 'a'} number from {low} to {high}"
         try:
             number = kind(value)
+            exact = isinstance(value, str) or (number == value and not isinstance(value, bool))
+            if exact and low <= number <= high:
+                return number
         except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if number < low or number > high:
-            raise ValueError(f"{key}: {name}={value} is out of range: give a value from {low} to {high}")
-        if number == number and (isinstance(value, str) or number == value):
-            return number
-    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}[kind]
+            pass
     raise ValueError(f"{key}: {name}={value!r} does not fit: give {wanted}{' or none' * optional}")
 
 
@@ -1370,37 +1361,33 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
     options: dict[str, str] = {}
     for item in filter(None, rest.split(",")):
         key, _, value = (part.strip() for part in item.partition("="))
-        if not (key and value):
-            raise ValueError(f"method {spec!r}: {item!r} is not an option: write name=value,name=value")
-        if key in options:
-            raise ValueError(f"method {spec!r}: {key} is given twice: give it once")
+        if not (key and value) or key in options:
+            raise ValueError(f"method {spec!r}: {item!r}: write name=value,name=value, each name once")
         options[key] = value
     return name.strip(), options
 
 
 def build(name: str, **hyperparameter: Any) -> Method:
-    """A method from its key, or several joined by "+", and hyperparameters, in their type or as strings.
+    """A method from a spec, as `parse` reads it, and hyperparameters, in their type or as strings.
 
     In a composition a hyperparameter goes to the member that has it; a shared one (clip range, aggregation)
-    to all; "clip_cov.ratio" names the member. Raises ValueError on an unknown method or hyperparameter
-    (naming the nearest), a value of the wrong type or range, and a composition without sense.
+    to all; "clip_cov.ratio" names the member. ValueError on what does not exist, fit or make sense.
     """
-    types, members = {}, []
+    name, options = parse(name)
+    hyperparameter = options | hyperparameter
+    types, given, members = {}, {}, []
     for key in name.split("+"):
         if key not in METHODS:
             (near,) = difflib.get_close_matches(key, METHODS, 1, 0)
             raise ValueError(f"method {key!r} is unknown: did you mean {near}? ({', '.join(METHODS)})")
-        types[key] = _types(METHODS[key])
-    given: dict[str, dict[str, Any]] = {key: {} for key in types}
+        types[key], given[key] = _types(METHODS[key]), {}
     for full, value in hyperparameter.items():
         prefix, _, n = full.rpartition(".")
         having = [key for key in types if n in types[key] and prefix in ("", key)]
         if not having:
             words = dict.fromkeys(x for kinds in types.values() for x in kinds)
             (near,) = difflib.get_close_matches(n, words, 1, 0)
-            raise ValueError(
-                f"{name} has no hyperparameter {full!r}: did you mean {near}? ({', '.join(words)})"
-            )
+            raise ValueError(f"{name} has no option {full!r}: did you mean {near}? ({', '.join(words)})")
         if len(having) > 1 and n not in SHARED:
             raise ValueError(f"{name}: {n} belongs to {' and '.join(having)}: write {having[0]}.{n}={value}")
         for key in having:
@@ -1415,35 +1402,28 @@ def build(name: str, **hyperparameter: Any) -> Method:
 # 8. Inside other trainers: verl and TRL
 
 VERL = ("grpo", "clip_higher", "clip_cov", "kl_cov", "rand_pos_clip", "cispo", "gspo", "ce_gppo")
-VERL_CLIP = {  # our name: verl's, and its default
-    "eps_low": ("clip_ratio_low", 0.2),
-    "eps_high": ("clip_ratio_high", 0.2),
-    "dual_clip": ("clip_ratio_c", 3.0),
-}
+VERL_CLIP = {"eps_low": ("low", 0.2), "eps_high": ("high", 0.2), "dual_clip": ("c", 3.0)}  # clip_ratio_...
 
 
 def register_with_verl(*specs: str, prefix: str = "") -> list[str]:
     """Register methods as verl policy losses (`actor.policy_loss.loss_mode`); returns their names.
 
-    specs: as on the command line, "clip_cov:ratio=.002", compositions too; none: the eight keys of `VERL`. A
-    loss is named prefix + key; where verl has the name (gspo, cispo, clip_cov, kl_cov) ours replaces its.
-    Every worker has to register: put the call into a module and name it in VERL_USE_EXTERNAL_MODULES.
-    Hyperparameters come from the spec, only the aggregation from `loss_agg_mode`; another clip range in
-    verl's config is refused. Made for verl 0.9 (extra `verl`), imported by this call only.
+    specs: as on the command line, compositions too; default the eight keys of `VERL`. A loss is named prefix
+    + key, and replaces verl's of that name (gspo, cispo, clip_cov, kl_cov). Every worker has to register: put
+    the call into a module and name it in VERL_USE_EXTERNAL_MODULES. `loss_agg_mode` sets the aggregation, the
+    spec all else; another clip range in verl's config is refused. For verl 0.9, imported by this call only.
 
-    verl hands a policy loss advantages and old and new log-probabilities; a method that needs more raises
-    ValueError, opefo and steer among them. Denominators are of the whole mini-batch. **But verl calls once
-    per micro-batch and rank: clip_cov, kl_cov and rand_pos_clip then select among those tokens only**, as
-    verl's own do. And its old log-probabilities are of another forward pass: strictly on-policy kl_cov's
-    penalty is rounding noise. Against verl's own: `vanilla` is `grpo:dual_clip=3`; clip_cov has its own
-    generator; kl_cov's penalty is not multiplied by rollout_is_weights; gspo and cispo agree.
+    verl hands over advantages, old and new log-probabilities; a method that needs more (opefo, steer) raises
+    ValueError. Denominators are of the whole mini-batch. **But verl calls once per micro-batch and rank:
+    clip_cov, kl_cov and rand_pos_clip select among those tokens only**, as verl's own do. Its old log p are
+    of another forward pass: strictly on-policy kl_cov's penalty is rounding noise. verl's `vanilla` is
+    `grpo:dual_clip=3`; our clip_cov draws differently, and rollout_is_weights do not scale kl_cov's penalty.
     """
     from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
 
-    methods = []
-    for name, options in map(parse, specs or VERL):
-        methods.append(build(name, **options))
-        check_verl(methods[-1])
+    methods = [build(spec) for spec in specs or VERL]
+    for method in methods:
+        check_verl(method)  # all, before the first is registered
     for method in methods:
         register_policy_loss(prefix + method.key)(partial(verl_loss, method, agg_loss))
     return [prefix + method.key for method in methods]
@@ -1479,8 +1459,11 @@ def verl_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """A method's loss on one micro-batch, as verl's registry wants it: tensors (B, T) -> scalar, metrics."""
     for ours, (name, default) in VERL_CLIP.items():
-        if (value := config.get(name, default)) not in (default, None, getattr(method, ours)):
-            raise ValueError(f"actor.{name}={value} is overruled: write {method.key}:{ours}={value}")
+        value = config.get(f"clip_ratio_{name}", default)
+        if value not in (default, None, getattr(method, ours)):
+            raise ValueError(
+                f"actor.clip_ratio_{name}={value} is overruled: write {method.key}:{ours}={value}"
+            )
     ids = old_log_prob.float().contiguous().view(torch.int32)  # order the rows of a draw: verl keeps its ids
     tokens = Tokens(ids, response_mask.bool(), logp=log_prob, old_logp=old_log_prob, adv=advantages)
     tokens.mismatch = rollout_is_weights
@@ -1508,10 +1491,7 @@ def check_trl(trainer: Any, method: Method) -> None:
     set_too = [f.name for f in fields(a) if f.name in OVERRULED and getattr(a, f.name) != f.default]
     for bad, text in (
         (method.overrides("sample"), "TRL samples, not the method"),
-        (
-            method.overrides("reset_reference"),
-            "TRL keeps the reference and the optimizer; use ref_kl",
-        ),
+        (method.overrides("reset_reference"), "TRL keeps reference and optimizer; use ref_kl"),
         ("proxy_logp" in method.needs, "the logits of the policy that sampled are not kept"),
         ("ref_logp" in method.needs and not a.beta, "give GRPOConfig(beta=1.0), for a reference"),
         (set_too, f"the method makes the objective; leave GRPOConfig.{', '.join(set_too)} at the default"),
@@ -1530,29 +1510,22 @@ class InsideTRL:
 
         trainer = trl_trainer()("Qwen/Qwen3-0.6B", reward, GRPOConfig(...), data, method="opefo")
 
-    TRL keeps sampling (transformers or vLLM), rewards, optimizer, ranks and checkpoints; the objective is
-    ours.  What differs from plain TRL:
+    The objective is ours, all else TRL's. What differs from plain TRL:
 
-    - Before the first micro-batch of an update, a pass without graph scores all of them, on all ranks: the
-      scope of every statistic.  It costs a forward pass.
+    - A forward pass more: an update is scored first, without graph, on all ranks: every statistic's scope.
     - Rows stay in prompt order; TRL shuffles them, which tears groups apart where it makes several updates.
-    - Advantages, clip range, aggregation and penalties are the method's; a GRPOConfig setting that would be
-      overruled is refused.  `beta` only makes TRL keep a reference model, for methods that need one.
-    - A response is right if the sum of its rewards is positive.  One that no reward function scored teaches
+    - A GRPOConfig setting that the method overrules is refused. `beta` only makes TRL keep a reference model.
+    - A response is right if the sum of its rewards is positive. One that no reward function scored teaches
       nothing and is in nobody's baseline.
-    - Schedules and draws count optimizer steps.  Evaluation reports TRL's own loss.
+    - Schedules and draws count optimizer steps. Evaluation reports TRL's own loss.
 
-    `dapo` drops groups but cannot draw others.  Made for TRL 1.16 (extra `trl`), whose private methods it
-    overrides.
+    `dapo` drops groups but cannot draw others. For TRL 1.16, whose private methods it overrides.
     """
 
     def __init__(self, *args: Any, method: str | Method = "grpo", **kwargs: Any) -> None:
-        if isinstance(method, str):
-            name, options = parse(method)
-            method = build(name, **options)
+        self.method = build(method) if isinstance(method, str) else method
         super().__init__(*args, **kwargs)
-        check_trl(self, method)
-        self.method = method
+        check_trl(self, self.method)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         self.scores = super()._calculate_rewards(*args, **kwargs)  # (rows of all ranks, reward functions)
@@ -1560,9 +1533,9 @@ class InsideTRL:
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         out = super()._generate_and_score_completions(inputs)
-        row = torch.arange(len(inputs), device=self.scores.device)
-        row += self.accelerator.process_index * len(inputs)
-        scores = self.scores[row]  # (B, reward functions), NaN where a function said nothing
+        first = self.accelerator.process_index * len(inputs)
+        row = torch.arange(first, first + len(inputs), device=self.scores.device)
+        scores = self.scores[row]  # NaN where a function said nothing
         out["reward"] = (scores * self.reward_weights.to(scores.device)).nansum(-1)
         out["group"] = torch.where(scores.isnan().all(-1), -1 - row, row // self.num_generations)
         return out
@@ -1655,16 +1628,9 @@ def trl_trainer() -> type:
 # 9. Demonstration
 
 
-class Effect(NamedTuple):
-    """What one method does to one batch, per token (B, T)."""
-
-    force: Tensor  # -∂loss/∂logp
-    change: Tensor  # predicted entropy change, nats per unit learning rate
-    touched: Tensor  # bool: treated unlike plain GRPO
-
-
-def effect(method: Method, tokens: Tokens, entropy_slope: Tensor) -> Effect:
-    """One backward pass to the leaves log p and H: the force of all hooks, and what it does to entropy.
+def effect(method: Method, tokens: Tokens, entropy_slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a method does to a batch, each (B, T): the force -∂loss/∂logp of all its hooks; the entropy change
+    predicted from it, nats per unit learning rate; and whether the token is treated unlike plain GRPO.
 
     entropy_slope (B, T): |∇_z H|² = Σ_v p_v² (log p_v + H)², by which a gradient on H moves H.
     """
@@ -1676,81 +1642,73 @@ def effect(method: Method, tokens: Tokens, entropy_slope: Tensor) -> Effect:
 
     (force, pull), (plain, _) = push(method), push(Method())
     change = token_flow(tokens, force) + torch.where(tokens.mask, pull * entropy_slope, 0)
-    return Effect(force, change, ((force - plain).abs() > 1e-6 * plain.abs()) | (pull != 0))
+    return force, change, ((force - plain).abs() > 1e-6 * plain.abs()) | (pull != 0)
 
 
-def demonstration_methods(tokens: Tokens) -> dict[str, Method]:
-    """Every method under its spec, which departs from the defaults where a batch of some thousand tokens, or
-    of this entropy, would not switch the method on."""
-    entropy = float(masked_mean(tokens.entropy, tokens.mask))
-    options = dict.fromkeys(("clip_cov", "kl_cov", "rand_pos_clip"), "ratio=.02") | {"lp_reg": "fraction=.1"}
-    options |= dict.fromkeys(("stare", "entropic"), above := f"target={1.5 * entropy:.2g}")
+def demonstration_options(entropy: float) -> dict[str, str]:
+    """Options for the methods that some thousand tokens of this entropy would not switch on by default."""
+    above = f"target={1.5 * entropy:.2g}"
+    options = {"clip_cov": "ratio=.02,lb=.5", "kl_cov": "ratio=.02", "rand_pos_clip": "ratio=.02"}
+    options |= {"lp_reg": "fraction=.1", "stare": above, "entropic": above}
     options |= {"papo": "reference=target," + above, "adaptive_entropy": f"{above},c_min=.005"}
-    options |= {"par": f"target={0.8 * entropy:.2g}", "entrocraft": f"start={1.2 * entropy:.2g}"}
-    options["clip_cov"] += ",lb=.5"
-    methods = {}
-    for spec in (f"{key}:{options.get(key, '')}" for key in METHODS):
-        name, given = parse(spec)
-        methods[spec] = build(name, **given)
-        methods[spec].progress = Progress(max_length=tokens.mask.shape[1])
-    return methods
+    return options | {"par": f"target={0.8 * entropy:.2g}", "entrocraft": f"start={1.2 * entropy:.2g}"}
 
 
 def show_batch(tokens: Tokens, entropy_slope: Tensor, path: str | None = None) -> None:
-    """Print what the methods do to one batch: all, or those that act on the ratio where the batch is
-    off-policy; and draw it into `path`. entropy_slope: as in `effect`."""
+    """Print what the methods do to one batch, off-policy only those that act on the ratio; draw it in `path`.
+    entropy_slope: as in `effect`."""
     import pandas
 
     mask, on_policy = tokens.mask, tokens.old_logp is None
+    entropy = float(masked_mean(tokens.entropy, mask))
     adv = torch.where(mask, Method().advantage(tokens), 0)
-    base, rows, effects = effect(Method(), tokens, entropy_slope), [], {}
-    for spec, m in demonstration_methods(tokens).items():
+    base, flow_of_grpo, _ = effect(Method(), tokens, entropy_slope)
+    rows, weights, options = [], {}, demonstration_options(entropy)
+    for key in METHODS:
+        m = build(f"{key}:{options.get(key, '')}")
+        m.progress = Progress(max_length=mask.shape[1])
         if not on_policy and m.on_policy and m.place not in ("none", "ratio"):
             continue
-        e = effects[m.key] = effect(m, tokens, entropy_slope)
-        up, down = (float(e.force[s].abs().sum() / base.force[s].abs().sum()) for s in (adv > 0, adv < 0))
-        share, change = masked_mean(e.touched.double(), mask), e.change.sum() / base.change.abs().sum()
+        force, change, touched = effect(m, tokens, entropy_slope)
+        weights[key] = torch.where(base == 0, 1, force / base).clamp(0, 2), touched
+        up, down = (float(force[s].abs().sum() / base[s].abs().sum()) for s in (adv > 0, adv < 0))
+        share, dh = masked_mean(touched.double(), mask), change.sum() / flow_of_grpo.abs().sum()
         inert = "acts with several updates per rollout only" if on_policy and not m.on_policy else ""
-        numbers = (f"{share:.1%}", f"{up:.2f}", f"{down:.2f}", f"{change:+.3f}")
-        rows.append((m.key, m.place, *numbers, inert or spec.partition(":")[2]))
-    print(f"{int(mask.sum())} tokens, entropy {masked_mean(tokens.entropy, mask):.3f} nats")
+        numbers = (f"{share:.1%}", f"{up:.2f}", f"{down:.2f}", f"{dh:+.3f}")
+        rows.append((key, m.place, *numbers, inert or options.get(key, "")))
+    print(f"{int(mask.sum())} tokens, entropy {entropy:.3f} nats")
     print("touched: tokens treated unlike GRPO;  A > 0, A < 0: sum of |force| there, GRPO = 1")
     print("dH: predicted change of entropy, as a share of all flow (up and down) that GRPO causes\n")
     names = ["method", "place", "touched", "A > 0", "A < 0", "dH", "options"]
     print(pandas.DataFrame(rows, columns=names).to_string(index=False, justify="left"))
     if path:
-        draw(tokens, adv, effects, path)
+        draw(tokens, adv, weights, path)
         print(f"\nfigure: {path}")
 
 
-def draw(tokens: Tokens, adv: Tensor, effects: dict[str, Effect], path: str) -> None:
-    """Per method the tokens that it touches on the plane (log p, A), darker where they count more."""
-    import matplotlib
+def draw(tokens: Tokens, adv: Tensor, weights: dict[str, tuple[Tensor, Tensor]], path: str) -> None:
+    """Tokens on the plane (log p, A), a panel per method: dark by weight, large where it touches them."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    jitter = 0.3 * torch.rand(adv.shape, generator=torch.Generator().manual_seed(0)).to(adv)
-    fig, axes = plt.subplots(-(-len(effects) // 4), 4, figsize=(15, 16), sharex=True, layout="constrained")
-    for axis in axes.flat[len(effects) :]:
+    adv = adv + 0.3 * torch.rand(adv.shape, generator=torch.Generator().manual_seed(0)).to(adv)  # jitter
+    fig = Figure(figsize=(15, 16), layout="constrained")
+    axes = fig.subplots(-(-len(weights) // 4), 4, sharex=True)
+    for axis in axes.flat[len(weights) :]:
         axis.axis("off")
-    for axis, (key, e) in zip(axes.flat, effects.items()):
-        weight = torch.where(effects["grpo"].force == 0, 1, e.force / effects["grpo"].force).clamp(0, 2)
+    for axis, (key, (weight, touched)) in zip(axes.flat, weights.items()):
         axis.set(title=key, ylabel="A")
-        for some, size in ((tokens.mask & ~e.touched, 2), (tokens.mask & e.touched, 7)):
-            x, y, color = tokens.logp[some], (adv + jitter)[some], weight[some]
-            dots = axis.scatter(x, y, size, color, cmap="YlGnBu", vmin=-0.3, vmax=2, rasterized=True)
+        for s, size in ((tokens.mask & ~touched, 2), (tokens.mask & touched, 7)):
+            look = {"cmap": "YlGnBu", "vmin": -0.3, "vmax": 2, "rasterized": True}
+            dots = axis.scatter(tokens.logp[s], adv[s], size, weight[s], **look)
     fig.supxlabel("log p of the sampled token, nats; large: touched")
     fig.colorbar(dots, ax=axes, label="weight relative to GRPO", aspect=90)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110)
-    plt.close(fig)
 
 
-def embedded_batches(steps: int = 20) -> list[tuple[Tokens, Tensor]]:
-    """Two real batches of the embedded world: strictly on-policy after some steps of GRPO, and the same
-    responses four updates later, when the ratio has left 1. Each with |∇_z H|² (B, T)."""
-    # A demonstration needs something to demonstrate on, from chapter 4. All that a trainer has to do is this:
+def embedded_batches() -> list[tuple[Tokens, Tensor]]:
+    """Two batches of chapter 4's embedded world: on-policy after 20 steps of GRPO, and the same responses
+    four updates later, when the ratio has left 1. Each with |∇_z H|² (B, T)."""
     from rollout import Sampling, TorchEngine, WarmStart, answer, chain_task, warm_policy
 
     (model, tokenizer), task = warm_policy(WarmStart()), chain_task()
@@ -1781,7 +1739,7 @@ def embedded_batches(steps: int = 20) -> list[tuple[Tokens, Tensor]]:
         proxy, slopes = (policy(tokens, of_logits=f)["of_logits"] for f in (proxy_log_prob, slope))
         return replace(tokens, **policy(tokens), ref_logp=reference(tokens)["logp"], proxy_logp=proxy), slopes
 
-    for _ in range(steps):
+    for _ in range(20):
         update(rollout())
     now = scored(batch := rollout())
     batch.old_logp = now[0].logp
@@ -1791,8 +1749,8 @@ def embedded_batches(steps: int = 20) -> list[tuple[Tokens, Tensor]]:
 
 
 def main(out: str = "runs/interventions.png") -> None:
-    """All methods on one strictly on-policy batch of the embedded world, as a table and as a figure (`out`);
-    then those that act on the ratio on a later one."""
+    """What every method does to a strictly on-policy batch of the embedded world, as a table and a figure
+    (`out`); then the methods that act on the ratio on a later one."""
     now, later = embedded_batches()
     show_batch(*now, out)
     print("\nThe same responses four updates later, for the methods that act on the ratio:\n")

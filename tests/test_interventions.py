@@ -1702,7 +1702,7 @@ def test_demonstration_measures_the_real_entropy_change(tmp_path, capsys):
     slope = (logp.exp() ** 2 * (logp + h[..., None]) ** 2).sum(-1)
     for key in METHODS:
         method = active(key)
-        predicted = iv.effect(method, tk.detach(), slope).change.sum().item()
+        predicted = iv.effect(method, tk.detach(), slope)[1].sum().item()
         step = -1e-4 * gradient(logits, tokens(), method)
 
         def total(z):

@@ -20,17 +20,12 @@ from hypothesis import strategies as st
 
 import interventions
 from grpo import Policy, Progress, Tokens, batch_loss, concat_padded, policy_loss
-from interventions import METHODS, build, parse, trl_trainer
+from interventions import METHODS, build, trl_trainer
 from rollout import TinyModel, tiny_tokenizer
 from train import Run, Settings, Update, score_batch
 
 PROMPTS = ["3 5 7 9 -> 41", "2 3 -> 5", "4 4 9 -> 1", "8 -> 8"]  # of different lengths: TRL pads on the left
 TINY = TinyModel(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=1)
-
-
-def method_of(spec):
-    name, options = parse(spec)
-    return build(name, **options)
 
 
 def relative(a, b):
@@ -301,12 +296,7 @@ def test_neither_trl_nor_verl_is_imported_unless_used():
 # ------------------------------------------------------------------------------------------------------------
 # verl
 
-AGGREGATIONS = {
-    "token-mean": "token_mean",
-    "seq-mean-token-mean": "seq_mean_token_mean",
-    "seq-mean-token-sum": "seq_mean_token_sum",
-    "token-sum": "token_sum",
-}
+AGGREGATIONS = ("seq-mean-token-mean", "seq-mean-token-sum", "token-mean", "token-sum")
 
 
 @pytest.fixture
@@ -364,7 +354,7 @@ SAME = [  # ours, verl's, the clip range in verl's config
 
 
 @pytest.mark.parametrize("spec, theirs, clip", SAME)
-@given(seed=st.integers(0, 10**6), mode=st.sampled_from(sorted(AGGREGATIONS)), whole=st.booleans())
+@given(seed=st.integers(0, 10**6), mode=st.sampled_from(AGGREGATIONS), whole=st.booleans())
 def test_verl_loss_is_verls_own(spec, theirs, clip, seed, mode, whole):
     core = pytest.importorskip("verl.trainer.ppo.core_algos")
     before = dict(core.POLICY_LOSS_REGISTRY)
@@ -388,11 +378,11 @@ def test_verl_loss_is_verls_own(spec, theirs, clip, seed, mode, whole):
     assert all(isinstance(v, (int, float)) for v in metrics.values())
 
 
-@pytest.mark.parametrize("mode", sorted(AGGREGATIONS))
+@pytest.mark.parametrize("mode", AGGREGATIONS)
 @pytest.mark.parametrize("spec", [*interventions.VERL, "clip_higher+rand_pos_clip:ratio=.3"])
 def test_verl_loss_on_a_whole_mini_batch_is_our_policy_loss(spec, mode, verl):
     (name,) = interventions.register_with_verl(spec)
-    method = method_of(spec)
+    method = build(spec)
     for seed in range(5):
         update = random_update(seed)
         value, grad, _ = gradient(verl.get_policy_loss_fn(name), update, loss_agg_mode=mode, config=actor())
@@ -401,8 +391,8 @@ def test_verl_loss_on_a_whole_mini_batch_is_our_policy_loss(spec, mode, verl):
         tokens = Tokens(ids, mask, logp=update["log_prob"], old_logp=old, adv=update["advantages"])
         tokens.mismatch = update["rollout_is_weights"]
         for m in getattr(method, "members", [method]):
-            m.aggregation = AGGREGATIONS[mode]
-        method.aggregation = AGGREGATIONS[mode]
+            m.aggregation = mode.replace("-", "_")
+        method.aggregation = mode.replace("-", "_")
         loss, _ = policy_loss(tokens, method)
         torch.testing.assert_close(value, loss.detach(), rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(grad, torch.autograd.grad(loss, tokens.logp)[0], rtol=1e-6, atol=1e-9)
