@@ -698,6 +698,7 @@ def test_adapters_that_peft_refuses_are_named(lm, saved, capsys):
     pytest.importorskip("math_verify")
     pytest.importorskip("peft")
     folder = saved(built("falcon_h1", **{**MAMBA, "mamba_d_ssm": 32, "mamba_d_head": 8}))
+    capsys.readouterr()  # a bar of the saving
     code = lm("--model", folder, "--method", "grpo", "--lora", 2)[0]
     err = capsys.readouterr().err.strip()
     assert code == 2 and "--lora 2" in err and "out_proj" in err and len(err.splitlines()) == 1
