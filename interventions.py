@@ -1344,6 +1344,7 @@ def _types(cls: type[Method]) -> dict[str, Any]:
     return {f.name: kinds[f.name] for f in fields(cls) if f.name not in cls.without}
 
 
+@cache
 def hyperparameters(cls: type[Method]) -> list[tuple[str, Any, Any, str]]:
     """(name, type, default, help) of a method's hyperparameters; help is the docstring under the field."""
     import docstring_parser
