@@ -938,7 +938,7 @@ def draw_samples(
         axes[0, 2].stairs(counts / len(nats), edges, label=f"{label}: fork above {cut:.3f}", **style(i))
         axes[0, 2].axvline(cut, linewidth=0.8, **style(i))
         forks = Counter(sorted(ids[nats >= cut].tolist())).most_common(12)
-        words = " ".join(f"{tidy(name(x)).strip()} ({count})" for x, count in forks)
+        words = " ".join(f"{printable(name(x)).strip()} ({count})" for x, count in forks)
         print(f"tokens drawn most often at forks, the top 20 % by entropy (6.7), {label}: {words}")
     for ax in axes[0, :2]:
         ax.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=":")
@@ -995,7 +995,7 @@ def fresh_flows(record: Record, seed: int, attention: str) -> tuple[list[dict[st
     return found, f"exact flow of a table, fresh batch of {len(problems)} x 16 from {path}"
 
 
-def tidy(token: str | None) -> str:
+def printable(token: str | None) -> str:
     """A token as it may be printed: spaces and line ends as themselves, · for control characters."""
     token = (token or "<?>").replace("Ġ", " ").replace("▁", " ").replace("Ċ", "⏎").replace("\n", "⏎")
     return "".join(c if c.isprintable() else "·" for c in token)
@@ -1024,7 +1024,7 @@ def page(rows: Sequence[dict[str, Any]], what: str) -> str:
     top, body = max((abs(f) for r in rows for f in r["flow"]), default=0.0), []
     for r in rows:
         spans = [
-            f'<span title="{f:+.3g}" style="background:rgb{shade(f, top)}">{html.escape(tidy(w))}</span>'
+            f'<span title="{f:+.3g}" style="background:rgb{shade(f, top)}">{html.escape(printable(w))}</span>'
             for w, f in zip(r["tokens"], r["flow"])
         ]
         blank = "" if any((w or "").startswith(("Ġ", "▁", " ")) for w in r["tokens"]) else " "
@@ -1044,8 +1044,8 @@ def show(record: Record, seed: int, attention: str, out: Path) -> None:
     print(f"{what}\nThe strongest tokens, flow in percent of the largest: + raises entropy, - lowers it\n")
     for r in rows:
         strongest = sorted(zip(r["tokens"], r["flow"]), key=lambda pair: -abs(pair[1]))[:6]
-        words = "  ".join(f"{tidy(w)} {100 * f / top:+.0f}" for w, f in strongest)
-        print(f"{tidy(r['prompt'])[-60:]}   reward {r['reward']:g}:   {words}")
+        words = "  ".join(f"{printable(w)} {100 * f / top:+.0f}" for w, f in strongest)
+        print(f"{printable(r['prompt'])[-60:]}   reward {r['reward']:g}:   {words}")
     (out / "flow.html").write_text(page(rows, what), encoding="utf-8")
     print(f"\npage: {out / 'flow.html'}")
 
