@@ -1,6 +1,8 @@
 """Settings shared by all tests: one thread (several are far slower when the machine is busy), no network,
 float64 checks."""
 
+import functools
+import inspect
 import json
 import os
 import subprocess
@@ -16,6 +18,9 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+# tyro reads the docstrings of fields from the sources, for which Python 3.11 parses the whole file at every
+# command line: a sixth of a second each.  Sources do not change while tests run.
+inspect.getsource = functools.cache(inspect.getsource)
 # A shared machine can stall for a second at any moment, so an example has no deadline; examples are
 # derandomized so that a green run today is a green run tomorrow. HYPOTHESIS_PROFILE=explore searches anew
 # every time.
