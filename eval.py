@@ -867,6 +867,7 @@ def asked(o: Options, model: str) -> dict[str, Any]:
         "attention": attention_of(model, o.attention, device), "temperature": o.temperature,
         "top_p": o.top_p, "seed": o.seed, "samples": o.count,
         "max_new_tokens": o.max_new_tokens, "batch": o.batch or (512 if o.engine == "vllm" else 128),
+        **({"stop": o.stop} if o.stop else {}),
     }  # fmt: skip
 
 
@@ -887,13 +888,14 @@ def reopen(record: Record, attention: str = "auto") -> tuple[Task, Engine]:
     names = ("data", "eval_data", "eval_problems", "prompt_template")
     limits = s["max_prompt_tokens"], s["max_new_tokens"]
     task = rollout.task_of_data(tokenizer, *(s[name] for name in names), s["chat"] == "auto", *limits)[0]
-    return task, TorchEngine(model, tokenizer)
+    return task, TorchEngine(model, tokenizer, stop=s.get("stop", ""))
 
 
 def samples_of(o: Options, record: Record, out: Path) -> tuple[Task, dict[tuple[str, float], pd.DataFrame]]:
     """A run's task, and samples of its final policy on the CPU: ("test" or "hard", temperature) -> frame."""
     (task, engine), found = reopen(record, o.attention), {}
     o = replace(o, device="cpu", engine="torch", dtype="auto", batch=1024, max_new_tokens=task.max_new_tokens)
+    o = replace(o, stop=engine.stop)
     for t in sorted(o.temperatures) or [o.temperature]:
         settings = asked(replace(o, temperature=t), str(record.folder / "checkpoint"))
         for name, problems in (("test", task.test), ("hard", task.hard)):
@@ -906,7 +908,7 @@ def samples_of(o: Options, record: Record, out: Path) -> tuple[Task, dict[tuple[
 def fingerprint(folder: Path) -> str:
     """Of weights: size, end, and 4 kB at 256 places of each safetensors file (a merged adapter changes
     neither the embedding nor the last norm); "" where none is."""
-    digest, files = hashlib.sha256(), sorted(folder.glob("*.safetensors"))
+    digest, files = hashlib.sha256(), [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
     for path in files:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -960,7 +962,8 @@ def token_namer(model: str, trust: bool = False) -> Callable[[int], str]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
+        source, how = rollout.model_source(model)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust, **how)
     except Exception:  # names are a convenience: the numbers do not depend on them
         return str
     return lambda i: tokenizer.decode([i]) or token_names(tokenizer, [i])[0]
@@ -1148,24 +1151,27 @@ def open_engine(o: Options, model: str, everything: Sequence[Problem]) -> Engine
 
     device, trust, s = usable_device(o.device), o.trust_remote_code, asked(o, model)
     try:
+        source, how = rollout.model_source(model)
         if s["engine"] == "torch":
             policy, tokenizer = rollout.load_model(model, s["dtype"], trust, s["attention"], device)
+        elif how:
+            raise ValueError("--engine vllm reads folders; a run's checkpoint/ is one")
         else:
-            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust).get_text_config()
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust, **how).get_text_config()
         prompts = rollout.render(everything, tokenizer, o.template, not o.plain)
         longest = rollout.longest_prompt(prompts, tokenizer, config, s["max_new_tokens"])
     except Exception as error:  # missing, gated, damaged: a dozen classes of three libraries
         reason = " ".join(str(error).split()).removeprefix(f"{model}: ")[:300]
         raise ValueError(f"--model {model}: {reason}") from None
     if s["engine"] == "torch":
-        return TorchEngine(policy, tokenizer)
+        return TorchEngine(policy, tokenizer, stop=o.stop)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return rollout.VllmEngine(
         model, tokenizer, device=device, dtype=getattr(torch, s["dtype"]), sleeps=False,
         max_model_len=longest + s["max_new_tokens"], gpu_memory=o.gpu_memory,
-        trust_remote_code=trust,
+        trust_remote_code=trust, stop=o.stop,
     )  # fmt: skip
 
 
@@ -1262,6 +1268,7 @@ class Benchmarks:
     limit: int = 0  # only the first problems of each benchmark (0: all)
     engine: Literal["torch", "vllm"] = "torch"  # our own loop, or vLLM
     max_new_tokens: int = 3072  # as in STEER's training
+    stop: str = ""  # a text that ends a response, too
     template: str = rollout.PROMPT_TEMPLATE  # with {problem} in it
     plain: bool = False  # no chat template, even where the tokenizer has one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU, else float32

@@ -33,8 +33,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import cache
-from itertools import combinations
+from functools import cache, cached_property
+from itertools import combinations, combinations_with_replacement
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -225,7 +225,8 @@ def load_model(
     attention: str = "sdpa",
     device: str | torch.device = "cpu",
 ) -> tuple[nn.Module, Any]:
-    """A causal LM in eval mode and its tokenizer, from a folder or by hub id; safetensors only.
+    """A causal LM in eval mode and its tokenizer, from a folder or by hub id (safetensors only), or from a
+    .gguf file, whose weights are dequantized, which a line says; what is saved is then an ordinary model.
 
     A tokenizer without a pad token that the model knows pads with its EOS, which is safe because masks go by
     position (`response_mask`).  A model without sdpa attention gets eager attention, and a line says so.
@@ -235,23 +236,25 @@ def load_model(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    here, trust = Path(name).expanduser(), {"trust_remote_code": trust_remote_code}
-    found = (here / "config.json").is_file()
-    if not found and (here.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)):
-        raise ValueError(f"{name}: no such folder with a config.json, nor a hub id owner/model")
-    source = str(here) if found else name
-    load = {"dtype": dtype, "use_safetensors": True, "attn_implementation": attention, **trust}
+    source, how = model_source(name)
+    how |= {"trust_remote_code": trust_remote_code}
+    load = {"dtype": dtype, "attn_implementation": attention} | ({} if "gguf_file" in how else SAFE)
     try:
-        config = AutoConfig.from_pretrained(source, **trust)
+        config = AutoConfig.from_pretrained(source, **how)
         _still(config)
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **trust)
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, **load)
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **how)
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, **load, **how)
     except Exception as error:  # missing, gated, damaged, pickled: a dozen classes of three libraries
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if attention == "sdpa" and "scaled_dot_product_attention" in reason:
             print(f"{name}: has no sdpa attention; eager, which needs more memory, is used", file=sys.stderr)
             return load_model(name, dtype, trust_remote_code, "eager", device)
         raise ValueError(f"{name}: cannot be loaded as a causal LM ({reason})") from None
+    if "gguf_file" in how:
+        print(f"{name}: quantized weights, dequantized to {dtype}", file=sys.stderr)
+        model.config.__dict__.pop("quantization_config", None)  # else `save_pretrained` refuses
+        for key in ("hf_quantizer", "quantization_method", "is_quantized"):
+            model.__dict__.pop(key, None)
     known = model.get_input_embeddings().weight.shape[0]
     if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= known:
         raise ValueError(f"{name}: its tokenizer has no EOS token that the model knows; set eos_token")
@@ -260,6 +263,22 @@ def load_model(
     model = model.to(device).eval()
     _check_policy(name, TorchEngine(model, tokenizer))
     return model, tokenizer
+
+
+SAFE = {"use_safetensors": True}
+
+
+def model_source(name: str) -> tuple[str, dict[str, Any]]:
+    """Where `from_pretrained` finds a model, and what else it must be given: a folder, a .gguf file in its
+    folder, or a hub id.  Raises ValueError on anything else."""
+    here = Path(name).expanduser()
+    if here.suffix == ".gguf" and here.is_file():
+        return str(here.parent), {"gguf_file": here.name}
+    if (here / "config.json").is_file():
+        return str(here), {}
+    if here.exists() or here.suffix == ".gguf" or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise ValueError(f"{name}: no such folder with a config.json, no .gguf file, no hub id owner/model")
+    return name, {}
 
 
 def _still(config: Any) -> None:
@@ -313,6 +332,8 @@ def data_file(source: str) -> Path | None:
 
     Raises ValueError on a file that is not there: what looks like a path is never looked for on the hub.
     """
+    if made(source):
+        return None
     path, name = Path(source).expanduser(), re.split("[@:]", source)[0]
     if path.is_file():
         return path
@@ -335,6 +356,9 @@ def read_problems(source: str) -> tuple[list[Problem], list[str]]:
     fields were taken, and how many rows could not be used, with the reasons.
     Raises ValueError where there is no such file, or not one usable row.
     """
+    if own := made(source):
+        problems = own[0].problems(own[1])
+        return problems, [f"{source}: {len(problems)} problems, made in code"]
     found, bad, taken, answers = [], {}, {}, {}  # bad: reason -> the rows' places
     for where, row in _rows(source):
         try:
@@ -506,8 +530,14 @@ def task_of_data(
     training problems, too.  Prompts above `max_prompt_tokens` are left out.  Raises ValueError naming the
     flag.
     """
+    own = made(data)
+    template = template or ("{problem}" if own else PROMPT_TEMPLATE)
     if "{problem}" not in template:
         raise ValueError(f"--prompt-template {template!r}: needs {{problem}}, where the question goes")
+    if own and eval_data:
+        raise ValueError(
+            f"--eval-data {eval_data}: --data {data} holds out problems of its own; leave it out"
+        )
     read = {}
     for flag, source in {"--data": data, "--eval-data": eval_data}.items():
         try:
@@ -534,7 +564,83 @@ def task_of_data(
         notes = notes + [gone] * (len(found) > len(short))
         kept.append(short)
     notes = [*notes, f"{len(kept[0])} problems to train on, {len(kept[1])} held out"]
-    return math_task(Path(data).stem, *kept, max_new_tokens), notes
+    if own is None:
+        return math_task(Path(data).stem, *kept, max_new_tokens), notes
+    verify = lambda texts, problems: list(map(own[0].verify, texts, problems))  # noqa: E731
+    train, test = map(tuple, kept)
+    return Task(data, train, test, (), verify, own[0].signature, max_new_tokens), notes
+
+
+# Tasks for language models that are made in code: nothing to download, and verified without algebra.  The
+# ranges are those in which an untrained SmolLM2-135M-Instruct is right now and then (results/smollm2.md).
+
+
+@dataclass(frozen=True)
+class Made:
+    """A task made in code.  A problem's values occur in one problem only, so that what is held out is never
+    trained on in another order or wording."""
+
+    largest: int  # of the numbers in its problems, unless --data NAME:NUMBER says otherwise
+    problems: Callable[[int], list[Problem]]
+    verify: Callable[[str, Problem], bool]
+    signature: Callable[[str], str]
+
+
+def whole_numbers(text: str) -> list[int]:
+    """All of them, in order; 1,234 is one."""
+    return [int(x) for x in re.findall(r"\d{1,18}", re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text))]
+
+
+def arithmetic_problems(largest: int) -> list[Problem]:
+    """Sums and products in words, one right answer: the last number of a response."""
+    out = []
+    for word, least in (("plus", 1), ("times", 2)):
+        for a, b in combinations_with_replacement(range(least, largest + 1), 2):
+            first, second = (a, b) if (a + b) % 2 else (b, a)
+            value = a + b if word == "plus" else a * b
+            out.append(Problem(f"What is {first} {word} {second}? Reply with the number only.", str(value)))
+    return out
+
+
+def pair_problems(largest: int) -> list[Problem]:
+    """Two different numbers between two others, which are the `answer`: dozens of right pairs a problem."""
+    text = "Name two whole numbers between {} and {}. Reply with the two numbers only."
+    bounds = [(a, a + w) for a in range(5, largest + 1) for w in range(8, 21)]
+    return [Problem(text.format(a, b), f"{a} {b}") for a, b in bounds]
+
+
+def named_pair(text: str, bounds: Sequence[int] = ()) -> list[int]:
+    """The first two numbers of a response, in order of size; its own bounds, repeated, do not count."""
+    return sorted([x for x in whole_numbers(text) if x not in bounds][:2])
+
+
+def pair_verify(text: str, problem: Problem) -> bool:
+    low, high = bounds = whole_numbers(problem.answer)
+    pair = named_pair(text, bounds)
+    return len(set(pair)) == 2 and low < pair[0] and pair[1] < high
+
+
+MADE = {
+    "arithmetic": Made(
+        20,
+        arithmetic_problems,
+        lambda text, p: whole_numbers(text)[-1:] == [int(p.answer)],
+        lambda text: str(whole_numbers(text)[-1:]),
+    ),
+    "pairs": Made(20, pair_problems, pair_verify, lambda text: str(named_pair(text))),
+}
+
+
+def made(data: str) -> tuple[Made, int] | None:
+    """What `--data NAME` or `--data NAME:LARGEST` names; None where it names a file or a data set."""
+    name, _, largest = data.partition(":")
+    if name not in MADE:
+        return None
+    if largest and not (largest.isdigit() and 5 <= int(largest) <= 10_000):
+        raise ValueError(
+            f"{data}: the largest number must lie between 5 and 10000, as in {name}:{MADE[name].largest}"
+        )
+    return MADE[name], int(largest or MADE[name].largest)
 
 
 def math_task(name: str, train: Sequence[Problem], test: Sequence[Problem], max_new_tokens: int) -> Task:
@@ -570,7 +676,11 @@ def response_mask(ids: Tensor, stops: int | Sequence[int]) -> Tensor:
     not pad": a model whose pad token is its EOS loses nothing.  A row without EOS is True throughout.
     """
     stops = torch.tensor([stops] if isinstance(stops, int) else list(stops), device=ids.device)
-    ends = torch.isin(ids, stops)
+    return up_to_first(torch.isin(ids, stops))
+
+
+def up_to_first(ends: Tensor) -> Tensor:
+    """(B, T) bool -> (B, T) bool: True up to and including the first True of each row."""
     return ends.cumsum(-1) - ends.long() == 0
 
 
@@ -597,6 +707,7 @@ class Engine:
     tokenizer: Any
     device: torch.device  # of its generators and of what it returns
     stops: list[int]  # tokens that end a response
+    stop: str = ""  # a text that ends a response, too: with the token that completes it
     copies = False  # its weights are a copy, which `push` renews
 
     def sample(self, prompts: list[list[int]], how: Sampling, generator: Generator | None = None) -> Tokens:
@@ -617,14 +728,24 @@ class Engine:
     def close(self) -> None:
         """Give everything back."""
 
+    @cached_property
+    def completes_stop(self) -> Callable[..., Tensor]:
+        """(B, t) tokens -> (B,) bool: does the last one complete `stop`?"""
+        from transformers import StopStringCriteria
+
+        return StopStringCriteria(self.tokenizer, [self.stop])
+
     def batch(self, prompts: list[list[int]], ids: Tensor, logp: Tensor, nats: Tensor | None) -> Tokens:
         """(B, T) responses to P prompts, B/P each in order, with the text that scoring reads: prompt and
         response in one row, padded on the right only.  A causal model then needs no attention mask, as no
         real token ever looks at a pad."""
-        mask, device, pad = response_mask(ids, self.stops), ids.device, self.tokenizer.pad_token_id
+        device, pad = ids.device, self.tokenizer.pad_token_id
+        ends = torch.isin(ids, torch.tensor(self.stops, device=device))  # (B, T)
+        if self.stop:
+            ends |= torch.stack([self.completes_stop(ids[:, : t + 1], None) for t in range(ids.shape[1])], 1)
+        mask, ended = up_to_first(ends), ends.any(-1)
         T = int(mask.any(0).sum())  # of the longest response
-        ids, mask, logp = ids[:, :T], mask[:, :T], logp[:, :T]
-        ended = (torch.isin(ids, torch.tensor(self.stops, device=device)) & mask).any(-1)
+        ids, mask, logp = torch.where(mask, ids, pad)[:, :T], mask[:, :T], logp[:, :T]
         group = torch.arange(len(prompts), device=device).repeat_interleave(len(ids) // len(prompts))
         text = [torch.tensor(p + [pad] * T) for p in prompts]
         text = nn.utils.rnn.pad_sequence(text, True, pad).to(device)[group]
@@ -651,6 +772,7 @@ class TorchEngine(Engine):
     model: nn.Module
     tokenizer: Any
     copies: bool = False
+    stop: str = ""
     memory: int = 2**33  # bytes, about, that caches may take: more rows are sampled in parts
 
     @property
@@ -710,6 +832,8 @@ class TorchEngine(Engine):
             if how.entropy:
                 nats[alive, t] = torch.where(running, entropy, 0)
             running = running & ~torch.isin(chosen, ends)
+            if self.stop:
+                running = running & ~self.completes_stop(ids[alive, : t + 1], None)
             left = int(running.sum())
             if left == 0 or t == T - 1:
                 break
@@ -871,10 +995,12 @@ class VllmEngine(Engine):
         seed: int = 0,
         trust_remote_code: bool = False,
         sleeps: bool = True,
+        stop: str = "",
     ) -> None:
         from transformers import AutoConfig, GenerationConfig
 
         self.tokenizer, self.device, self.max_model_len = tokenizer, torch.device(device), max_model_len
+        self.stop = stop
         cpu, vllm = self.device.type == "cpu", _import_vllm(self.device)
         self.ends_world = not dist.is_initialized()  # then vLLM starts a world of one rank; `close` ends it
         ranks = 1 if self.ends_world else dist.get_world_size()

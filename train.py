@@ -934,16 +934,20 @@ class Measuring:
 class LanguageModel:
     """A model and problems of your own.  Without --model, a small transformer learns an embedded task."""
 
-    model: str = ""  # hub id or folder of a causal language model (safetensors); needs --data
+    model: str = ""
+    """hub id or folder of a causal language model (safetensors), or a .gguf file; needs --data"""
     data: str = ""
-    """problems and answers: a .jsonl, .json, .csv or .parquet file, or owner/name@config:split of the hub"""
+    """problems and answers: a .jsonl, .json, .csv or .parquet file, or owner/name@config:split of the hub;
+    or a task made in code: arithmetic, pairs, or arithmetic:30 for numbers up to 30"""
     eval_data: str = ""  # the same for evaluation; without it, --eval-problems of the data are held out
     eval_problems: int = 96  # number of held-out problems
-    prompt_template: str = rollout.PROMPT_TEMPLATE  # text around a problem, which replaces {problem}
+    prompt_template: str = ""
+    """text around a problem, which replaces {problem}; by default that of a file asks for \\boxed{}"""
     chat: Literal["auto", "off"] = "auto"
     """auto: the prompt is a user's turn if the tokenizer has a chat template; off: it is plain text"""
     max_prompt_tokens: int = 1024  # problems with longer prompts are left out and counted
     max_new_tokens: int = 1024  # longest response; the embedded task has its own limit
+    stop: str = ""  # a text that ends a response, for models that do not end by themselves
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """numbers to compute in; the weights stay float32; auto: bfloat16 for a --model on a GPU"""
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"  # kernel of the attention layers
@@ -974,6 +978,11 @@ PER_METHOD = tuple(f.name for group in (Training, Measuring) for f in fields(gro
 
 # What a language model wants otherwise than the embedded one, where the command line does not say.
 MODEL_DEFAULTS = {"lr": 1e-6, "tokens_per_micro_batch": 16384, "eval_samples": 8}
+# ... and a task made in code: what a model of 135 M learns on a laptop in half an hour.
+MADE_DEFAULTS = {
+    **{"lr": 1e-5, "steps": 40, "prompts": 8, "group_size": 8, "max_new_tokens": 20},
+    **{"eval_every": 10, "eval_samples": 16, "eval_problems": 24, "ledger_every": 5},
+}
 
 RANGES = {  # smallest and largest value; other integers are at least 1
     "group_size": (2, math.inf),  # advantages compare the responses to one prompt
@@ -1029,6 +1038,8 @@ def complaints(s: Settings, method: Method, device: torch.device, ranks: Ranks) 
     if bool(s.model) != bool(s.data) or (s.lora and not s.model):
         given = " ".join(f"{flag(n)} {getattr(s, n)}" for n in ("model", "data", "lora") if getattr(s, n))
         yield f"{given}: give both --model and --data; the embedded task has a few words only"
+    if s.stop and not s.model:
+        yield f"--stop {s.stop!r}: the embedded model ends by itself; give --model and --data"
     if s.lora and method.overrides("reset_reference"):
         yield f"--lora {s.lora}: {method.key} moves the reference, which with --lora is the model as it was"
     if method.overrides("sample") and (s.engine == "vllm" or s.mismatch != "off"):
@@ -1067,7 +1078,8 @@ def load_task_and_policy(
                 model, tokenizer = rollout.warm_policy(rollout.WarmStart(seed=s.seed), progress=bar)
             ranks.all(None)
         return rollout.chain_task(s.eval_problems), model.to(device), tokenizer
-    grpo.shared_grader()  # without its package nothing is loaded
+    if not rollout.made(s.data):
+        grpo.shared_grader()  # without its package nothing is loaded
     bare = s.lora and ranks.world == 1  # frozen weights need no float32 master
     dtype = str(compute_dtype(s, device)).removeprefix("torch.") if bare else "float32"
     place = "cpu" if sharded(s, device, ranks) else device
@@ -1125,16 +1137,17 @@ def with_adapters(model: nn.Module, rank: int, seed: int) -> nn.Module:
 def vllm_engine(
     s: Settings, task: Task, model: nn.Module, tokenizer: Any, device: torch.device, ranks: Ranks
 ) -> Engine:
-    """vLLM on the model that the run starts from; the embedded one is written to a folder for it."""
+    """vLLM on the model that the run starts from; for it, one that is in no folder is written to one."""
     longest = rollout.longest_prompt((*task.train, *task.test), tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         folder = ranks.all(folder)[0]  # of the first rank, which alone writes models
-        if not s.model and ranks.is_main:
+        write = not s.model or s.model.endswith(".gguf")
+        if write and ranks.is_main:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         ranks.all(None)
         engine = rollout.VllmEngine(
-            s.model or folder,
+            folder if write else s.model,
             tokenizer,
             device=device,
             dtype=compute_dtype(s, device),
@@ -1142,6 +1155,7 @@ def vllm_engine(
             gpu_memory=s.vllm_memory,
             seed=s.seed,
             trust_remote_code=s.trust_remote_code,
+            stop=s.stop,
         )
         ranks.all(None)  # all have read the folder
         return engine
@@ -1167,11 +1181,11 @@ def make_run(
     if split and engine is None:  # sampling reads all weights at every token: each rank keeps a whole copy
         twin = copy.deepcopy(model)
         twin = (twin.merge_and_unload() if s.lora else twin).to(device, dtype).eval()
-        engine = TorchEngine(twin, tokenizer, copies=True)
+        engine = TorchEngine(twin, tokenizer, copies=True, stop=s.stop)
     if split:
         policy = shard(policy, dtype, device)
         reference = reference and shard(reference, dtype, device, offload=device.type == "cuda")
-    engine = engine or TorchEngine(model, tokenizer)
+    engine = engine or TorchEngine(model, tokenizer, stop=s.stop)
     return Run(s, method, folder, task, policy, tokenizer, engine, dtype, reference, ranks)
 
 
@@ -1290,7 +1304,8 @@ def what_to_run(command: Command, given: set[str]) -> tuple[Path | None, Sequenc
             with user_error(flag(name)):
                 if now[name]:
                     rollout.data_file(now[name])
-        base = Settings(**(MODEL_DEFAULTS if now["model"] else {}))
+        usual = MODEL_DEFAULTS if now["model"] else {}
+        base = Settings(**(usual | MADE_DEFAULTS if now["model"] and rollout.made(now["data"]) else usual))
         return None, command.method, replace(base, **{name: now[name] for name in given - {"method"}})
     named = " ".join(command.resume or ()) or command.out
     if command.out not in ("", named):

@@ -68,6 +68,7 @@ WRONG = {  # a command line -> words of the complaint
     "--model owner/any": ["--model owner/any", "--data"],
     "--data owner/any": ["--data owner/any", "--model"],
     "--lora 4": ["--lora 4", "--model"],
+    "--stop x": ["--stop 'x'", "--model"],
     "--resume nowhere": ["--resume nowhere", "--out"],
     "--resume": ["--resume runs/"],
     "--resume a --out b": ["--out b", "leave --out out"],

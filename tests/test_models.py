@@ -490,6 +490,76 @@ def test_every_stop_token_ends_a_response():
     assert out.mask.sum(-1).tolist() == [2, 1] and not out.truncated.any()
 
 
+def test_a_stop_text_ends_a_response_with_the_token_that_completes_it():
+    """The same draws as without it, cut after the first prefix whose text holds it; no other row changes."""
+    tokenizer = byte_tokenizer()
+    model = llama(tokenizer, eos_token_id=None)
+    model.generation_config.eos_token_id = None
+    prompts, how = [[5, 6, 7], [9]], Sampling(40, 60)
+    drawn = [rollout.TorchEngine(model, tokenizer, stop=stop) for stop in ("", tokenizer.decode([40]))]
+    free, cut = (e.sample(prompts, how, torch.Generator().manual_seed(0)) for e in drawn)
+    text, cuts = drawn[1].stop, 0
+    for row, own in enumerate(free.mask.sum(1).tolist()):
+        ids = free.ids[row, :own].tolist()
+        end = next((t for t in range(1, own + 1) if text in tokenizer.decode(ids[:t])), None)
+        cuts += end is not None
+        assert cut.ids[row][cut.mask[row]].tolist() == ids[: end or own]
+        assert torch.equal(cut.rollout_logp[row][cut.mask[row]], free.rollout_logp[row, : end or own])
+        assert bool(cut.truncated[row]) == (end is None and bool(free.truncated[row]))
+    assert cuts > 0
+    engine = rollout.TorchEngine(model, tokenizer, stop=tokenizer.decode([40, 41]))
+    script = torch.tensor([[5, 40, 41, 40, 41], [40, 5, 41, 40, 41], [40, 40, 7, 41, 8]])
+    out = engine.sample([[5]], Sampling(3, 5, hook=lambda z, t, rows, g: script[rows, t]))
+    assert out.mask.sum(1).tolist() == [3, 5, 5] and out.truncated.tolist() == [False, False, True]
+
+
+def test_a_task_made_in_code_holds_out_values_and_knows_what_is_right():
+    for name, largest in (("arithmetic", 20), ("pairs", 40)):
+        own, n = rollout.made(f"{name}:{largest}")
+        problems = own.problems(n)
+        values = [tuple(sorted(re.findall(r"\d+", p.prompt))) + ("times" in p.prompt,) for p in problems]
+        assert n == largest and len(set(values)) == len(problems) > 300, "a value stands in one problem only"
+        train_set, test_set = hold_out(problems, 24)
+        assert len(test_set) == 24 and not set(train_set) & set(test_set)
+    assert rollout.made("arithmetic")[1] == 20 and rollout.made("a.jsonl") is None
+    right = rollout.MADE["arithmetic"].verify
+    for text, ok in (("12", 1), ("5 + 7 = 12.", 1), ("12 is 5 + 7", 0), ("", 0), ("twelve", 0), ("1,012", 0)):
+        assert right(text, Problem("What is 5 plus 7?", "12")) == ok, text
+    pairs = rollout.MADE["pairs"]
+    for text, ok in (("11 and 14", 1), ("Between 10 and 20 are 12, 13", 1), ("12", 0), ("12 12", 0),
+                     ("12 21", 0), ("9 and 12", 0), ("12 13 99", 1), ("no", 0)):  # fmt: skip
+        assert pairs.verify(text, Problem("", "10 20")) == ok, text
+    assert pairs.signature("14 and 11") == pairs.signature("11, 14") != pairs.signature("11, 15")
+
+
+@pytest.mark.parametrize("data", ["arithmetic", "pairs:30"])
+def test_a_task_made_in_code_trains_is_evaluated_and_goes_on(
+    model_folder, tmp_path, monkeypatch, capsys, data
+):
+    """With settings of its own, without math-verify."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(grpo, "shared_grader", None)
+    argv = [
+        "--model",
+        str(model_folder),
+        "--data",
+        data,
+        "--stop",
+        "a",
+        "--prompts",
+        "2",
+        "--group-size",
+        "2",
+    ]
+    argv += ["--eval-problems", "2", "--eval-samples", "2", "--threads", "1", "--quiet", "--out", "a"]
+    assert train.main([*argv, "--method", "grpo", "--steps", "1"]) == 0, capsys.readouterr().err
+    settings_of = json.loads(Path("a/config.json").read_text())["settings"]
+    assert settings_of["lr"] == 1e-5 and settings_of["max_new_tokens"] == 20
+    assert train.main(["--resume", "a", "--steps", "2", "--quiet"]) == 0
+    assert eval.main(["a", "--k", "2", "--out", "b"]) == 0 and Path("b/samples.csv").exists()
+    assert "pass@2" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Micro-batches
 
@@ -811,6 +881,9 @@ def test_the_best_checkpoint_is_marked_and_loads(lm):
         (("--max-prompt-tokens", 3), ("--max-prompt-tokens 3", "32 training problems left out")),
         (("--eval-problems", 10**6), ("no training problem", "--eval-problems 1000000")),
         (("--max-new-tokens", 10**6), ("--max-new-tokens 1000000", "the longest prompt has")),
+        (("--model", "none.gguf"), ("--model none.gguf", "no .gguf file")),
+        (("--data", "arithmetic:3"), ("--data arithmetic:3", "between 5 and 10000")),
+        (("--data", "pairs", "--eval-data", "x.jsonl"), ("--eval-data x.jsonl",)),
         (("--lora", 2, "--method", "prorl"), ("prorl", "--lora")),
         (("--dtype", "bfloat16", "--ledger", "full"), ("--ledger full", "--dtype float32")),
     ],

@@ -235,6 +235,27 @@ def test_a_prompt_that_cannot_fit_is_refused_and_one_that_just_fits_is_not(engin
 
 
 @needs_vllm
+def test_a_stop_text_ends_a_response_with_the_token_that_completes_it(engine, monkeypatch):
+    """The same draws as without it, cut; the rest is padding."""
+    from test_models import byte_tokenizer
+
+    monkeypatch.setattr(engine, "tokenizer", byte_tokenizer())  # its ids of padding and EOS are the same
+    free = engine.sample(PROMPTS, Sampling(8, 12), seeded(0))
+    letter = int(free.ids[free.mask & (free.ids > 2)].mode().values)
+    monkeypatch.setattr(engine, "stop", engine.tokenizer.decode([letter]))
+    cut = engine.sample(PROMPTS, Sampling(8, 12), seeded(0))
+    ends = 0
+    for row, own in enumerate(free.mask.sum(1).tolist()):
+        ids = free.ids[row, :own].tolist()
+        end = ids.index(letter) + 1 if letter in ids else own
+        ends += letter in ids
+        assert cut.ids[row][cut.mask[row]].tolist() == ids[:end] and int(cut.ids[row, end:].sum()) == 0
+        assert torch.equal(cut.rollout_logp[row, :end], free.rollout_logp[row, :end])
+        assert bool(cut.truncated[row]) == (letter not in ids and bool(free.truncated[row]))
+    assert ends > 0
+
+
+@needs_vllm
 def test_what_vllm_cannot_do_is_said(engine, policy, tmp_path):
     with pytest.raises(ValueError, match="--engine torch"):
         engine.sample(PROMPTS, Sampling(1, 1, hook=lambda *_: None))
