@@ -1118,6 +1118,8 @@ def load_benchmarks(names: Sequence[str], data: Sequence[str], limit: int) -> di
                 f"--benchmark {name}: no problems here{near and f'; did you mean {near}?'}; give --data "
                 f"{name}=FILE.jsonl or owner/dataset@config:split, or a folder of files in ENTROPY_FLOW_DATA"
             )
+        if rollout.made(source):
+            raise ValueError(f"--data {name}={source}: made in code; evaluate a run on it: eval.py RUN")
         try:
             problems, notes = rollout.read_problems(source)
         except ValueError as error:

@@ -6,7 +6,7 @@ What verifies mathematics stands in grpo, section 8.
 
      1, 2  the embedded world, "chain": reach a target in one to three arithmetic steps; 6,348 problems
         3  a real `transformers` tokenizer and a real Llama, made in code: the 7 B path, smaller
-        4  any causal LM of `transformers`, any file of problems and answers
+        4  any causal LM of `transformers`, any file of problems and answers; tasks made in code
         5  masks: the first EOS belongs to the response and nothing after it does
         6  sampling: batched, KV-cached, from the exact softmax at a temperature; top-p in evaluations only
         7  vLLM: the same from a production engine in this process, and a check that pushes arrived
@@ -572,7 +572,7 @@ def task_of_data(
 
 
 # Tasks for language models that are made in code: nothing to download, and verified without algebra.  The
-# ranges are those in which an untrained SmolLM2-135M-Instruct is right now and then (results/smollm2.md).
+# ranges are those in which an untrained SmolLM2-135M-Instruct is right now and then (results/made_tasks.txt).
 
 
 @dataclass(frozen=True)

@@ -728,6 +728,7 @@ def test_law_on_the_command_line(cli, tmp_path):
         (["--law"], ["no run named"]),
         (["a"], ["no checkpoint/"]),
         (["c"], ["no checkpoint/"]),
+        (["--model", "m", "--benchmark", "x", "--data", "x=pairs"], ["--data x=pairs", "evaluate a run"]),
         (["a", "--show", "--attention", "fast"], ["--attention", "fast", "eager"]),
         (["--benchmark", "aime24"], ["--benchmark", "--model"]),
         (["--model", "m"], ["--model", "--benchmark"]),
