@@ -226,7 +226,7 @@ class DAPO(Method, key="dapo", place="selection", paper="2503.14476", needs=("lo
 
 class Entrocraft(Method, key="entrocraft", place="selection", paper="2604.26326", needs=ENTROPY):
     """Outside an entropy band, keep only the responses that push entropy back into it. [paper] Alg. 1: (.6,
-    .7) -> (.1, .2), linear; [code]. In the band, edges included, GRPO.
+    .7) -> (.1, .2); [code]. H low: only A <= 0 teaches, which raises it. In the band, or on an edge, GRPO.
 
         s = I[H > hi] - I[H < lo];   keep response i iff s A_i >= 0;   mean over what is kept           (3.17)
         lo goes from `start` to `end` along the run, hi = lo + width
@@ -316,8 +316,8 @@ class NSR(PSR, key="nsr", sign=-1):
 
 class DrGRPO(Method, key="dr_grpo", place="weight", paper="2503.20783"):
     """No division by the group's standard deviation, none by the response's length. [paper]; [code]
-    understand-r1-zero `train_zero_math.py`. The first favours very easy and very hard prompts, the second
-    long wrong answers. verl without `loss_scale_factor` divides by the padded length.
+    understand-r1-zero `train_zero_math.py`. Dividing by the first favours very easy and very hard prompts, by
+    the second long wrong answers. verl without `loss_scale_factor` divides by the padded length.
 
         A = R - mean of the group,    L = Σ l / (B · norm)                                              (3.21)
     """
@@ -497,7 +497,7 @@ class STEER(Method, key="steer", place="weight", paper="2510.10150", needs=ENTRO
 
         Ω = -I_clip r A p (1 - p)(log p + H)                          theorem (3.13);    exact: Ω = A T
         M = |(A/π_old) p (1 - p)(log p + H)|  = |Ω| / p on-policy, without I_clip               released
-        exp      w = exp(-a |Ω| / max |Ω|),  a = -ln(lambda_min)
+        exp      w = exp(-a |Ω| / max |Ω|),  a = -ln(lambda_min);  1 where max |Ω| = 0
         linear   w = w_max - (M - min M)/(max M - min M) (w_max - lambda_min);  all equal: the midpoint
     """
 
@@ -650,7 +650,7 @@ class CWGRPO(
     """over what means and σ are taken: batch, group"""
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
-        part = torch.zeros_like(tk.group) if self.scope == "batch" else group_index(tk.group)[0]
+        part = tk.group if self.scope == "group" else torch.zeros_like(tk.group)
         w = torch.ones_like(adv, dtype=torch.float64)
         for g in part.unique():
             inside = tk.mask & (part == g)[:, None]
@@ -814,7 +814,7 @@ class GSPO(Method, key="gspo", place="ratio", paper="2507.18071", on_policy=Fals
     only the aggregation differs from GRPO. s_i is of the whole response, whatever another method keeps of it.
 
         s_i = exp(mean_t log r_it),   l_i = max(-s_i A, -clip(s_i, 1 - eps_low, 1 + eps_high) A)        (3.22)
-        per token, with the same gradient: log s_it = log π - sg(log π) + sg(log s_i), at most 10
+        per token, same gradient under seq_mean: log s_it = log π - sg(log π) + sg(log s_i), at most 10
     """
 
     eps_low: Positive = 3e-4
