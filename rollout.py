@@ -340,7 +340,8 @@ def data_file(source: str) -> Path | None:
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or re.search(r"\.[A-Za-z]{2,7}$", name):
         what = "is a folder" if path.is_dir() else "no such file"
         raise ValueError(
-            f"{source}: {what}; give a .jsonl, .json, .csv or .parquet file of problems and answers"
+            f"{source}: {what}; give a .jsonl, .json, .csv or .parquet file of problems and answers, or a "
+            f"task made in code ({', '.join(MADE)})"
         )
     return None
 
