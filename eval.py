@@ -16,7 +16,7 @@ at several learning rates, at equal pass@1.
 
 The same command again goes on where a kill stopped it.  Sampling is at temperature 1 without top-p or top-k
 unless said otherwise, since truncation hides a collapse.
-Left out against a production harness: few-shot prompts, stop strings, code execution, judge models.
+Left out against a production harness: few-shot prompts, code execution, judge models.
 """
 
 from __future__ import annotations
@@ -894,8 +894,8 @@ def reopen(record: Record, attention: str = "auto") -> tuple[Task, Engine]:
 def samples_of(o: Options, record: Record, out: Path) -> tuple[Task, dict[tuple[str, float], pd.DataFrame]]:
     """A run's task, and samples of its final policy on the CPU: ("test" or "hard", temperature) -> frame."""
     (task, engine), found = reopen(record, o.attention), {}
-    o = replace(o, device="cpu", engine="torch", dtype="auto", batch=1024, max_new_tokens=task.max_new_tokens)
-    o = replace(o, stop=engine.stop)
+    own = {"max_new_tokens": task.max_new_tokens, "stop": engine.stop}
+    o = replace(o, device="cpu", engine="torch", dtype="auto", batch=1024, **own)
     for t in sorted(o.temperatures) or [o.temperature]:
         settings = asked(replace(o, temperature=t), str(record.folder / "checkpoint"))
         for name, problems in (("test", task.test), ("hard", task.hard)):

@@ -892,7 +892,7 @@ def serve() -> None:
         import resource
         import select
 
-        fork = os.fork
+        fork = os.fork  # missing on Windows: said now, not at the first check
         if not all([same(a, b, True) for a, b in warm]):  # grammar and caches are warm before the first fork
             raise RuntimeError(f"equal expressions were found different among {warm}")
         same("no answer", "5", False)

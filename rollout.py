@@ -238,7 +238,8 @@ def load_model(
     logging.disable_progress_bar()
     source, how = model_source(name)
     how |= {"trust_remote_code": trust_remote_code}
-    load = {"dtype": dtype, "attn_implementation": attention} | ({} if "gguf_file" in how else SAFE)
+    safe = None if "gguf_file" in how else True
+    load = {"dtype": dtype, "attn_implementation": attention, "use_safetensors": safe}
     try:
         config = AutoConfig.from_pretrained(source, **how)
         _still(config)
@@ -263,9 +264,6 @@ def load_model(
     model = model.to(device).eval()
     _check_policy(name, TorchEngine(model, tokenizer))
     return model, tokenizer
-
-
-SAFE = {"use_safetensors": True}
 
 
 def model_source(name: str) -> tuple[str, dict[str, Any]]:
@@ -328,7 +326,7 @@ ANSWER_KEYS = ("answer", "final_answer", "expected_answer", "ground_truth", "rew
 
 
 def data_file(source: str) -> Path | None:
-    """The file that a source of problems names; None where it names a data set of the hub.
+    """The file that a source of problems names; None where it names a task made in code or the hub's.
 
     Raises ValueError on a file that is not there: what looks like a path is never looked for on the hub.
     """
@@ -462,16 +460,20 @@ def _answer(row: Any) -> tuple[str, str]:
     texts = ["" if x is None else str(x) for x in several]
     if key == "solution" and not re.search(r"####|\\boxed", texts[0]):
         raise ValueError("'solution' has neither \\boxed{} nor ####, and a worked solution is not an answer")
-    texts = [
-        x.rsplit("####", 1)[-1] if "####" in x else last_boxed(x) or "" if "\\boxed" in x else x
-        for x in texts
-    ]
-    if not all(map(str.strip, texts)):
+    texts = [_last_part(x).strip() for x in texts]
+    if not all(texts):
         raise ValueError(f"'{key}' is empty")
-    answer = ", ".join(map(str.strip, texts))
+    answer = ", ".join(texts)
     if len(answer) > LONGEST_ANSWER:
         raise ValueError(f"'{key}' has over {LONGEST_ANSWER} characters, no \\boxed{{}} and no ####")
     return key, answer
+
+
+def _last_part(text: str) -> str:
+    """The answer where it stands at the end of a solution, else all of the text."""
+    if "####" in text:  # GSM8K
+        return text.rsplit("####", 1)[1]
+    return last_boxed(text) or "" if "\\boxed" in text else text
 
 
 def render(
@@ -485,7 +487,13 @@ def render(
         text = template.replace("{problem}", p.prompt)  # LaTeX is full of braces: no format
         if chat and tokenizer.chat_template:
             turn = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            try:
+                text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            except Exception as error:  # whatever a template raises
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(
+                    f"the chat template refuses a user's turn ({reason}); --chat off (eval.py: --plain)"
+                ) from None
         else:
             text = begin + text
         out.append(Problem(text, p.answer))
@@ -662,8 +670,9 @@ def hold_out(problems: Sequence[Problem], count: int) -> tuple[list[Problem], li
     """(train, test): `count` problems for evaluation, those with the smallest hash of their text, so that the
     split depends neither on a seed nor on the order; a question that occurs twice is never in both."""
     first = {p.prompt: p for p in reversed(problems)}
-    held = dict.fromkeys(sorted(first, key=lambda text: hashlib.sha256(text.encode()).digest())[:count])
-    return [p for p in problems if p.prompt not in held], [first[text] for text in held]
+    test = sorted(first.values(), key=_hash)[:count]
+    held = {p.prompt for p in test}
+    return [p for p in problems if p.prompt not in held], test
 
 
 # ------------------------------------------------------------------------------------------------------------

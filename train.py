@@ -89,7 +89,8 @@ def user_error(before: str = "", after: str = "", kinds: tuple = (ValueError,)) 
     try:
         yield
     except kinds as error:
-        text = " ".join(str(error).split())[:400] or type(error).__name__
+        text = " ".join(str(error).split()) or type(error).__name__
+        text = text[:400] if after else text  # else our remedy may stand at its end
         raise UserError(f"{before} {text}{after}".strip()) from None
 
 
@@ -419,6 +420,7 @@ def evaluation(run: Run) -> dict[str, Any]:
     s, r = run.settings, run.ranks
     seed = seeded(s.seed, run.step, "evaluate").initial_seed() + r.rank
     test, hard = (x[r.rank :: r.world] for x in (run.task.test, run.task.hard))
+    # A rank without a problem answers the first, with weight 0: `evaluate` needs one.
     task = replace(run.task, test=test or run.task.test[:1], hard=hard or run.task.hard[:1])
     result = evaluate(run.engine, task, s.eval_samples, s.temperature, seed=seed)
     samples = result.pop("samples")
@@ -1425,7 +1427,7 @@ def compare(command: Command, jobs: list[Any], folder: Path, device: torch.devic
     return code
 
 
-# The progress line: groups whose rewards are all alike, rollouts drawn where a method refills, ...
+# The progress line.  alike: groups whose rewards are all the same; draws: rollouts, where a method refills.
 BAR = {
     **{"reward": "r {:.2f}", "no_contrast": "alike {:.0%}", "draws": "draws {}", "entropy": "H {:.3f}"},
     **{"flow_up": "↑{:.3f}", "flow_down": "↓{:.3f}", "lam": "λ {:+.2f}", "dH_measured": "dH {:+.4f}"},

@@ -463,6 +463,9 @@ def test_prompts_are_a_users_turn_or_plain_text_after_bos():
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<bot>"
     assert render(problem, tokenizer, "{problem}")[0].prompt == "<user>1 {x} 2<bot>"
     assert render(problem, tokenizer, "{problem}", chat=False)[0].prompt == "1 {x} 2"
+    tokenizer.chat_template = "{{ raise_exception('a system turn is needed') }}"
+    with pytest.raises(ValueError, match="refuses a user's turn .a system turn is needed"):
+        render(problem, tokenizer, "{problem}")
 
 
 def test_a_prompt_is_as_long_as_what_is_sampled_from(tmp_path):

@@ -67,7 +67,7 @@ def test_every_eval_command_of_the_readme_parses():
     found = commands("python eval.py")
     assert len(found) >= 8
     for command in found:
-        eval.command_line(eval.Options, "eval.py", shlex.split(command))
+        eval.command_line(eval.Command, "eval.py", shlex.split(command))
 
 
 def test_every_pytest_command_of_the_readme_selects_a_test():
