@@ -271,7 +271,8 @@ class _HeadStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, ids, temperature, chunk, entropy_grad):
         acc = torch.promote_types(hidden.dtype, torch.float32)
-        ctx.temperature, ctx.chunk, ctx.entropy_grad = temperature, chunk, entropy_grad
+        ctx.set_materialize_grads(False)
+        ctx.temperature, ctx.chunk = temperature, chunk
         top = hidden.new_full(ids.shape, torch.finfo(acc).min, dtype=acc)  # m; finite, so that 0 * d stays 0
         s0, s1, q0, q1, x_y = (torch.zeros_like(top) for _ in range(5))
         for low, high, here, column in _blocks(ids, weight.shape[0], chunk):
@@ -302,12 +303,13 @@ class _HeadStats(torch.autograd.Function):
         d_hidden = hidden.new_zeros(hidden.shape, dtype=s0.dtype) if want_hidden else None
         d_weight = torch.empty_like(weight) if want_weight else None
         d_bias = torch.empty_like(bias) if want_bias else None
-        # With h = 0 a row of (4.4) is `row` times e^(x-m) - s₀ 1[v=y]; the factor can act outside the blocks.
-        row = torch.ones_like(s0) if ctx.entropy_grad else -g / (s0 * ctx.temperature)
-        right = hidden if ctx.entropy_grad else (hidden * row.unsqueeze(1)).to(hidden.dtype)
+        g = torch.zeros_like(s0) if g is None else g  # None: nothing of the loss depends on it
+        # Without h a row of (4.4) is `row` times e^(x-m) - s₀ 1[v=y]; the factor can act outside the blocks.
+        row = -g / (s0 * ctx.temperature) if h is None else torch.ones_like(s0)
+        right = (hidden * row.unsqueeze(1)).to(hidden.dtype) if h is None else hidden
         for low, high, here, column in _blocks(ids, weight.shape[0], ctx.chunk):
             x = _block_logits(hidden, weight, bias, ctx.temperature, low, high).sub_(top.unsqueeze(1))
-            if ctx.entropy_grad:  # log p_v + H = (x-m) - s₁/s₀
+            if h is not None:  # log p_v + H = (x-m) - s₁/s₀
                 surprise = x.clamp(min=-1e4).sub_(mean_x.unsqueeze(1))
                 factor = surprise.mul_(h.unsqueeze(1)).add_(g.unsqueeze(1))
                 x = x.exp_().mul_(factor).mul_(-1 / (s0 * ctx.temperature).unsqueeze(1))
@@ -378,7 +380,7 @@ def entropy_directional_change(grads: Mapping | Iterable, deltas: Mapping | Iter
         if g is not None and d is not None:
             if g.shape != d.shape:
                 raise ValueError(f"a gradient of shape {tuple(g.shape)} meets a delta of {tuple(d.shape)}")
-            total += float((g.detach().double() * d.detach().double()).sum())
+            total += float((g.detach() * d.detach()).sum(dtype=torch.float64))
     return total
 
 

@@ -43,6 +43,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Generator, Tensor, nn
+from torch.nn.functional import pad as pad_right
 
 from entropy_math import head_token_stats
 from grpo import LONGEST_ANSWER, Policy, Tokens, last_boxed, plain_answer, read_prompts, shared_grader
@@ -829,13 +830,14 @@ class TorchEngine(Engine):
         decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
         hidden, past, cached, attend = read_prompts(self.model, read, position)
         past.reorder_cache(owner)  # the one way to choose rows that recurrent layers have too
+        reserve(past, T)
         hidden, attend, length = hidden[owner], attend[owner], length[owner]  # (B, ...)
         ragged, ends = not bool(attend.all()), torch.tensor(self.stops, device=device)
         ids, (logp, nats) = torch.full((B, T), pad, device=device), torch.zeros(2, B, T, device=device)
         alive = torch.arange(B, device=device)  # rows of the output that the cache still holds
         running = torch.ones_like(alive, dtype=torch.bool)  # (alive,) has not ended
         for t in range(T):
-            logits = head(hidden).float() / how.temperature  # (alive, V)
+            logits = head(hidden).float().div_(how.temperature)  # (alive, V)
             chosen, said, entropy = _choose(logits, how, t, number[alive], uniform[alive, t], generator)
             ids[alive, t] = torch.where(running, chosen, pad)
             logp[alive, t] = torch.where(running, said, 0)
@@ -859,6 +861,34 @@ class TorchEngine(Engine):
         return ids, logp, nats
 
 
+def reserve(past: Any, room: int) -> None:
+    """Let the plain layers of a cache write in place, with `room` for more tokens; transformers' own copy all
+    keys and values at every token: a ninth of the time that a model of 135 M samples on a CPU."""
+    from transformers.cache_utils import DynamicLayer
+
+    class Reserved(DynamicLayer):
+        wide: tuple[Tensor, Tensor] | None = None  # of which `keys` and `values` are the first columns
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+        ) -> tuple[Tensor, Tensor]:
+            known, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+            if self.wide is None or self.wide[0].shape[-2] < end:
+                self.wide = tuple(pad_right(x, (0, 0, 0, room)) for x in (self.keys, self.values))
+            for wide, new in zip(self.wide, (key_states, value_states)):
+                wide[..., known:end, :] = new
+            self.keys, self.values = (wide[..., :end, :] for wide in self.wide)
+            return self.keys, self.values
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            self.wide = None
+
+    for layer in past.layers:
+        if type(layer) is DynamicLayer:
+            layer.__class__ = Reserved
+
+
 def _row_bytes(model: nn.Module, length: int) -> int:
     """About what a row of `length` tokens needs: keys, values and a few copies of its logits."""
     config = model.config.get_text_config()
@@ -878,7 +908,7 @@ def _choose(
     if how.top_p < 1:
         logits = nucleus(logits, how.top_p)
     logprob = logits.log_softmax(-1)
-    if bool(logprob.isnan().any()):  # else a draw would be nonsense in silence
+    if bool(logprob[:, 0].isnan().any()):  # one NaN makes a row of them, and its draw nonsense in silence
         raise FloatingPointError("the policy's probabilities are NaN: its weights have diverged")
     drawn = how.hook(logits, t, number, generator) if how.hook else None
     if not isinstance(drawn, tuple):
@@ -902,8 +932,7 @@ def sample_categorical(logprob: Tensor, uniform: Tensor) -> Tensor:
     uniform number; in float64, so that a token of probability 1e-12 among 150,000 keeps it.
     (`torch.multinomial` makes a random number for every entry: a tenth of a step of the tiny model.)"""
     total = logprob.exp().cumsum(-1, dtype=torch.float64)
-    total /= total[:, -1:].clone()  # ends in exactly 1, which no uniform number reaches
-    return torch.searchsorted(total, uniform[:, None], right=True)[:, 0]
+    return torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)[:, 0]  # u < 1: inside
 
 
 def answer(

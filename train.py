@@ -115,7 +115,7 @@ def train(run: Run) -> Iterator[dict[str, Any]]:
         run.engine.sleep()
         # 2. Open the ledger: H̄(θ) and ∇H̄(θ) on the states of these responses, (5.1) and (5.2).
         booked = s.ledger != "off" and run.step % s.ledger_every == 0 and row["tokens"] > 0
-        ledger = Ledger.open(run, tokens) if booked else None
+        ledger = Ledger.open(run, tokens, one_graph(run)) if booked else None
         # 3. What the method needs beyond the policy: π_old of the ratio, grpo (2.5); a reference; a proxy.
         supply(run, tokens)
         # 4. Updates: statistics of the whole batch -> plan; loss and gradient by micro-batches; a step.
@@ -124,7 +124,7 @@ def train(run: Run) -> Iterator[dict[str, Any]]:
             if skipped == i:  # still the policy that sampled: r is 1, not another pass's rounding
                 batch.old_logp = None
             run.optimizer.zero_grad(set_to_none=True)
-            update = Update(run, batch)
+            update = Update(run, batch, ledger)
             for part, plan in update.micro_batches():  # scored, with a graph, and its rows of the plan
                 loss, metrics = batch_loss(part, plan, method)  # grpo section 7
                 (loss * run.ranks.world).backward()  # FSDP averages over ranks; the shares of a loss add up
@@ -293,8 +293,9 @@ class Update:
     from an extra pass without gradient over the batch of all ranks: the gradient does not depend on slicing.
     """
 
-    def __init__(self, run: Run, batch: Tokens) -> None:
+    def __init__(self, run: Run, batch: Tokens, ledger: Ledger | None = None) -> None:
         self.run, self.batch, self.passes, self.first = run, batch, Passes(run, batch), 0
+        self.ledger = ledger if ledger and ledger.shared else None
         self.metrics, self.forces, self.flows, self.plan = {"loss": 0.0}, [], [], None
         if len(self.passes.rows) > 1 or run.ranks.world > 1:
             stats = replace(batch, **score_batch(run, batch), full_ids=None, start=None)
@@ -308,11 +309,14 @@ class Update:
     def micro_batches(self) -> Iterator[tuple[Tokens, Plan]]:
         """Each micro-batch scored, with its graph, and its rows of the plan.  The gradient is due before the
         next one."""
-        s, policy = self.run.settings, self.run.policy
+        s, policy, entropy_grad = self.run.settings, self.run.policy, self.run.method.entropy_grad
         policy.train(s.gradient_checkpointing)  # transformers recomputes in train mode only; dropout is 0
         for rows, own in self.passes:
             part = self.batch.rows(rows)
-            part = replace(part, **policy(part, s.temperature, self.run.method.entropy_grad))
+            part = replace(part, **policy(part, s.temperature, entropy_grad or self.ledger is not None))
+            if self.ledger:
+                self.ledger.add(part.entropy, retain_graph=True)
+                part.entropy = part.entropy if entropy_grad else part.entropy.detach()
             if not own:
                 (part.logp.sum() * 0.0).backward()
                 continue
@@ -450,42 +454,58 @@ def combined(parts: list[tuple[int, int, dict[str, Any]]]) -> dict[str, Any]:
 # 3. The entropy ledger
 
 
+def one_graph(run: Run) -> bool:
+    """May the gradients of loss and entropy share a forward pass?  Not where a later update moves the policy
+    between them, nor where a graph serves once: over split weights and with recomputation."""
+    s, split = run.settings, any(isinstance(p, DTensor) for p in run.policy.parameters())
+    return s.updates_per_rollout == 1 and not split and not s.gradient_checkpointing
+
+
 @dataclass
 class Ledger:
     """Opened before a step and closed after it, on the same states of `tokens`."""
 
     run: Run
     tokens: Tokens
-    before: float  # H̄(θ), nats
-    grads: list[Tensor]  # ∇H̄(θ)
-    params: list[Tensor]  # θ
+    shared: bool = False  # the update's own forward passes serve both gradients
+
+    def __post_init__(self) -> None:
+        self.params = [p.detach().clone() for p in trained(self.run.policy)]  # θ
+        self.grads: list[Tensor | None] = [None] * len(self.params)  # ∇H̄(θ)
+        self.before, self.count = 0.0, max(self.run.ranks.sum(int(self.tokens.mask.sum())), 1)  # H̄(θ), nats
 
     @classmethod
-    def open(cls, run: Run, tokens: Tokens) -> Ledger:
-        policy, s, ranks, total = run.policy, run.settings, run.ranks, 0.0
-        count = max(ranks.sum(int(tokens.mask.sum())), 1)
-        policy.zero_grad(set_to_none=True)
-        policy.train(s.gradient_checkpointing)
-        for rows, own in Passes(run, tokens):
-            part = tokens.rows(rows)
-            nats = torch.where(part.mask, policy(part, s.temperature, entropy_grad=True)["entropy"], 0) * own
-            (nats.sum() * (ranks.world / count)).backward()  # FSDP averages over ranks
-            total += float(nats.detach().sum(dtype=torch.float64))
-        policy.eval()
-        params = trained(policy)
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        policy.zero_grad(set_to_none=True)
-        return cls(run, tokens, ranks.sum(total) / count, grads, [p.detach().clone() for p in params])
+    def open(cls, run: Run, tokens: Tokens, shared: bool = False) -> Ledger:
+        """Shared: `Update.micro_batches` finds H̄ and ∇H̄ in the update's passes. Else they take their own."""
+        ledger, s = cls(run, tokens, shared), run.settings
+        run.policy.train(s.gradient_checkpointing)
+        for rows, own in () if shared else Passes(run, tokens):
+            nats = run.policy(tokens.rows(rows), s.temperature, entropy_grad=True)["entropy"]
+            ledger.add(nats * own)
+        run.policy.eval()
+        return ledger
+
+    def add(self, nats: Tensor, **how: Any) -> None:
+        """Some responses' entropies (B, T), into H̄ and ∇H̄; the gradients of the loss stay as they are."""
+        params = trained(self.run.policy)
+        others = [p.grad for p in params]
+        for p, grad in zip(params, self.grads):
+            p.grad = grad
+        (nats.sum() * (self.run.ranks.world / self.count)).backward(**how)  # FSDP averages over ranks
+        self.grads = [p.grad for p in params]
+        for p, grad in zip(params, others):
+            p.grad = grad
+        self.before += float(nats.detach().sum(dtype=torch.float64)) / self.count
 
     def close(self) -> dict[str, float]:
         """(5.1) and (5.2), nats."""
         ranks, mask = self.run.ranks, self.tokens.mask
         both = zip(trained(self.run.policy), self.params)
-        moved = [to_local(p.detach()) - to_local(old) for p, old in both]
+        moved = (to_local(p.detach()) - to_local(old) for p, old in both)  # one at a time in memory
         nats = torch.where(mask, score_batch(self.run, self.tokens)["entropy"], 0)
-        now = ranks.sum(float(nats.sum(dtype=torch.float64))) / max(ranks.sum(int(mask.sum())), 1)
-        predicted = entropy_directional_change([to_local(g) for g in self.grads], moved)  # entropy_math (5.1)
-        return {"dH_measured": now - self.before, "dH_predicted": ranks.sum(predicted)}
+        now = ranks.sum(float(nats.sum(dtype=torch.float64))) / self.count
+        predicted = entropy_directional_change(map(to_local, self.grads), moved)  # entropy_math (5.1)
+        return {"dH_measured": now - ranks.sum(self.before), "dH_predicted": ranks.sum(predicted)}
 
     def network_flow(self, force: Tensor, **how: Any) -> Tensor:
         """(B, T): F_t <∇log π(y_t), P ∇H̄> at θ, P the optimizer's preconditioner: what token t did to the
@@ -495,7 +515,8 @@ class Ledger:
         names = [name for name, p in policy.named_parameters() if p.requires_grad]
         scale = adam_preconditioner(self.run.optimizer)
         scale = {old: scale[p] for p, old in zip(trained(policy), self.params)}
-        params, grads = dict(zip(names, self.params)), dict(zip(names, self.grads))
+        grads = [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, self.grads)]
+        params, grads = dict(zip(names, self.params)), dict(zip(names, grads))
         for rows in passes.rows:
             text = (self.tokens.rows(rows), self.run.settings.temperature)
 
@@ -565,7 +586,8 @@ class Run:
 
     def __post_init__(self) -> None:
         lr = self.settings.lr
-        self.optimizer = torch.optim.AdamW(trained(self.policy), lr, betas=(0.9, 0.95), weight_decay=0.0)
+        how = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}  # a quarter of the time on a CPU
+        self.optimizer = torch.optim.AdamW(trained(self.policy), lr, **how)
 
     def create(self) -> None:
         """The folder with its config.json."""
@@ -929,7 +951,7 @@ class Measuring:
     eval_samples: int = 32  # samples per held-out problem, the k of pass@k (with --model: 8)
     ledger: Literal["off", "step", "full"] = "step"
     """step: measured against predicted change; full: also the network flow of each token"""
-    ledger_every: int = 10  # steps between ledger entries; each costs about one more training pass
+    ledger_every: int = 10  # steps between ledger entries; each costs a backward and a forward pass more
 
 
 @dataclass(frozen=True)

@@ -482,6 +482,20 @@ def test_eq_4_1_to_4_4_chunked_equals_plain_to_1e_12(entropy_grad, with_bias, se
         assert (a - b).norm() <= 1e-12 * a.norm()
 
 
+def test_eq_4_4_one_chunked_graph_serves_two_gradients():
+    """That of log-probabilities is bit for bit the one of a graph without entropies; that of entropies alone
+    is the plain form's."""
+    hidden, weight, ids, bias = head_case()
+    alone = em.head_token_stats(hidden, weight, ids, bias=bias, chunk=1)
+    both = em.head_token_stats(hidden, weight, ids, bias=bias, chunk=1, entropy_grad=True)
+    plain = em.head_token_stats(hidden, weight, ids, bias=bias, chunk=None, entropy_grad=True)
+    of = lambda x: torch.autograd.grad(x.sum(), (hidden, weight, bias), retain_graph=True)  # noqa: E731
+    for a, b in zip(of(both.entropy), of(plain.entropy), strict=True):
+        assert (a - b).norm() <= 1e-12 * b.norm()
+    for a, b in zip(of(both.logp), of(alone.logp), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_eq_4_2_a_masking_bias_and_a_block_of_nothing_but_minus_infinity():
     hidden, weight, _, bias = head_case()
     bias = bias.detach().clone()

@@ -297,6 +297,30 @@ def test_sampling_uses_only_its_generator(model):
     assert not torch.equal(drawn(model, PROMPTS, 4, 6, seed=6).ids, first)
 
 
+def test_a_cache_with_reserve_is_written_in_place_and_draws_the_same(model, monkeypatch):
+    """Against transformers' own cache, bit for bit, rows ending at different times and being dropped."""
+    places, real = [], rollout.reserve
+
+    def spy(past, room):
+        real(past, room)
+        layer, update = past.layers[0], past.layers[0].update
+
+        def noting(*args, **how):
+            out = update(*args, **how)
+            places.append((len(layer.keys), layer.keys.data_ptr()))
+            return out
+
+        layer.update = noting
+
+    monkeypatch.setattr(rollout, "reserve", lambda past, room: None)
+    plain = drawn(model, PROMPTS, 3, 9, seed=3)
+    monkeypatch.setattr(rollout, "reserve", spy)
+    got = drawn(model, PROMPTS, 3, 9, seed=3)
+    assert len(set(plain.lengths.tolist())) > 2
+    assert torch.equal(got.ids, plain.ids) and torch.equal(got.rollout_logp, plain.rollout_logp)
+    assert len(set(places)) == len({rows for rows, _ in places}) < len(places), "copied only where rows drop"
+
+
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
 def test_what_is_drawn_does_not_depend_on_how_many_rows_are_sampled_at_once(model, monkeypatch, top_p):
     """Rows end at different times and parts cut through groups; the memory of 5, 1 and all rows."""

@@ -435,6 +435,27 @@ def test_the_ledger_does_not_touch_the_run(tmp_path):
     assert equal(weights[0], weights[1]) and equal(weights[0], weights[2])
 
 
+@pytest.mark.parametrize("spec", ["opefo", "entropy_bonus"])
+@pytest.mark.parametrize("rows", [0, 128])
+def test_the_ledger_that_shares_the_update_s_passes_is_the_one_with_its_own(policy, batch, spec, rows):
+    """H̄ and ∇H̄ to rounding, float64; the update's gradient bit for bit what it is without a ledger. The
+    entropy bonus differentiates entropy itself."""
+    settings, gradients = Settings(micro_batch=rows), []
+    own = Ledger.open(run_of(policy, settings=settings), batch)
+    for shared in (None, Ledger.open(run_of(policy, settings=settings), batch, shared=True)):
+        policy.zero_grad(set_to_none=True)
+        made = Update(run_of(policy, build(spec), settings), batch, shared)
+        for part, plan in made.micro_batches():
+            loss, metrics = grpo.batch_loss(part, plan, build(spec))
+            loss.backward()
+            made.collect(part, loss, metrics)
+        gradients.append(gradient(policy))
+    assert torch.equal(*gradients) and gradients[0].norm() > 1e-6
+    assert shared.before == pytest.approx(own.before, rel=1e-12)
+    for a, b in zip(shared.grads, own.grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 def test_the_ledger_of_a_real_step_holds_momentum_too(tmp_path):
     """Second step of AdamW, float64: prediction and measurement agree to first order in the step taken."""
     run = make_run(small_world(), build("grpo"), tmp_path, ledger="step", ledger_every=1, lr=1e-6)
