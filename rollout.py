@@ -43,7 +43,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Generator, Tensor, nn
-from torch.nn.functional import pad as pad_right
 
 from entropy_math import head_token_stats
 from grpo import LONGEST_ANSWER, Policy, Tokens, last_boxed, plain_answer, read_prompts, shared_grader
@@ -830,7 +829,7 @@ class TorchEngine(Engine):
         decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
         hidden, past, cached, attend = read_prompts(self.model, read, position)
         past.reorder_cache(owner)  # the one way to choose rows that recurrent layers have too
-        reserve(past, T)
+        reserve(past, read.shape[1] + T)
         hidden, attend, length = hidden[owner], attend[owner], length[owner]  # (B, ...)
         ragged, ends = not bool(attend.all()), torch.tensor(self.stops, device=device)
         ids, (logp, nats) = torch.full((B, T), pad, device=device), torch.zeros(2, B, T, device=device)
@@ -861,9 +860,9 @@ class TorchEngine(Engine):
         return ids, logp, nats
 
 
-def reserve(past: Any, room: int) -> None:
-    """Let the plain layers of a cache write in place, with `room` for more tokens; transformers' own copy all
-    keys and values at every token: a ninth of the time that a model of 135 M samples on a CPU."""
+def reserve(past: Any, length: int) -> None:
+    """Let the plain layers of a cache write in place, up to `length` tokens in all, where others copy
+    all keys and values at every token."""
     from transformers.cache_utils import DynamicLayer
 
     class Reserved(DynamicLayer):
@@ -873,8 +872,9 @@ def reserve(past: Any, room: int) -> None:
             self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
         ) -> tuple[Tensor, Tensor]:
             known, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
-            if self.wide is None or self.wide[0].shape[-2] < end:
-                self.wide = tuple(pad_right(x, (0, 0, 0, room)) for x in (self.keys, self.values))
+            if self.wide is None:
+                free = (0, 0, 0, length - known)
+                self.wide = tuple(nn.functional.pad(x, free) for x in (self.keys, self.values))
             for wide, new in zip(self.wide, (key_states, value_states)):
                 wide[..., known:end, :] = new
             self.keys, self.values = (wide[..., :end, :] for wide in self.wide)

@@ -476,7 +476,7 @@ class Ledger:
 
     @classmethod
     def open(cls, run: Run, tokens: Tokens, shared: bool = False) -> Ledger:
-        """Shared: `Update.micro_batches` finds H̄ and ∇H̄ in the update's passes. Else they take their own."""
+        """H̄ and ∇H̄ from passes of its own; with `shared`, `Update.micro_batches` finds them in the update."""
         ledger, s = cls(run, tokens, shared), run.settings
         run.policy.train(s.gradient_checkpointing)
         for rows, own in () if shared else Passes(run, tokens):
@@ -499,10 +499,9 @@ class Ledger:
 
     def close(self) -> dict[str, float]:
         """(5.1) and (5.2), nats."""
-        ranks, mask = self.run.ranks, self.tokens.mask
-        both = zip(trained(self.run.policy), self.params)
+        ranks, both = self.run.ranks, zip(trained(self.run.policy), self.params)
         moved = (to_local(p.detach()) - to_local(old) for p, old in both)  # one at a time in memory
-        nats = torch.where(mask, score_batch(self.run, self.tokens)["entropy"], 0)
+        nats = score_batch(self.run, self.tokens)["entropy"]  # 0 where masked
         now = ranks.sum(float(nats.sum(dtype=torch.float64))) / self.count
         predicted = entropy_directional_change(map(to_local, self.grads), moved)  # entropy_math (5.1)
         return {"dH_measured": now - ranks.sum(self.before), "dH_predicted": ranks.sum(predicted)}
@@ -586,7 +585,7 @@ class Run:
 
     def __post_init__(self) -> None:
         lr = self.settings.lr
-        how = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}  # a quarter of the time on a CPU
+        how = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}  # far faster on a CPU
         self.optimizer = torch.optim.AdamW(trained(self.policy), lr, **how)
 
     def create(self) -> None:

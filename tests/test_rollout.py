@@ -301,8 +301,8 @@ def test_a_cache_with_reserve_is_written_in_place_and_draws_the_same(model, monk
     """Against transformers' own cache, bit for bit, rows ending at different times and being dropped."""
     places, real = [], rollout.reserve
 
-    def spy(past, room):
-        real(past, room)
+    def spy(past, length):
+        real(past, length)
         layer, update = past.layers[0], past.layers[0].update
 
         def noting(*args, **how):
@@ -312,7 +312,7 @@ def test_a_cache_with_reserve_is_written_in_place_and_draws_the_same(model, monk
 
         layer.update = noting
 
-    monkeypatch.setattr(rollout, "reserve", lambda past, room: None)
+    monkeypatch.setattr(rollout, "reserve", lambda past, length: None)
     plain = drawn(model, PROMPTS, 3, 9, seed=3)
     monkeypatch.setattr(rollout, "reserve", spy)
     got = drawn(model, PROMPTS, 3, 9, seed=3)

@@ -47,7 +47,7 @@ def test_it_starts_as_the_model_that_was_measured_and_goes_on_where_it_was_kille
     rows = rows_of(folder)
     assert [row["step"] for row in rows] == list(range(STEPS + 1))
     assert rows[: len(before) - 1] == before[:-1], "what was logged before the last checkpoint stays"
-    assert 1.7 < rows[1]["entropy"] < 2.4, "nats a token: results/made_tasks.txt has 1.9 to 2.1"
+    assert 1.7 < rows[1]["entropy"] < 2.4, "nats a token: results/made_tasks.txt has 2.04"
     assert "grpo" in out and (folder / "entropy.png").stat().st_size > 10_000
 
 
