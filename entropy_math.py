@@ -298,6 +298,8 @@ class _HeadStats(torch.autograd.Function):
     def backward(ctx, g, h, _p2, _p2logp):
         if torch.is_grad_enabled():  # create_graph=True, which would silently lose the terms through p
             raise RuntimeError("the chunked head has no second derivative; pass chunk=None")
+        if g is None and h is None:
+            return (None,) * 7
         hidden, weight, bias, ids, top, s0, mean_x = ctx.saved_tensors
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         d_hidden = hidden.new_zeros(hidden.shape, dtype=s0.dtype) if want_hidden else None

@@ -199,7 +199,7 @@ def draw_responses(run: Run) -> tuple[Tokens, dict[str, Any]]:
         if min(found) == share:
             break
     n, rewards = r.sum(len(tokens.reward)), tokens.reward.view(-1, s.group_size)
-    alike = (rewards == rewards[:, :1]).all(1, keepdim=True).expand_as(rewards)  # teaches nothing
+    alike = without_contrast(tokens)
     means = {"reward": rewards, "length": tokens.mask, "truncated": tokens.truncated, "no_contrast": alike}
     means |= {"correct": torch.cat(right)} if s.reward != "correct" else {}
     row = {name: r.sum(float(x.sum(dtype=torch.float64))) / n for name, x in means.items()}
@@ -313,7 +313,7 @@ class Update:
         policy.train(s.gradient_checkpointing)  # transformers recomputes in train mode only; dropout is 0
         for rows, own in self.passes:
             part = self.batch.rows(rows)
-            part = replace(part, **policy(part, s.temperature, entropy_grad or self.ledger is not None))
+            part = replace(part, **self._score(part, entropy_grad or self.ledger is not None))
             if self.ledger:
                 self.ledger.add(part.entropy, retain_graph=True)
                 part.entropy = part.entropy if entropy_grad else part.entropy.detach()
@@ -328,6 +328,19 @@ class Update:
             both = slice(first + rows.start, first + rows.stop) if isinstance(rows, slice) else first + rows
             yield part, self.plan.rows(both)
         policy.eval()
+
+    def _score(self, part: Tokens, entropy_grad: bool) -> dict[str, Tensor]:
+        """`Policy.forward`.  Groups without a contrast, if they are many, get a graph of their own: their
+        advantages are 0, so without a penalty they need no backward pass."""
+        score = lambda x: self.run.policy(x, self.run.settings.temperature, entropy_grad)  # noqa: E731
+        alike = without_contrast(part)
+        whole = weights_are_split(self.run) or self.run.method.overrides("penalty")
+        if whole or not 0.25 <= float(alike.float().mean()) < 1:
+            return score(part)
+        kinds = [alike.logical_not().nonzero()[:, 0], alike.nonzero()[:, 0]]
+        teach, rest = (score(part.rows(rows)) for rows in kinds)
+        back = torch.cat(kinds).argsort()
+        return {key: torch.cat([x, UnlessZero.apply(rest[key])])[back] for key, x in teach.items()}
 
     def collect(self, part: Tokens, loss: Tensor, metrics: dict[str, float]) -> None:
         """After the backward pass of a micro-batch."""
@@ -344,6 +357,25 @@ class Update:
         own = self.metrics | {"flow_up": up, "flow_down": down}
         summed = {key: self.run.ranks.sum(value) for key, value in own.items()}
         return {**self.plan.metrics, **summed, "entropy": self.plan.entropy}
+
+
+class UnlessZero(torch.autograd.Function):
+    """The identity.  A gradient that is 0 everywhere ends here: what lies before has no backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
+        return grad if grad is not None and bool(grad.any()) else None
+
+
+def without_contrast(tokens: Tokens) -> Tensor:
+    """(B,) bool: all responses of its group, as far as they are here, have its reward."""
+    same = tokens.group[:, None] == tokens.group
+    return ((tokens.reward[:, None] == tokens.reward) | ~same).all(1)
 
 
 def up_and_down(flow: Tensor) -> tuple[float, float]:
@@ -457,8 +489,13 @@ def combined(parts: list[tuple[int, int, dict[str, Any]]]) -> dict[str, Any]:
 def one_graph(run: Run) -> bool:
     """May the gradients of loss and entropy share a forward pass?  Not where a later update moves the policy
     between them, nor where a graph serves once: over split weights and with recomputation."""
-    s, split = run.settings, any(isinstance(p, DTensor) for p in run.policy.parameters())
-    return s.updates_per_rollout == 1 and not split and not s.gradient_checkpointing
+    once = run.settings.gradient_checkpointing or weights_are_split(run)
+    return run.settings.updates_per_rollout == 1 and not once
+
+
+def weights_are_split(run: Run) -> bool:
+    """Over ranks, or by FSDP2 on one, whose backward passes have to be the same everywhere."""
+    return any(isinstance(p, DTensor) for p in run.policy.parameters())
 
 
 @dataclass

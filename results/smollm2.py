@@ -1,7 +1,7 @@
 """The study on a real language model: SmolLM2-135M-Instruct, full weights, float32, on a laptop's CPU.
 
     python results/smollm2.py MODEL --jobs 2     run what is missing, most important first; resumes after a kill
-    python results/smollm2.py --list             the runs and their commands, in order, and which are done
+    python results/smollm2.py --list             the runs and their commands, in order, and what is done
     python results/smollm2.py --report           smollm2.txt and smollm2.png from what is done
 
 MODEL is a hub id, a folder or SmolLM2-135M-Instruct.Q4_1.gguf; the runs recorded here are of the GGUF file,

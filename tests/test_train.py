@@ -456,6 +456,31 @@ def test_the_ledger_that_shares_the_update_s_passes_is_the_one_with_its_own(poli
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("spec", ["grpo", "opefo", "entropy_bonus", "ref_kl"])
+def test_groups_without_a_contrast_have_no_backward_pass_and_the_gradient_is_the_same(
+    world, policy, batch, spec
+):
+    """Half of the groups all wrong: against one graph over all rows.  A penalty reaches them all the same."""
+    method, tokens = supplied(world, batch, spec, off_policy=False)
+    tokens.reward = torch.where(tokens.group % 2 == 0, 0.0, tokens.reward)
+    alike = train.without_contrast(tokens)
+    by_hand = [len(set(tokens.reward[tokens.group == g].tolist())) == 1 for g in tokens.group.tolist()]
+    assert alike.tolist() == by_hand and 0.5 <= float(alike.float().mean()) < 1
+    seen = []
+    norm = policy.model.get_decoder().norm
+    count = lambda _, __, out: seen.append(0 if out[0] is None else len(out[0]))  # noqa: E731
+    hook = norm.register_full_backward_hook(count)
+    update(policy, tokens, method)
+    hook.remove()
+    got = gradient(policy)
+    policy.zero_grad(set_to_none=True)
+    full = replace(tokens, **policy(tokens, 1.0, method.entropy_grad))
+    grpo.policy_loss(full, method)[0].backward()
+    assert float((got - gradient(policy)).norm()) <= 1e-9 * float(got.norm()) and got.norm() > 1e-6
+    rows = len(alike) if spec in ("entropy_bonus", "ref_kl") else int((~alike).sum())
+    assert sum(seen) == rows + rows // 16  # responses, and their prompts, read once a group
+
+
 def test_the_ledger_of_a_real_step_holds_momentum_too(tmp_path):
     """Second step of AdamW, float64: prediction and measurement agree to first order in the step taken."""
     run = make_run(small_world(), build("grpo"), tmp_path, ledger="step", ledger_every=1, lr=1e-6)
