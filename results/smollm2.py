@@ -1,8 +1,8 @@
 """The study on a real language model: SmolLM2-135M-Instruct, full weights, float32, on a laptop's CPU.
 
-    python results/smollm2.py MODEL --jobs 2     run what is missing, most important first; resumes after a kill
-    python results/smollm2.py --list             the runs and their commands, in order, and what is done
-    python results/smollm2.py --report           smollm2.txt and smollm2.png from what is done
+    python results/smollm2.py MODEL --jobs 2    run what is missing, most important first; goes on after a kill
+    python results/smollm2.py --list            the runs and their commands, in order, and what is done
+    python results/smollm2.py --report          smollm2.txt and smollm2.png from what is done
 
 MODEL is a hub id, a folder or SmolLM2-135M-Instruct.Q4_1.gguf; the runs recorded here are of the GGUF file,
 whose weights were quantized to four bits.  A run takes about 20 minutes on one thread of its own.  Every
@@ -64,7 +64,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -151,11 +151,14 @@ def book(item: Item) -> None:
 
 
 def work(model: str, jobs: int) -> None:
-    """Run what is missing, `jobs` at a time.  Ctrl-C reaches the runs, which finish a step and save."""
-    done, lock = load(), Lock()
+    """Run what is missing, `jobs` at a time.  Ctrl-C reaches the runs, which finish a step and save; after
+    one that did not end as it should no other is started."""
+    done, lock, stop = load(), Lock(), Event()
     left = [x for x in items() if x.key not in done]
 
     def one(item: Item) -> None:
+        if stop.is_set():
+            return
         command = item.command(model)
         if (item.folder / "config.json").exists():
             command = ["train.py", "--quiet", "--resume", str(item.folder.relative_to(ROOT))]
@@ -164,6 +167,7 @@ def work(model: str, jobs: int) -> None:
         with open(item.folder.with_suffix(".log"), "a") as log:
             end = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=log, stderr=log)
         if end.returncode:
+            stop.set()
             print(f"{item.key}: ended with {end.returncode}; see {log.name}", flush=True)
             return
         with lock:
@@ -174,8 +178,7 @@ def work(model: str, jobs: int) -> None:
         try:
             list(pool.map(one, left))
         except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            stop.set()
 
 
 def main() -> int:
