@@ -1,8 +1,8 @@
 """The study on a real language model: SmolLM2-135M-Instruct, full weights, float32, on a laptop's CPU.
 
-    python results/smollm2.py MODEL --jobs 2    run what is missing, most important first; goes on after a kill
-    python results/smollm2.py --list            the runs and their commands, in order, and what is done
-    python results/smollm2.py --report          smollm2.txt and smollm2.png from what is done
+    python results/smollm2.py MODEL --jobs 2   run what is missing, most important first; resumes after a kill
+    python results/smollm2.py --list           the runs and their commands, in order, and what is done
+    python results/smollm2.py --report         smollm2.txt and smollm2.png from what is done
 
 MODEL is a hub id, a folder or SmolLM2-135M-Instruct.Q4_1.gguf; the runs recorded here are of the GGUF file,
 whose weights were quantized to four bits.  A run takes about 20 minutes on one thread of its own.  Every
@@ -17,14 +17,14 @@ Questions.
   4. Does the ledger predict the measured change of entropy, and how well do the tabular and the network
      flow know which tokens did it?
 
-Runs.  `train.py --data arithmetic` (sums and products of numbers up to 20, in words) as it comes with
---model: 40 steps of 8 prompts x 8 responses of at most 20 tokens at temperature 1, AdamW.  64 problems are
+Runs. `train.py --data arithmetic` (sums and products of numbers up to 20, in words) as it comes with
+--model: 40 steps of 8 prompts x 8 responses of at most 20 tokens at temperature 1, AdamW. 64 problems are
 held out, by value; evaluations before the first step and after every 10 have 8 samples for each: with a
-fixed number of samples the mean of pass@8 is most certain with 8 for a problem.  The ledger books every
-third step.  A pair is a seed: the order of the problems and the uniform numbers of sampling.  Seeds 1, 2,
-3: never used before; seed 0 was looked at (up to two steps of four methods) to choose the settings below.  Three
-seeds for GRPO at its default rate and at half of it, OPEFO and OPEFO with a set point; one for the rest.
-Then the same on `--data pairs`, if time allows.
+fixed number of samples the mean of pass@8 is most certain with 8 for a problem. The ledger books every
+third step. A pair is a seed: the order of the problems and the uniform numbers of sampling. Seeds 1, 2, 3:
+never used before; seed 0 was looked at (up to two steps of four methods) to choose the settings below.
+Three seeds for GRPO at its default rate and at half of it, OPEFO and OPEFO with a set point; one for the
+rest. Then the same on `--data pairs`, if time allows.
 Settings: the published defaults of steer, clip_cov and entropy_bonus were made for batches a thousand times
 as large.  Chosen so that the first step of seed 0 is clearly another one than GRPO's, whose dH is -.048
 nats:
@@ -38,9 +38,12 @@ Statistics.  Entropy is that of the training batch, a mean over its tokens, in n
      seeds. pass@8 falls: pass@8 at step 40 minus that at step 10 and at step 20, each with its interval.
   2. D1 of results/README.md, eval.py (6.8) and (6.9): pass@8 minus that of the line through the first
      policy and GRPO's learning rates, at the method's own pass@1, at the same step; here the mean over the
-     evaluations at steps 20, 30 and 40, since one of 64 problems is noisy.  The same once more against the
-     line through all of GRPO's evaluations, which also allows GRPO to be stopped early.  A rate joins the
-     line where it has the pair's seed.
+     evaluations at steps 20, 30 and 40, since one of 64 problems is noisy.  D2, the same with the line
+     through all of GRPO's evaluations at all rates, which also allows GRPO to be stopped early.  A rate
+     joins the line where it has the pair's seed.  Changed before any run had ended, when the tables were
+     tried on made-up numbers: D1 leaves out points that another one beats in both pass@1 and pass@8, and
+     where both rise that is every slower rate, so D1 asks who gets ahead in as many steps.  D2 leaves out
+     none: it alone compares at equal pass@1, and decides question 2.
   3. The set point holds if the mean entropy of steps 21 to 40 is within 10 % of .5 in every seed; beside it
      the share of these steps within 10 %.
   4. Pearson's r of predicted and measured change over a run's booked steps whose batch had more than .1
@@ -56,6 +59,7 @@ missing.
 import argparse
 import gzip
 import json
+import math
 import os
 import shlex
 import shutil
@@ -71,6 +75,23 @@ HERE = Path(__file__).resolve().parent
 ROOT, RAW, RUNS = HERE.parent, HERE / "smollm2.jsonl.gz", HERE.parent / "runs" / "smollm2"
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+
+from eval import (  # noqa: E402
+    Means,
+    distances,
+    figure,
+    line,
+    means,
+    middle,
+    over_pairs,
+    pass_at_k,
+    save,
+    series,
+    shown,
+    style,
+)
 from train import label_of  # noqa: E402
 
 STEPS, EVERY, PROBLEMS, K, TARGET = 40, 10, 64, 8, 0.5
@@ -179,6 +200,209 @@ def work(model: str, jobs: int) -> None:
             list(pool.map(one, left))
         except KeyboardInterrupt:
             stop.set()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. The tables
+
+Runs = dict[str, dict[int, list[dict[str, Any]]]]  # method -> seed -> rows of metrics.jsonl
+Table = tuple[str, list[dict[str, Any]], dict[str, str]]  # title; rows and columns of eval.shown
+
+
+def scores(runs: Runs) -> dict[tuple[str, int], Means]:
+    """(method, step) -> seed -> pass@1 and pass@8, with bootstrap resamples of the problems."""
+    share = np.array([[pass_at_k(K, c, k) for c in range(K + 1)] for k in (1, K)])
+    out: dict[tuple[str, int], Means] = {}
+    for spec, seeds in runs.items():
+        for seed, rows in seeds.items():
+            for row in rows:
+                if "right" in row:
+                    out.setdefault((spec, row["step"]), {})[seed] = means(share[:, row["right"]])
+    return out
+
+
+def interval(name: str, d: np.ndarray) -> dict[str, float]:
+    """Cells "name diff", "name low", "name high"."""
+    return {f"{name} {end}": x for end, x in zip(("diff", "low", "high"), over_pairs(d))}
+
+
+def trajectories(runs: Runs) -> Table:
+    """Question 1: entropy, and pass@1 / pass@8 at every evaluation."""
+    found, rows = scores(runs), []
+    for spec, seeds in runs.items():
+        curves = [series(r, "entropy") for r in seeds.values()]
+        first, last = (
+            np.mean([cut(c) for c in curves]) for cut in (lambda c: c.iloc[0], lambda c: c[-10:].mean())
+        )
+        row: dict[str, Any] = {"method": spec, "n": len(seeds), "first": float(first), "last": float(last)}
+        for step in range(0, STEPS + 1, EVERY):
+            one, several = middle(found[spec, step])
+            row[str(step)] = f"{one:.2f} / {several:.2f}"
+        for step in (10, 20):
+            end, then = found[spec, STEPS], found[spec, step]
+            row |= interval(f"since {step}", np.array([end[q][1] - then[q][1] for q in end]))
+        rows.append(row)
+    columns = {"method": "", "n": "n", "first": "H, step 1", "last": "H, last 10"}
+    columns |= {str(x): f"step {x}" for x in range(0, STEPS + 1, EVERY)}
+    columns |= {f"since {x} diff": f"pass@{K}, {STEPS} minus {x}" for x in (10, 20)}
+    return (
+        f"1. Entropy of the training batch, nats; pass@1 / pass@{K} of {PROBLEMS} held-out problems",
+        rows,
+        columns,
+    )
+
+
+def above_line(runs: Runs, spec: str, early: bool) -> np.ndarray:
+    """(pairs, 1 + DRAWS): D1, with `early` D2."""
+    found, steps = scores(runs), range(20, STEPS + 1, EVERY)
+    rates = [x for x in runs if x.startswith("grpo") and x != spec]
+    out = []
+    for seed in runs[spec]:
+        has = [x for x in rates if seed in runs[x]]
+        at = []
+        for step in steps:
+            own, first = found[spec, step][seed], found[spec, 0][seed]
+            if early:
+                every = [first, *(found[x, t][seed] for x in has for t in range(EVERY, STEPS + 1, EVERY))]
+                points = np.stack(every)  # (n, 2, 1 + DRAWS)
+                at.append(own[1] - line(points[:, 0], points[:, 1], own[0]))
+            else:
+                sweep = {x: {seed: found[x, step][seed]} for x in has}
+                at.append(distances({seed: own}, {"first": {seed: first}, **sweep})[0])
+        out.append(np.mean(at, 0))
+    return np.array(out)
+
+
+def against_the_line(runs: Runs) -> Table:
+    """Question 2."""
+    rows = []
+    for spec, seeds in runs.items():
+        if spec.startswith("grpo"):
+            continue
+        row: dict[str, Any] = {"method": spec, "n": len(seeds)}
+        for name, early in (("same step", False), ("any step", True)):
+            row |= interval(name, above_line(runs, spec, early))
+            low, high = row[f"{name} low"], row[f"{name} high"]
+            row[f"{name} call"] = "beats" if low > 0 else "loses" if high < 0 else ""
+        rows.append(row)
+    columns = {"method": "", "n": "n", "same step diff": "D1", "same step call": " "}
+    columns |= {"any step diff": "D2, GRPO stopped early too", "any step call": "  "}
+    return f"2. pass@{K} above GRPO's line at equal pass@1, mean over steps 20, 30, 40", rows, columns
+
+
+def set_point(runs: Runs) -> Table:
+    """Question 3."""
+    rows = []
+    for seed, run in runs.get(SET, {}).items():
+        h = series(run, "entropy")[STEPS // 2 + 1 :]
+        near = float(((h - TARGET).abs() <= 0.1 * TARGET).mean())
+        rows.append(
+            {
+                "seed": seed,
+                "mean": float(h.mean()),
+                "low": float(h.min()),
+                "high": float(h.max()),
+                "near": near,
+            }
+        )
+    columns = {
+        "seed": "seed",
+        "mean": "mean H",
+        "low": "lowest",
+        "high": "highest",
+        "near": "share within 10 %",
+    }
+    return f"3. Set point {TARGET}: entropy of steps {STEPS // 2 + 1} to {STEPS}", rows, columns
+
+
+def ledger(runs: Runs) -> Table:
+    """Question 4."""
+    rows = []
+    for spec, seeds in runs.items():
+        for seed, run in seeds.items():
+            booked = pd.DataFrame([r for r in run if "dH_measured" in r])
+            alive, measured = booked[booked["entropy"] > 0.1], "dH_measured"
+            row = {"method": spec, "seed": seed, "n": len(alive)}
+            row["r"] = alive["dH_predicted"].corr(alive[measured])
+            row["slope"] = (
+                np.polyfit(alive["dH_predicted"], alive[measured], 1)[0] if len(alive) > 1 else math.nan
+            )
+            row["table"] = (alive["flow_up"] - alive["flow_down"]).corr(alive[measured])
+            if "flow_r" in alive:
+                row["network"] = (alive["net_flow_up"] - alive["net_flow_down"]).corr(alive[measured])
+                row["tokens"] = alive["flow_r"].mean()
+            rows.append({k: float(v) if isinstance(v, np.floating) else v for k, v in row.items()})
+    columns = {
+        "method": "",
+        "seed": "seed",
+        "n": "steps booked, H > .1",
+        "r": "r of the prediction",
+        "slope": "slope",
+    }
+    columns |= {"table": "r of the net tabular flow", "network": "r of the net network flow"}
+    return (
+        "4. The ledger against the measured change",
+        rows,
+        columns | {"tokens": "tabular with network flow, r over tokens"},
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. The figure
+
+
+def draw(runs: Runs, path: Path) -> None:
+    """Entropy, pass@1 and pass@8 of the methods with most seeds; their plane; the ledger of all runs."""
+    labels = [
+        ("Entropy on the training batch", "step", "nats per token"),
+        (f"Held-out: pass@1 (circles), pass@{K} (triangles)", "step", "share of problems"),
+        ("First try against any try (square: end)", "pass@1", f"pass@{K}"),
+        ("The ledger: change of entropy in one step", "predicted, nats", "measured, nats"),
+    ]
+    fig, axes = figure(12, 8.4, 2, 2, labels)
+    (entropy, progress), (plane, both) = axes
+    found = scores(runs)
+    for i, spec in enumerate(x for x in MAIN if x in runs):
+        look, seeds = style(i), runs[spec]
+        curves = pd.concat([series(r, "entropy") for r in seeds.values()], axis=1)
+        entropy.plot(curves, alpha=0.25, linewidth=0.8, color=look["color"])
+        entropy.plot(curves.mean(axis=1), label=f"{spec} ({len(seeds)})", **look)
+        steps = range(0, STEPS + 1, EVERY)
+        points = np.array([middle(found[spec, step]) for step in steps])
+        progress.plot(steps, points[:, 0], marker="o", markersize=4, **look)
+        progress.plot(steps, points[:, 1], marker="^", markersize=4, **look)
+        plane.plot(*points.T, marker="o", markersize=4, **look)
+        plane.plot(*points[-1:].T, marker="s", markersize=8, color=look["color"])
+        booked = pd.concat([pd.DataFrame(r) for r in seeds.values()])
+        both.plot(booked["dH_predicted"], booked["dH_measured"], ".", color=look["color"])
+    low, high = both.get_xlim()
+    both.plot([low, high], [low, high], color="#999999", linewidth=0.8, zorder=0)
+    entropy.set_ylim(bottom=0)
+    progress.set_ylim(0, 1.02)
+    entropy.legend(fontsize=8, title="method (seeds)")
+    save(fig, path)
+
+
+def report() -> None:
+    done, text = load(), []
+    for data in dict.fromkeys(x.data for x in items()):
+        runs: Runs = {}
+        for x in sorted(items(), key=lambda x: [*MAIN, *REST].index(x.spec)):
+            if x.data == data and x.key in done:
+                runs.setdefault(x.spec, {})[x.seed] = done[x.key]["rows"]
+        missing = [x.key for x in items() if x.data == data and x.key not in done]
+        text.append(
+            f"--data {data}: {sum(map(len, runs.values()))} runs; missing: {', '.join(missing) or 'none'}"
+        )
+        if runs:
+            for title, rows, columns in (
+                f(runs) for f in (trajectories, against_the_line, set_point, ledger)
+            ):
+                text.append(f"{title}\n\n{shown(rows, columns)}" if rows else f"{title}: no run")
+            draw(runs, HERE / ("smollm2.png" if data == items()[0].data else f"smollm2_{data}.png"))
+    text.append("commits: " + ", ".join(sorted({r["commit"] for r in done.values()})))
+    (HERE / "smollm2.txt").write_text("\n\n".join(text) + "\n")
+    print("\n\n".join(text))
 
 
 def main() -> int:
