@@ -404,7 +404,7 @@ def _rows(source: str) -> list[tuple[str, Any]]:
         else:  # str.splitlines would also split inside strings, at U+2028
             lines = enumerate(path.read_bytes().split(b"\n"), 1)
             return [(f"line {n}: ", _line(line)) for n, line in lines if line.strip()]
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         raise ValueError(f"{source}: needs the package {package}: pip install {package}") from None
     except Exception as error:  # damaged, offline, unknown, gated, unknown split: classes of four libraries

@@ -1,12 +1,15 @@
 """One GRPO step on a CPU: `trl.GRPOTrainer`, what a user would pick instead, against `train.py`.
 
     python results/bench_trl.py            needs the extra `trl`; writes results/bench_trl.txt
+    python results/bench_trl.py --models SmolLM2-135M-Instruct.Q4_1.gguf --steps 6 --threads 1
+                                           a real model (hub id, folder, GGUF file); prints, writes no file
 
-Both trainers take the same steps: 32 chain problems x 16 responses of at most 11 tokens at temperature 1,
-plain GRPO, strictly on-policy, AdamW, gradient clipping, the same verifier, the same kind of model with
-the same start weights, two threads.  TRL runs as a user gets it (bfloat16 autocast and gradient checkpointing
-are its defaults) against ours as a user gets it (float32) and against ours with --dtype bfloat16, and tuned
-(both off, float32 like ours).  It never logs, saves or evaluates.
+Both trainers take the same steps: 32 chain problems x 16 responses of at most 11 tokens at temperature 1 (a
+real model: 8 problems of --data arithmetic x 8 responses of at most 20 tokens, float32), plain GRPO, strictly
+on-policy, AdamW, gradient clipping, the same verifier, the same kind of model with the same start weights,
+two threads. TRL runs as a user gets it (bfloat16 autocast and gradient checkpointing are its defaults)
+against ours as a user gets it (float32) and against ours with --dtype bfloat16, and tuned (both off, float32
+like ours). It never logs, saves or evaluates.
 The two trainers alternate step by step, so that both see the same machine; medians over the steps after
 three for warming up.  "rollout" is sampling and verifying, "update" is the rest of the step: loss, backward
 pass, clipping, AdamW.
@@ -18,11 +21,14 @@ once a group.  What lies above it is overhead: at a tiny model nearly everything
 """
 
 import argparse
+import copy
+import functools
 import itertools
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -30,56 +36,71 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from interventions import build  # noqa: E402
-from rollout import TinyModel, WarmStart, chain_task, tiny_tokenizer, warm_policy  # noqa: E402
+from rollout import (  # noqa: E402
+    TinyModel,
+    WarmStart,
+    chain_task,
+    load_model,
+    task_of_data,
+    tiny_tokenizer,
+    warm_policy,
+)
 from train import Settings, make_run, set_threads, train  # noqa: E402
 
-PROMPTS, GROUP, WARM_UP = 32, 16, 3
-MODELS = {
-    "tiny": TinyModel(),  # the embedded policy after its warm start
-    "small": TinyModel(384, 1024, 6, 6),  # random weights: speed does not depend on them
-}
+WARM_UP = 3
+TINY, SMALL = "tiny", "small"
 
 
-def policy(name):
-    if name == "tiny":
-        return warm_policy(WarmStart())
-    tokenizer = tiny_tokenizer()
-    return MODELS[name].build(tokenizer, 0).eval(), tokenizer
+@functools.cache
+def world(name):
+    """Model, tokenizer, task, and the settings of a step."""
+    if name in (TINY, SMALL):
+        settings = Settings(prompts=32, group_size=16)
+        if name == TINY:  # the embedded policy after its warm start
+            return *warm_policy(WarmStart()), chain_task(), settings
+        tokenizer = tiny_tokenizer()  # random weights: speed does not depend on them
+        return TinyModel(384, 1024, 6, 6).build(tokenizer, 0).eval(), tokenizer, chain_task(), settings
+    model, tokenizer = load_model(name)
+    task, _ = task_of_data(tokenizer, "arithmetic", "", 24, "", True, 1024, 20)
+    settings = Settings(prompts=8, group_size=8, lr=1e-6, model=name)  # the small rate keeps the lengths
+    return model, tokenizer, task, settings
 
 
-def trl_trainer(name, task, steps, callback, tuned):
+def trl_trainer(name, steps, callback, tuned):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    model, tokenizer = policy(name)
+    model, tokenizer, task, settings = world(name)
     by_prompt = {p.prompt: p for p in task.train}
 
     def reward(prompts, completions, **_):
         return [float(x) for x in task.verify(completions, [by_prompt[p] for p in prompts])]
 
     config = GRPOConfig(
-        output_dir="/tmp/bench_trl", max_steps=steps, per_device_train_batch_size=PROMPTS * GROUP,
-        num_generations=GROUP, gradient_accumulation_steps=1, max_completion_length=task.max_new_tokens,
-        learning_rate=3e-4, lr_scheduler_type="constant", temperature=1.0, use_cpu=True, report_to="none",
-        save_strategy="no", logging_steps=10**6, disable_tqdm=True, adam_beta2=0.95, seed=0,
+        output_dir="/tmp/bench_trl", max_steps=steps, num_generations=settings.group_size,
+        per_device_train_batch_size=settings.prompts * settings.group_size, gradient_accumulation_steps=1,
+        max_completion_length=task.max_new_tokens, learning_rate=settings.lr, temperature=1.0, use_cpu=True,
+        lr_scheduler_type="constant", report_to="none", save_strategy="no", logging_steps=10**6,
+        disable_tqdm=True, adam_beta2=0.95, seed=0,
         **({"bf16": False, "gradient_checkpointing": False} if tuned else {}),
     )  # fmt: skip
     data = Dataset.from_list([{"prompt": p.prompt} for p in task.train])
-    return GRPOTrainer(model, reward, config, data, processing_class=tokenizer, callbacks=[callback])
+    return GRPOTrainer(
+        copy.deepcopy(model), reward, config, data, processing_class=tokenizer, callbacks=[callback]
+    )
 
 
 def measure(name, steps, tuned, dtype):
     """{who: {phase: [seconds]}} and the mean number of tokens that a step trains on."""
     from transformers import TrainerCallback
 
-    task = chain_task()
-    model, tokenizer = policy(name)
-    settings = Settings(prompts=PROMPTS, group_size=GROUP, ledger="off", eval_every=10**6, dtype=dtype)
-    ours = make_run(settings, build("grpo"), Path(tempfile.mkdtemp()), task, model, tokenizer)
+    model, tokenizer, task, settings = world(name)
+    settings = replace(settings, ledger="off", eval_every=10**6, dtype=dtype)
+    ours = make_run(settings, build("grpo"), Path(tempfile.mkdtemp()), task, copy.deepcopy(model), tokenizer)
     ours.rows = [{"step": 0}]  # no evaluation of the first policy
     rows = train(ours)
     times = {who: {"rollout": [], "update": [], "step": []} for who in ("trl", "ours")}
-    tokens = []
+    tokens, alike = [], []
 
     class Alternate(TrainerCallback):
         begin = 0.0
@@ -94,8 +115,9 @@ def measure(name, steps, tuned, dtype):
             times["ours"]["step"].append(time.perf_counter() - begin)
             times["ours"]["rollout"].append(row["seconds_rollout"])
             tokens.append(row["tokens"])
+            alike.append(row["no_contrast"])
 
-    trainer = trl_trainer(name, task, steps, Alternate(), tuned)
+    trainer = trl_trainer(name, steps, Alternate(), tuned)
     generate = trainer._generate_and_score_completions
 
     def timed(*args, **kwargs):
@@ -108,7 +130,8 @@ def measure(name, steps, tuned, dtype):
     trainer.train()
     for t in times.values():
         t["update"] = [a - b for a, b in zip(t["step"], t["rollout"])]
-    return {who: {k: v[WARM_UP:] for k, v in t.items()} for who, t in times.items()}, statistics.mean(tokens)
+    times = {who: {k: v[WARM_UP:] for k, v in t.items()} for who, t in times.items()}
+    return times, statistics.mean(tokens[WARM_UP:]), statistics.mean(alike[WARM_UP:])
 
 
 def peak_flops(dtype):
@@ -123,15 +146,17 @@ def peak_flops(dtype):
 
 def roofline(name, tokens, peak):
     """Seconds of (rollout, update) if nothing but the products of the step took time."""
-    model, _ = policy(name)
+    model, tokenizer, task, settings = world(name)
     n = sum(p.numel() for p in model.parameters())  # the tied embedding is the head, which multiplies
-    read = n * (PROMPTS * 6 + tokens)  # a prompt has 6 tokens
+    prompt = statistics.mean(len(tokenizer.encode(p.prompt)) for p in task.train)
+    read = n * (settings.prompts * prompt + tokens)
     return 2 * read / peak, 6 * read / peak
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--steps", type=int, nargs=2, default=(60, 15), help="steps at the tiny and small model")
+    p.add_argument("--models", nargs="+", default=(TINY, SMALL), help="tiny, small, or a real model")
+    p.add_argument("--steps", type=int, nargs="+", default=(60, 15), help="steps at each model")
     p.add_argument("--threads", type=int, default=2)
     args = p.parse_args()
     set_threads(args.threads)
@@ -141,16 +166,18 @@ def main():
     peak = {dtype: peak_flops(getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
     speeds = ", ".join(f"{v / 1e9:.0f} GFLOP/s in {k}" for k, v in peak.items())
     lines = [f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}, "
-             f"{args.threads} threads; python results/bench_trl.py --steps {args.steps[0]} {args.steps[1]} "
+             f"{args.threads} threads; python results/bench_trl.py --steps {' '.join(map(str, args.steps))} "
              f"--threads {args.threads}; a large matrix product: {speeds}"]  # fmt: skip
     ways = {
         "TRL as it comes": (False, "float32"),
         "TRL as it comes, ours in bfloat16 too": (False, "bfloat16"),
         "TRL tuned": (True, "float32"),
     }
-    for (name, steps), way in itertools.product(zip(MODELS, args.steps), ways):
-        times, tokens = measure(name, steps + WARM_UP, *ways[way])
-        parameters = sum(x.numel() for x in policy(name)[0].parameters())
+    for (name, steps), way in itertools.product(zip(args.models, args.steps), ways):
+        if world(name)[3].model and way != "TRL tuned":
+            continue
+        times, tokens, alike = measure(name, steps + WARM_UP, *ways[way])
+        parameters = sum(x.numel() for x in world(name)[0].parameters())
         bound = roofline(name, tokens, peak[ways[way][1]])
         body = []
         for phase, limit in zip(("rollout", "update", "step"), (*bound, sum(bound))):
@@ -162,15 +189,16 @@ def main():
             cells = (f"{x * 1e3:.1f}" for x in (trl_s, our_s, limit))
             body.append([phase, *cells, middle, f"{limit / our_s:.0%}"])
         lines.append(
-            f"\n{name}, {way}: {parameters:,} parameters, {tokens:.0f} "
-            f"response tokens a step, {steps} steps each"
+            f"\n{Path(name).name}, {way}: {parameters:,} parameters, {tokens:.0f} response tokens a step, "
+            f"{alike:.0%} of groups without contrast, {steps} steps each"
         )
         head = ["", "TRL ms", "ours ms", "roofline ms", "TRL / ours (middle half)", "roofline / ours"]
         lines.append(pd.DataFrame(body, columns=head).to_string(index=False))
         print("\n".join(lines[-2:]), flush=True)
     text = "\n".join(lines) + "\n"
     print(text)
-    (Path(__file__).parent / "bench_trl.txt").write_text(text)
+    if list(args.models) == [TINY, SMALL]:
+        (Path(__file__).parent / "bench_trl.txt").write_text(text)
 
 
 if __name__ == "__main__":

@@ -832,6 +832,16 @@ def test_bfloat16_keeps_float32_masters(lm, model_folder):
     assert weights_of(folder / "checkpoint")["lm_head.weight"].dtype == torch.float32  # load_model's choice
 
 
+@pytest.mark.parametrize("slower", [3.0, 0.3])
+def test_a_processor_on_which_bfloat16_is_slow_is_told(lm, monkeypatch, capsys, slower):
+    pytest.importorskip("math_verify")
+    assert 0.01 < train.bfloat16_slowdown(64, 16) < 100
+    monkeypatch.setattr(train, "bfloat16_slowdown", lambda *_: slower)
+    assert lm("--method", "grpo", "--dtype", "bfloat16", steps=1)[0] == 0
+    told = "bfloat16 takes 3.0 times as long as float32 on this processor: --dtype float32"
+    assert (told in capsys.readouterr().err) == (slower > 1)
+
+
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-6), (torch.bfloat16, 0.04)])
 def test_one_rank_shares_prompts_and_chooses_its_attention(dtype, most, monkeypatch):
     """What one rank of FSDP2 saves changes no gradient: prompts read once, and on a CPU, only in bfloat16,
