@@ -995,7 +995,7 @@ def fresh_flows(record: Record, seed: int, attention: str) -> tuple[list[dict[st
         words = token_names(engine.tokenizer, out.ids[i][out.mask[i]].tolist())
         one = {"prompt": problems[p].prompt, "reward": float(out.correct[i]), "tokens": words}
         found.append(one | {"flow": flow[i][out.mask[i]].tolist()})
-    return found, f"exact flow of a table, fresh batch of {len(problems)} x 16 from {path}"
+    return found, f"Exact flow of a table, fresh batch of {len(problems)} x 16 from {path}"
 
 
 def printable(token: str | None) -> str:
@@ -1022,16 +1022,25 @@ full at {top:.3g} nats per unit learning rate. Point at a token for its number. 
 """
 
 
+def without_frame(prompts: Sequence[str]) -> list[str]:
+    """The prompts without the first and last lines that all of them share: a chat template's."""
+    lines = [p.splitlines() or [""] for p in prompts]
+    for end in (0, -1):
+        while len(set(prompts)) > 1 and min(map(len, lines)) > 1 and len({x[end] for x in lines}) == 1:
+            lines = [x[1:] if end == 0 else x[:-1] for x in lines]
+    return ["\n".join(x) for x in lines]
+
+
 def page(rows: Sequence[dict[str, Any]], what: str) -> str:
     """A self-contained HTML page; everything that comes from a model is escaped."""
     top, body = max((abs(f) for r in rows for f in r["flow"]), default=0.0), []
-    for r in rows:
+    for r, prompt in zip(rows, without_frame([r["prompt"] for r in rows])):
         spans = [
             f'<span title="{f:+.3g}" style="background:rgb{shade(f, top)}">{html.escape(printable(w))}</span>'
             for w, f in zip(r["tokens"], r["flow"])
         ]
         blank = "" if any((w or "").startswith(("Ġ", "▁", " ")) for w in r["tokens"]) else " "
-        body.append(f"<b>{html.escape(r['prompt'])}</b> (reward {r['reward']:g})<p>{blank.join(spans)}</p>")
+        body.append(f"<b>{html.escape(prompt)}</b> (reward {r['reward']:g})<p>{blank.join(spans)}</p>")
     return PAGE.format(top=top, what=html.escape(what), body="\n".join(body))
 
 
@@ -1040,15 +1049,15 @@ def show(record: Record, seed: int, attention: str, out: Path) -> None:
     if (path := record.folder / "flows.jsonl").is_file():  # what `train.py --ledger full` booked
         rows = read_jsonl(path)
         rows = [r | {"flow": r["network_flow"]} for r in rows if r["step"] == rows[-1]["step"]]
-        what = f"network flow of step {rows[-1]['step']}, from {path}"
+        what = f"Network flow of step {rows[-1]['step']}, from {path}"
     else:
         rows, what = fresh_flows(record, seed, attention)
     top = max((abs(f) for r in rows for f in r["flow"]), default=0.0) or 1.0
     print(f"{what}\nThe strongest tokens, flow in percent of the largest: + raises entropy, - lowers it\n")
-    for r in rows:
+    for r, prompt in zip(rows, without_frame([r["prompt"] for r in rows])):
         strongest = sorted(zip(r["tokens"], r["flow"]), key=lambda pair: -abs(pair[1]))[:6]
         words = "  ".join(f"{printable(w)} {100 * f / top:+.0f}" for w, f in strongest)
-        print(f"{printable(r['prompt'])[-60:]}   reward {r['reward']:g}:   {words}")
+        print(f"{printable(prompt)[-60:]}   reward {r['reward']:g}:   {words}")
     (out / "flow.html").write_text(page(rows, what), encoding="utf-8")
     print(f"\npage: {out / 'flow.html'}")
 

@@ -33,6 +33,14 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+SMOLLM2 = Path(
+    os.environ.get("ENTROPY_FLOW_SMOLLM2", "")
+)  # a real model's GGUF file; README.md: how to get it
+needs_smollm2 = pytest.mark.skipif(
+    not SMOLLM2.is_file(), reason="ENTROPY_FLOW_SMOLLM2 names no file: see README.md"
+)
+
+
 @pytest.fixture(scope="session")
 def warm_cache(tmp_path_factory):
     """One cache for all runs of the tests.  In the place of the warm start: few problems, three solutions

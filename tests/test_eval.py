@@ -59,6 +59,7 @@ from eval import (
     sweep_of,
     table,
     to_rows,
+    without_frame,
 )
 from grpo import Tokens
 from rollout import Problem, Sampling, Task, TinyModel, TorchEngine, chain_task, tiny_tokenizer
@@ -792,6 +793,20 @@ def test_page_escapes_what_models_write():
     )
     assert "\x1b" not in text and "http" not in text  # self-contained
     assert 'title="-1"' in text
+
+
+@pytest.mark.parametrize(
+    "prompts, left",
+    [
+        (["sys\nuser\n1 + 1?\nassistant\n", "sys\nuser\n2 + 1?\nassistant\n"], ["1 + 1?", "2 + 1?"]),
+        (["2 5 -> 7:", "2 6 -> 8:"], ["2 5 -> 7:", "2 6 -> 8:"]),
+        (["a\nb", "a\nb"], ["a\nb", "a\nb"]),
+        (["a", "a\nb", ""], ["a", "a\nb", ""]),
+        ([], []),
+    ],
+)
+def test_a_page_leaves_out_the_lines_that_all_prompts_share(prompts, left):
+    assert without_frame(prompts) == left
 
 
 def test_show_from_the_log_and_from_the_checkpoint(cli, tmp_path, checkpoint, monkeypatch):

@@ -640,7 +640,7 @@ def test_a_language_models_run_is_shown_without_a_logged_flow(lm, capsys):
     pytest.importorskip("math_verify")
     lm("--method", "grpo")
     assert eval.main(["--show", "a", "--out", "shown"]) == 0
-    assert "exact flow of a table" in capsys.readouterr().out and Path("shown/flow.html").exists()
+    assert "Exact flow of a table" in capsys.readouterr().out and Path("shown/flow.html").exists()
 
 
 def test_a_run_is_shown_at_its_temperature_with_its_attention_whatever_its_data_are_called(

@@ -3,20 +3,14 @@ killed, resumed, evaluated.  ENTROPY_FLOW_SMOLLM2 names the file; README.md says
 
 import json
 import math
-import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from conftest import REPO, process, rows_of
+from conftest import REPO, SMOLLM2, needs_smollm2, process, rows_of
 
-GGUF = Path(os.environ.get("ENTROPY_FLOW_SMOLLM2", ""))
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not GGUF.is_file(), reason="ENTROPY_FLOW_SMOLLM2 names no file: see README.md"),
-]
+pytestmark = [pytest.mark.slow, needs_smollm2]
 STEPS = 3
 
 
@@ -24,7 +18,7 @@ STEPS = 3
 def killed_and_resumed(tmp_path_factory):
     """Three steps, each booked; killed after the second one's checkpoint, then resumed."""
     home = tmp_path_factory.mktemp("smollm2")
-    how = ["--method", "grpo", "--model", GGUF, "--data", "arithmetic", "--steps", STEPS, "--prompts", 4]
+    how = ["--method", "grpo", "--model", SMOLLM2, "--data", "arithmetic", "--steps", STEPS, "--prompts", 4]
     how += ["--ledger-every", 1, "--eval-every", 1, "--eval-problems", 4, "--eval-samples", 4, "--out", "run"]
     run, log = process(*how, cwd=home), home / "run" / "metrics.jsonl"
     end = time.monotonic() + 600

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SMOLLM2, needs_smollm2, process, rows_of
 
 import rollout
 from grpo import Policy
@@ -551,3 +552,20 @@ def test_weights_that_never_arrive_stop_the_run(shared, tmp_path):
     done = loop(tmp_path, stale=True)
     assert done.returncode != 0 or json.loads(done.stdout.strip().splitlines()[-1])["code"] != 0
     assert "push" in done.stderr and "--engine torch" in done.stderr and "Traceback" not in done.stderr
+
+
+@needs_vllm
+@needs_smollm2
+@pytest.mark.slow
+def test_a_real_model_trains_on_vllm_rollouts(shared, tmp_path):
+    """Every push is probed within 1e-4 nats, else the run ends; so are the rollouts, of which each is scored
+    again after a push and before the next."""
+    how = ["--method", "grpo", "--model", SMOLLM2, "--data", "arithmetic", "--engine", "vllm", "--steps", 3]
+    how += ["--prompts", 4, "--ledger", "off", "--eval-problems", 4, "--eval-samples", 4, "--out", "run"]
+    run = process(*how, cwd=tmp_path)
+    _, err = run.communicate(timeout=900)
+    assert run.returncode == 0, err
+    rows = rows_of(tmp_path / "run")[1:]
+    assert len(rows) == 3 and all(row["grad_norm"] > 0 for row in rows)
+    for row in rows:
+        assert 0 < row["mismatch_max"] < 1e-4 and row["mismatch_ess"] > 0.999 and row["seconds_push"] > 0
