@@ -79,6 +79,7 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 
 from eval import (  # noqa: E402
+    DRAWS,
     Means,
     distances,
     figure,
@@ -253,13 +254,14 @@ def trajectories(runs: Runs) -> Table:
 
 
 def above_line(runs: Runs, spec: str, early: bool) -> np.ndarray:
-    """(pairs, 1 + DRAWS): D1, with `early` D2."""
+    """(pairs, 1 + DRAWS): D1, with `early` D2; of the seeds that have GRPO at two rates."""
     found, steps = scores(runs), range(20, STEPS + 1, EVERY)
     rates = [x for x in runs if x.startswith("grpo") and x != spec]
     out = []
     for seed in runs[spec]:
-        has = [x for x in rates if seed in runs[x]]
-        at = []
+        has, at = [x for x in rates if seed in runs[x]], []
+        if len(has) < 2:
+            continue
         for step in steps:
             own, first = found[spec, step][seed], found[spec, 0][seed]
             if early:
@@ -270,7 +272,7 @@ def above_line(runs: Runs, spec: str, early: bool) -> np.ndarray:
                 sweep = {x: {seed: found[x, step][seed]} for x in has}
                 at.append(distances({seed: own}, {"first": {seed: first}, **sweep})[0])
         out.append(np.mean(at, 0))
-    return np.array(out)
+    return np.array(out).reshape(-1, 1 + DRAWS)
 
 
 def against_the_line(runs: Runs) -> Table:

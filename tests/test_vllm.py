@@ -568,4 +568,4 @@ def test_a_real_model_trains_on_vllm_rollouts(shared, tmp_path):
     rows = rows_of(tmp_path / "run")[1:]
     assert len(rows) == 3 and all(row["grad_norm"] > 0 for row in rows)
     for row in rows:
-        assert 0 < row["mismatch_max"] < 1e-4 and row["mismatch_ess"] > 0.999 and row["seconds_push"] > 0
+        assert 0 < row["mismatch_max"] < 1e-4 and row["mismatch_ess"] > 0.999
