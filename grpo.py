@@ -660,7 +660,7 @@ def plan_update(tokens: Tokens, method: Method) -> Plan:
         tk.mask = tk.mask & kept
         adv = torch.where(tk.mask, adv, 0)
     entropy = float("nan") if tk.entropy is None else float(masked_mean(tk.entropy, mask))
-    metrics: dict[str, float] = {"batch_entropy": entropy}  # of all responses, selected or not
+    metrics: dict[str, float] = {"entropy": entropy}  # of all responses, selected or not
     if tk.ref_logp is not None:  # the value estimate (2.15), whatever estimator a method descends
         metrics["kl_ref"] = float(masked_mean(kl_penalty(tk.logp, tk.ref_logp, "k3"), mask))
     weight = method.weight(tk, adv, metrics)

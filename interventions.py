@@ -1,4 +1,4 @@
-"""Chapter 3. Every published way to hold entropy up, each a small class that overrides one hook.
+"""Chapter 3. Thirty-two published methods that move entropy, each a small class that overrides one hook.
 
 Claim. Each of them multiplies the force of some tokens by a number, drops some responses, or adds one term to
 the loss. Written on the five hooks of `grpo.Method`, a diff between two methods is the lesson.
@@ -226,7 +226,8 @@ class DAPO(Method, key="dapo", place="selection", paper="2503.14476", needs=("lo
 
 class Entrocraft(Method, key="entrocraft", place="selection", paper="2604.26326", needs=ENTROPY):
     """Outside an entropy band, keep only the responses that push entropy back into it. [paper] Alg. 1: (.6,
-    .7) -> (.1, .2); [code]. H low: only A <= 0 teaches, which raises it. In the band, or on an edge, GRPO.
+    .7) -> (.1, .2); [code]. H low: only A <= 0 teaches, which on balance raises it. In the band, or on an
+    edge, GRPO.
 
         s = I[H > hi] - I[H < lo];   keep response i iff s A_i >= 0;   mean over what is kept           (3.17)
         lo goes from `start` to `end` along the run, hi = lo + width
@@ -492,8 +493,8 @@ class EntropyAdvantage(Method, key="entropy_advantage", place="weight", paper="2
 
 class STEER(Method, key="steer", place="weight", paper="2510.10150", needs=ENTROPY):
     """The more a token would move entropy, the smaller its weight. [second-hand] eq. 6-9; [code] STEER:
-    max(max M, .02) over micro-batches of 8 responses, H of the old policy. One outlier as the maximum leaves
-    most weights within 1 % of 1: watch weight_std.
+    max(max M, .02) over micro-batches of 8 responses, H of the old policy, the linear map by default. One
+    outlier as the maximum leaves most weights within 1 % of 1: watch weight_std.
 
         Ω = -I_clip r A p (1 - p)(log p + H)                          theorem (3.13);    exact: Ω = A T
         M = |(A/π_old) p (1 - p)(log p + H)|  = |Ω| / p on-policy, without I_clip               released
@@ -585,7 +586,7 @@ class OPEFO(Method, key="opefo", place="weight", paper="2605.11491", needs=FLOW)
         f = flow(tk, acting(self, tk, adv), name)  # (3.14)
         if self.aggregation not in ("token_mean", "token_sum"):
             f = f * self.coefficients(tk.mask, f.dtype)  # each token's share: the flow of the real loss
-        metrics["lam"] = lam = self._lambda(f, metrics["batch_entropy"])
+        metrics["lam"] = lam = self._lambda(f, metrics["entropy"])
         w = 1 + lam * f.sign()  # (B, T)
         if self.sides != "both":
             w = torch.where(f > 0 if self.sides == "plus" else f < 0, w, 1)
@@ -625,7 +626,7 @@ class PAPO(Method, key="papo", place="weight", paper="2605.11775", needs=FLOW):
         self.e_ref = self.target if self.reference == "target" else None
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
-        e = metrics["batch_entropy"]
+        e = metrics["entropy"]
         phi = 0.0 if self.e_ref is None else min(max((self.e_ref - e) / max(self.e_ref, 1e-9), -1.0), 1.0)
         metrics["phi"] = phi
         return 1 + self.lam * phi * flow(tk, adv, "exact").sign()  # (3.15)
@@ -670,7 +671,8 @@ class STARE(Method, key="stare", place="weight", paper="2606.19236", needs=ENTRO
         gate = I[e < target]                                                                            (3.18)
         L+ = the ⌈fraction · |T+|⌉ tokens of largest surprisal -log p among T+ = {A > 0};  L- same for A < 0
         w = W on L+,  M on L- (variant C2 only),  1 elsewhere;  all 1 if the gate is closed
-        adaptive: W <- clip(W + rate s, 1, 1.5),  M <- clip(M - rate s, .5, 1),  s = sgn(target - e), after
+        adaptive: W <- clip(W + rate s, 1, 1.5),  M <- clip(M - rate s, .5, 1),  s = sgn(target - e), before
+        the loss of the same step
     """
 
     fraction: Share = 0.1
@@ -691,28 +693,34 @@ class STARE(Method, key="stare", place="weight", paper="2606.19236", needs=ENTRO
     state = {"W": "up", "M": "down"}
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor | None:
-        gate = metrics["batch_entropy"] < self.target
-        metrics.update(gate=float(gate), W=self.W, M=self.M)
+        gate, (W, M) = metrics["entropy"] < self.target, self.moved(metrics["entropy"])
+        metrics.update(gate=float(gate), W=W, M=M)
         if not gate:
             return None
         w, keys = torch.ones_like(adv), token_keys(tk, self.progress)
-        sides = [(adv > 0, self.W), (adv < 0, self.M)]
+        sides = [(adv > 0, W), (adv < 0, M)]
         for side, value in sides if self.variant == "C2" else sides[:1]:
             k = fraction_count(self, self.fraction, side & tk.mask, math.ceil)
             w = torch.where(top(-tk.logp, side & tk.mask, k, keys), value, w)
         return w
 
+    def moved(self, entropy: float) -> tuple[float, float]:
+        """W and M of a step, from those of the step before."""
+        if not self.adaptive:
+            return self.W, self.M
+        move = self.rate * ((entropy < self.target) - (entropy > self.target))
+        return min(max(self.W + move, 1.0), 1.5), min(max(self.M - move, 0.5), 1.0)
+
     def after_step(self, plan: Plan) -> None:
-        if self.adaptive:
-            move = self.rate * ((plan.entropy < self.target) - (plan.entropy > self.target))
-            self.W, self.M = min(max(self.W + move, 1.0), 1.5), min(max(self.M - move, 0.5), 1.0)
+        self.W, self.M = self.moved(plan.entropy)
 
 
 class EntroPIC(Method, key="entropic", place="weight", paper="2511.15248", needs=ENTROPY):
     """PI controller: weigh successes and failures among confident tokens to hold an entropy. [code]
     yk7333/EntroPIC `core_algos.py`, `dp_actor.py`; it has alpha and S per micro-batch and divides by
-    N_confident: where few tokens are confident this turns their sign. With the denominator `all` A > 0 weighs
-    1 + alpha and A < 0 1 - alpha: too little entropy damps confident successes, amplifies confident failures.
+    N_confident: where few tokens are confident this turns their sign. A mismatch weight on the extra term is
+    ours. With the denominator `all` A > 0 weighs 1 + alpha and A < 0 1 - alpha: too little entropy damps
+    confident successes, amplifies confident failures.
 
         e = H - target;   alpha = clip(kp e + ki S, -1, 1),  S the sum of all earlier e                 (3.19)
         L = agg(clipped surrogate) + alpha · mean over {p > threshold} of (-r |A|), unclipped
@@ -732,7 +740,7 @@ class EntroPIC(Method, key="entropic", place="weight", paper="2511.15248", needs
     state = {"error_sum": 0.0}
 
     def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
-        error = metrics["batch_entropy"] - self.target
+        error = metrics["entropy"] - self.target
         alpha = min(max(self.kp * error + self.ki * self.error_sum, -1.0), 1.0)
         confident = tk.mask & (tk.logp.exp() > self.threshold)
         coef = self.coefficients(confident if self.denominator == "own" else tk.mask, adv.dtype)
@@ -869,15 +877,16 @@ class HTPO(FromFactor, key="htpo", place="ratio", paper="2605.08283", needs=(*EN
     `core_algos.py`. Prompt hard iff group accuracy < hard; token high iff H >= the max(⌊high · len⌋, 1)-th
     largest of its own response; id = exp(log π - sg log π).                                           (3.24)
 
-        hard, correct, low     PPO; drop H below the max(⌊low_drop · n⌋, 1)-th smallest of these n tokens
+        hard, correct, low     PPO; drop H below the max(⌊low_drop · n⌋, 1)-th smallest, n of these tokens
         hard, correct, high    -r A;  r > 1 + eps_high: +(1 + eps_high) A id;  r < 1 - eps_low: -(1/r) A id
         wrong, high            -r A;  r < 1 - eps_low: +(1 - eps_low) A id, which pushes the token back up
-        easy, correct, high    PPO; drop the max(⌊high_drop · n⌋, 1) tokens with the largest H
+        easy, correct, high    PPO; drop H at or above the max(⌊high_drop · n⌋, 1)-th largest
         all others             PPO;    then dual clip everywhere
 
     The code's second row has a plus at r < 1 - eps_low, which lowers a successful token: a slip, it seems
-    (`released_sign`). Its 1/r grows up to e^20. The `low` drop is strict: one token fewer than `high`.
-    On-policy only the drops act.
+    (`released_sign`). Its 1/r grows up to e^20. Both drops are of one response: at least one high token of
+    each easy, right one; of a hard, right one no low token unless it has 2/low_drop of them, since `<` is
+    strict. On-policy only the drops act.
     """
 
     hard: Share = 0.6
@@ -894,9 +903,7 @@ class HTPO(FromFactor, key="htpo", place="ratio", paper="2605.08283", needs=(*EN
     dual_clip: DualClip | None = 10.0
 
     def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
-        sorted_h = torch.where(tk.mask, tk.entropy, -math.inf).sort(-1, descending=True).values
-        k = (self.high * tk.lengths).long().clamp(min=1)
-        high = tk.mask & (tk.entropy >= sorted_h.gather(-1, k[:, None] - 1))
+        high = tk.mask & (tk.entropy >= self.nth(tk.entropy, tk.mask, self.high))
         hard = group_mean(tk.solved.double(), tk.group) < self.hard
         return {"high": high, "hard": hard, "correct": tk.solved}
 
@@ -904,14 +911,21 @@ class HTPO(FromFactor, key="htpo", place="ratio", paper="2605.08283", needs=(*EN
         m = self.mark(tk, adv, metrics)
         low = (m["hard"] & m["correct"])[:, None] & tk.mask & ~m["high"]
         high = (~m["hard"] & m["correct"])[:, None] & m["high"]
-        few, many = (max(int(x * int(s.sum())), 1) for x, s in ((self.low_drop, low), (self.high_drop, high)))
         drop = torch.zeros_like(tk.mask)
-        if self.low_drop > 0 and low.any():
-            drop = low & (tk.entropy < tk.entropy[low].sort().values[few - 1])
+        if self.low_drop > 0:
+            drop = drop | (low & (tk.entropy < -self.nth(-tk.entropy, low, self.low_drop)))
         if self.high_drop > 0:
-            drop = drop | top(tk.entropy, high, many, token_keys(tk, self.progress))
+            drop = drop | (high & (tk.entropy >= self.nth(tk.entropy, high, self.high_drop)))
         metrics["selected"] = int(drop.sum())
         return torch.where(drop, 0.0, 1.0)
+
+    @staticmethod
+    def nth(score: Tensor, inside: Tensor, share: float) -> Tensor:
+        """(B, 1): in each response the max(⌊share · n⌋, 1)-th largest score of the n tokens inside."""
+        k = (share * inside.sum(-1).double()).long().clamp(min=1)
+        return (
+            torch.where(inside, score, -math.inf).sort(-1, descending=True).values.gather(-1, k[:, None] - 1)
+        )
 
     def factor(self, tk: Tokens, adv: Tensor, marks: dict[str, Tensor] | None = None) -> Tensor:
         m = marks or self.mark(tk, adv, {})
@@ -990,7 +1004,7 @@ class AdaptiveEntropy(Method, key="adaptive_entropy", place="penalty", paper="25
         return self.c != 0 and (self.enabled or self.variant == "paper")
 
     def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
-        metrics["alpha"] = self.alpha(metrics["batch_entropy"])
+        metrics["alpha"] = self.alpha(metrics["entropy"])
         return {}
 
     def penalty(self, tk: Tokens, plan: Plan) -> Tensor | None:
@@ -1128,7 +1142,7 @@ class LpReg(OnPicked, key="lp_reg", place="penalty", paper="2510.03222", needs=(
         l = -r A + beta · k3(log p - log q),  unclipped;   all others: clipped with eps (1, 9)
 
     Filtered tokens (log q = -inf) are noise and left alone. On-policy the others are pushed up by 1/S - 1 in
-    log p, S the kept mass. Costs one more pass for log q.
+    log p, S the kept mass; theirs clamps k3 to 10: no gradient beyond q/p = 14. Costs a pass for q.
     """
 
     fraction: Share = 0.01
@@ -1601,7 +1615,7 @@ class InsideTRL:
         loss = super().training_step(*args, **kwargs)
         if self._step % self.args.gradient_accumulation_steps == 0:  # the update's last micro-batch
             self.method.after_step(self.plan)
-            for name, value in {**self.plan.metrics, "entropy": self.plan.entropy}.items():
+            for name, value in self.plan.metrics.items():
                 self._metrics["train"][name].append(value)
         return loss
 

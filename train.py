@@ -199,17 +199,23 @@ def draw_responses(run: Run) -> tuple[Tokens, dict[str, Any]]:
         found = r.all(len(groups))
         if min(found) == share:
             break
-    n, rewards = r.sum(len(tokens.reward)), tokens.reward.view(-1, s.group_size)
-    alike = without_contrast(tokens)
-    means = {"reward": rewards, "length": tokens.mask, "truncated": tokens.truncated, "no_contrast": alike}
-    means |= {"correct": torch.cat(right)} if s.reward != "correct" else {}
-    row = {name: r.sum(float(x.sum(dtype=torch.float64))) / n for name, x in means.items()}
-    row = {"step": run.step + 1, **row, "draws": len(parts)}
+    row = {"step": run.step + 1, **averages(run, tokens), "draws": len(parts)}
+    if s.reward != "correct":
+        row["correct"] = r.sum(int(torch.cat(right).sum())) / r.sum(len(tokens.reward))
     if method.refill:
         if not len(groups) and any(found):  # take part in the step with rows that `select` masks out
             groups = tokens.group[:1]
         tokens = tokens.rows(torch.isin(tokens.group, groups))
+        row |= {f"kept_{name}": x for name, x in averages(run, tokens).items()}
     return tokens, row | {"tokens": int(r.sum(int(tokens.mask.sum())))}
+
+
+def averages(run: Run, tokens: Tokens) -> dict[str, float]:
+    """Over the responses of all ranks; `no_contrast`: the share of those whose group teaches nothing."""
+    n = max(run.ranks.sum(len(tokens.reward)), 1)
+    each = {"reward": tokens.reward, "length": tokens.mask, "truncated": tokens.truncated}
+    each["no_contrast"] = without_contrast(tokens)
+    return {name: run.ranks.sum(float(x.sum(dtype=torch.float64))) / n for name, x in each.items()}
 
 
 class Passes:
@@ -357,7 +363,7 @@ class Update:
         up, down = up_and_down(self.flow)
         own = self.metrics | {"flow_up": up, "flow_down": down}
         summed = {key: self.run.ranks.sum(value) for key, value in own.items()}
-        return {**self.plan.metrics, **summed, "entropy": self.plan.entropy}
+        return {**self.plan.metrics, **summed}
 
 
 class UnlessZero(torch.autograd.Function):

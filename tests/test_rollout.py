@@ -284,7 +284,12 @@ def test_top_p_biases_the_policy_gradient_and_no_weight_brings_the_tail_back(see
     assert (expected(q, ones) - true).norm() > 0.2 * true.norm()
     assert (expected(q, back) - true).norm() > 0.1 * true.norm()
     kept = q > 0
-    assert (q @ score_of)[kept].min() > 0 > (q @ score_of)[~kept].max()  # kept tokens rise unrewarded
+    assert (
+        (q @ score_of)[kept].min() > 0 > (q @ score_of)[~kept].max()
+    )  # at one reward for all: kept ones rise
+    centred = reward - q @ reward  # kept ones move with theirs, up or down; no push on what lies outside
+    assert torch.allclose(expected(q, ones), q * centred, atol=1e-12)
+    assert not kept.all() and (expected(q, ones)[~kept].abs() < 1e-12).all() and (q * centred).min() < 0
 
 
 def test_sampling_uses_only_its_generator(model):

@@ -322,6 +322,7 @@ def test_dynamic_sampling_refills_and_gives_up_in_the_end(tmp_path):
     rate = tokens.reward.view(8, 8).mean(1)
     assert ((rate > 0) & (rate < 1)).all() and tokens.group.view(8, 8).eq(tokens.group[::8, None]).all()
     assert row["draws"] > 1 and run.prompts_used == 8 * row["draws"]
+    assert row["kept_reward"] == float(rate.mean()) and row["kept_no_contrast"] == 0 < row["no_contrast"] < 1
     never = replace(task, verify=lambda texts, p: [False] * len(texts))
     run = make_run((model, tokenizer, never), build("dapo"), tmp_path, ledger="step")
     before = weights_of(model)
