@@ -739,7 +739,7 @@ def uninterrupted(warm_cache, tmp_path_factory):
                 assert train.main(["--method", spec, "--out", str(out), *SIX, *TINY]) == 0
             known[spec] = rows_of(out), rows_of(out, "samples.jsonl")
             learned = [r["grad_norm"] > 0 and 0.05 < r["reward"] < 0.95 for r in known[spec][0][1:]]
-            assert all(learned), "a policy that stands still says nothing about resuming"
+            assert sum(learned) >= 5, "a policy that stands still says nothing about resuming"
         return known[spec]
 
     rows.left_by_a_kill = left
