@@ -161,9 +161,11 @@ def book(item: Item) -> None:
     if rows[-1]["step"] != STEPS:
         raise ValueError(f"{item.folder} ended at step {rows[-1]['step']} of {STEPS}")
     rows = [{k: shorter(v) for k, v in row.items()} for row in rows]
+    flows = item.folder / "flows.jsonl"  # of --ledger full
+    flows = [json.loads(line) for line in flows.read_text().splitlines()] if flows.exists() else []
     call = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(call, capture_output=True, text=True).stdout.strip()
-    record = {"key": item.key, **vars(item), "commit": commit, "rows": rows}
+    record = {"key": item.key, **vars(item), "commit": commit, "rows": rows, "flows": flows}
     text = "".join(json.dumps(r) + "\n" for r in [*load().values(), record])
     part = RAW.with_suffix(".part")
     part.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
