@@ -1,4 +1,4 @@
-"""Chapter 3. Thirty-two published methods that move entropy, each a small class that overrides one hook.
+"""Chapter 3. Forty-two published methods that move entropy, each a small class that overrides one hook.
 
 Claim. Each of them multiplies the force of some tokens by a number, drops some responses, or adds one term to
 the loss. Written on the five hooks of `grpo.Method`, a diff between two methods is the lesson.
@@ -368,6 +368,211 @@ class QAE(Method, key="qae", place="weight", paper="2509.22611", needs=("logp", 
         r = tk.reward if tk.reward.dtype == torch.float64 else tk.reward.float()
         gap = r - group_quantile(r, tk.group, self.K, self.interpolation)
         return (gap / (group_std(r, tk.group) + 1e-6))[:, None].expand(tk.mask.shape)  # (3.23)
+
+
+class AsymGRPO(
+    Method, key="asym_grpo", place="weight", paper="2604.04894", needs=("logp", "reward", "group")
+):
+    """Successes and failures by different powers of the odds of success. [second-hand, two agreeing notes];
+    the exponents stand in one of them. p is the share of right responses in the group.
+
+        A = ((1 - p)/p)^b_plus if right,  -(p/(1 - p))^b_minus if wrong;  0 where p is 0 or 1           (3.31)
+        (.5, .5) GRPO without G - 1;   (1, 0) MaxRL;   (0, 0) REINFORCE on ±1
+        Σ A = 0 in a group iff b_plus + b_minus = 1 or p = 1/2: the defaults add a push up where p is
+        small, and one down where it is large
+    """
+
+    b_plus: Positive = 0.9
+    """power of the odds for right responses: larger favours rare successes"""
+    b_minus: Positive = 0.4
+    """power for wrong responses: larger punishes rare failures"""
+
+    def advantage(self, tk: Tokens) -> Tensor:
+        p = group_mean(tk.solved.to(tk.logp.dtype), tk.group)
+        odds = ((1 - p) / p.clamp(min=1e-9)).clamp(min=1e-9)
+        a = torch.where(tk.solved, odds**self.b_plus, -(odds**-self.b_minus))
+        return torch.where((p > 0) & (p < 1), a, 0)[:, None].expand(tk.mask.shape)
+
+
+class MaxRL(Method, key="maxrl", place="weight", paper="2602.02710", needs=("logp", "reward", "group")):
+    """Divide by the group's mean reward: the gradient of the logarithm of the pass rate, as a series. [code]
+    tajwarfahim/maxrl. The mean of ∇log π over the right responses, minus that over all (a control variate):
+
+        A = (R - m)/(m + 1e-6),  m the mean of the group, R >= 0;   binary: (1 - p)/p or -1             (3.31)
+        E[(1/G) Σ A ∇log π] = ∇P Σ_{k<G} (1 - P)^(k-1) = ∇ Σ_{k<G} -(1 - P)^k/k,  P the true pass rate
+
+    that is ∇log P cut off, the pass@k up to G - 1 weighted 1/k. Without the control variate one term more:
+    where nobody is right A is 0 and takes the last one away. A reaches G - 1. The code gives a group of one
+    A = 1e6 if right; ours 0.
+    """
+
+    def advantage(self, tk: Tokens) -> Tensor:
+        r = tk.reward if tk.reward.dtype == torch.float64 else tk.reward.float()
+        if bool((r < 0).any()):
+            raise ValueError(
+                f"maxrl: a reward of {float(r.min()):g}: divides by the mean reward, give R >= 0"
+            )
+        mean = group_mean(r, tk.group)
+        return ((r - mean) / (mean + 1e-6))[:, None].expand(tk.mask.shape)
+
+
+def miss(wrong: Tensor, size: Tensor, k: int) -> Tensor:
+    """C(wrong, k)/C(size, k): no right one among k of `size` responses; float64; k at most size."""
+    out = torch.ones_like(size, dtype=torch.float64)
+    for i in range(k):
+        out = torch.where(i < size, out * (wrong - i).clamp(min=0) / (size - i).clamp(min=1), out)
+    return out
+
+
+class PassK(Method, key="passk", place="weight", paper="2508.10751", needs=("logp", "reward", "group")):
+    """Advantages of pass@k instead of pass@1. [code] RUCAIBox/Passk_Training; pkpo (2505.15201) [second-hand,
+    five agreeing re-implementations]; best (2503.19595) [code] verl `grpo_passk`. c right of G, k <= G.
+
+        passk  m = 1 - C(G-c,k)/C(G,k),  s = √(m (1-m)),  q = C(G-c-1,k-1)/C(G-1,k-1)                   (3.32)
+               A = (1 - m)/(s + 1e-6) if right,  (1 - m - q)/(s + 1e-6) if wrong;  0 where m is 0 or 1
+        pkpo   A_i = (k/G) · mean over the subsets T of k - 1 others of max(R_i - max_T R, 0);
+               k = 1: R_i - mean of the group
+        best   A = (largest - second largest R)/(std + 1e-6) for the best response, 0 for all others
+
+    passk with k = 1 is GRPO without G - 1. No signal once G - c < k: an effective filter of easy prompts.
+    """
+
+    k: Count = 4
+    """k of pass@k; a smaller group takes its size"""
+    objective: Literal["passk", "pkpo", "best"] = "passk"
+    """passk (Σ A = 0), pkpo (any R, unbiased for E[max of k]), best (only the best response)"""
+
+    def advantage(self, tk: Tokens) -> Tensor:
+        r = tk.reward.double()
+        a = {"passk": self.passk, "pkpo": self.pkpo, "best": self.best}[self.objective](tk, r)
+        return a.to(tk.logp.dtype)[:, None].expand(tk.mask.shape)
+
+    def passk(self, tk: Tokens, r: Tensor) -> Tensor:
+        index, sizes = group_index(tk.group)
+        size, right = sizes[index], tk.solved
+        wrong = (group_mean((~right).double(), tk.group) * size).round()
+        fail = miss(wrong, size, self.k)  # 1 - m
+        q = miss(wrong - 1, size - 1, self.k - 1)
+        a = torch.where(right, fail, fail - q) / ((fail * (1 - fail)).clamp(min=0).sqrt() + 1e-6)
+        return torch.where((fail > 0) & (wrong < size), a, 0)
+
+    def pkpo(self, tk: Tokens, r: Tensor) -> Tensor:
+        if self.k == 1:
+            return r - group_mean(r, tk.group)
+        a = torch.zeros_like(r)
+        for g in tk.group.unique():
+            rows = (tk.group == g).nonzero()[:, 0]
+            n, own = len(rows), r[rows]
+            k = min(self.k, n)
+            for i in range(n if k > 1 else 0):
+                others = torch.cat([own[:i], own[i + 1 :]]).sort().values  # the m-th is the largest of T:
+                chance = [math.comb(m, k - 2) / math.comb(n - 1, k - 1) for m in range(n - 1)]
+                a[rows[i]] = k / n * ((own[i] - others).clamp(min=0) * r.new_tensor(chance)).sum()
+        return a
+
+    def best(self, tk: Tokens, r: Tensor) -> Tensor:
+        a, std = torch.zeros_like(r), group_std(r, tk.group)
+        for g in tk.group.unique():
+            rows = (tk.group == g).nonzero()[:, 0]
+            if len(rows) > 1:
+                (first, second), order = r[rows].topk(2)
+                a[rows[order[0]]] = (first - second) / (std[rows[0]] + 1e-6)
+        return a
+
+
+def mean_logp(tk: Tokens, normalize: bool) -> Tensor:
+    """(B,): the response's log-probability under the policy that sampled it, per token or in all."""
+    logp = torch.where(tk.mask, tk.logp if tk.old_logp is None else tk.old_logp, 0).detach().double().sum(-1)
+    return logp / tk.lengths.clamp(min=1) if normalize else logp
+
+
+class Unlikely(Method, key="unlikely", place="weight", paper="2506.02355", needs=("logp", "reward", "group")):
+    """A likely right response earns less than an unlikely one. [code] rewarding-unlikely-release. Groups of
+    one reward are left alone: after shaping they would have a variance, and dividing by it hides b.
+
+        R' = R (1 - b rank/G),  rank: how many of the group have a smaller mean log π (ties count half) (3.33)
+    """
+
+    b: Share = 0.25
+    """the likeliest response loses about this share of its reward"""
+    normalize: bool = True
+    """rank by the mean log π of a token (code); false: of the response (the paper's words)"""
+
+    def shape(self, tk: Tokens) -> Tensor:
+        index, sizes = group_index(tk.group)
+        logp, same = mean_logp(tk, self.normalize), index[:, None] == index
+        below, tied = (same & (logp < logp[:, None])).sum(1), (same & (logp == logp[:, None])).sum(1) - 1
+        rank = below + 0.5 * tied
+        mixed = (same & (tk.reward != tk.reward[:, None])).any(1)
+        return torch.where(
+            mixed, tk.reward * (1 - self.b * rank / sizes[index]).to(tk.reward.dtype), tk.reward
+        )
+
+
+class UCPO(Method, key="ucpo", place="weight", paper="2605.00365", needs=("logp", "reward", "group")):
+    """Move weight among a group's right responses from the likely to the unlikely. [code] AnamikaLochab/UCPO
+    `iq`. The wrong ones and the sum over the right ones stay as they are. Per token, q is nearly uniform.
+
+        q = softmax of mean log π over the c right responses of the group, floored at 1e-6
+        w = (1 - tau) + tau c t,  t = (1/q)/Σ 1/q;   1 for wrong responses and where c < 2              (3.34)
+    """
+
+    tau: Share = 0.2
+    """share of the right responses' weight that is dealt anew"""
+    normalize: bool = True
+    """log π: mean of a token (code); false: sum of the response (its comment)"""
+
+    def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
+        index, sizes = group_index(tk.group)
+        right, logp, n = tk.solved & tk.mask.any(-1), mean_logp(tk, self.normalize), len(sizes)
+        floor = torch.where(right, logp, -math.inf)
+        high = floor.new_full((n,), -math.inf).scatter_reduce(0, index, floor, "amax")[index]
+        e = torch.where(right, (logp - high.nan_to_num(neginf=0.0)).exp(), 0)
+        total = lambda x: x.new_zeros(n).index_add_(0, index, x)[index]  # noqa: E731
+        inverse = torch.where(right, 1 / (e / total(e).clamp(min=1e-300)).clamp(min=1e-6), 0)
+        c = total(right.double())
+        t = inverse / total(inverse).clamp(min=1e-300)
+        w = torch.where(right & (c > 1), 1 - self.tau + self.tau * c * t, 1.0)
+        return w[:, None].expand(tk.mask.shape)
+
+
+class MCPO(Method, key="mcpo", place="weight", paper="2604.16972", needs=("logp", "reward", "group")):
+    """Equal weight for all easy prompts, and an anchor for the mastered ones. [second-hand, two agreeing
+    readings]. The anchor is π_old: with one update per rollout only the scale acts. Consolidates rather than
+    explores. Dynamic sampling would remove what it anchors.
+
+        A = (R - p)/(s sc),  s = √(p (1-p)),  sc = 1 if p <= 1/2 else 2 s;   0 where p is 0 or 1        (3.37)
+        d = log π - log π_old,  k(d) = e^d - d - 1;   phi = 0 for |d| <= delta, k(d) - k(±delta) beyond
+        L += beta · mean over responses of mastered groups (p = 1) of mean_t phi(d)
+    """
+
+    delta: Positive = 0.01
+    """half width of the dead zone of the anchor, nats"""
+    beta: Positive = 1.0
+    """coefficient of the anchor"""
+    eps_high: Positive = 0.28
+    aggregation: Aggregation = "seq_mean_token_mean"
+
+    def advantage(self, tk: Tokens) -> Tensor:
+        p = group_mean(tk.solved.to(tk.logp.dtype), tk.group)
+        s = (p * (1 - p)).sqrt()
+        a = (tk.solved.to(p.dtype) - p) / (s * torch.where(p > 0.5, 2 * s, 1)).clamp(min=1e-12)
+        return torch.where((p > 0) & (p < 1), a, 0)[:, None].expand(tk.mask.shape)
+
+    def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
+        mastered = (group_mean(tk.solved.double(), tk.group) == 1) & tk.mask.any(-1)
+        each = mastered.double() / (tk.lengths.clamp(min=1) * mastered.sum().clamp(min=1))
+        metrics["mastered"] = float(mastered.double().mean()) if len(mastered) else 0.0
+        return {"anchor": torch.where(tk.mask, each[:, None].to(adv.dtype), 0)}
+
+    def penalty(self, tk: Tokens, plan: Plan) -> Tensor | None:
+        if tk.old_logp is None or self.beta == 0:
+            return None
+        d = log_ratio(tk.logp, tk.old_logp)
+        edge = d.detach().clamp(-self.delta, self.delta)
+        k = lambda x: x.exp() - x - 1  # noqa: E731
+        phi = torch.where(d.detach().abs() > self.delta, k(d) - k(edge), 0)
+        return self.beta * weighted_sum(phi, plan.marks["anchor"])
 
 
 class PAR(Method, key="par", place="weight", paper="2511.05993", needs=ENTROPY):
@@ -757,6 +962,74 @@ class EntroPIC(Method, key="entropic", place="weight", paper="2511.15248", needs
         self.error_sum += plan.entropy - self.target
 
 
+class REPO(Method, key="repo", place="weight", paper="2603.11682", needs=ENTROPY):
+    """Weight rare tokens up where they are rewarded and down where punished, as entropy asks for it. [code,
+    third-party] SkyRL `repo_r`; direct: [second-hand, four agreeing notes]. No author code is public.
+
+        rescale  w = max(0, 1 - zeta sgn(A) log p),  log p >= -20                                       (3.30)
+        direct   A' = A - beta (log p + H);  E_{y~p}[-(log p + H) ∇log p] = ∇H: the entropy bonus as a
+                 score function, without the graph of the entropy and with H as control variate
+        zeta, once a step: up while H < target, down while H > target: doubled away from zero, from z_min
+        to z_max, halved towards it, and through it at ±z_min
+
+    Rescaling is not centred: with zeta > 0 right answers only gain and wrong ones only lose weight.
+    """
+
+    form: Literal["rescale", "direct"] = "rescale"
+    """rescale (REPO-R, with zeta), direct (the general form, with beta)"""
+    zeta: Annotated[float, (-1, 1)] = 0.001
+    """strength of the rescaling at the start"""
+    adaptive: bool = True
+    """let zeta follow the entropy"""
+    target: Above | None = None
+    """entropy to hold, nats; none: that of the first step"""
+    z_min: Above = 1e-4
+    """smallest |zeta| once it moves"""
+    z_max: Above = 0.05
+    """largest |zeta|"""
+    beta: Positive = 0.001
+    """coefficient of form=direct"""
+
+    state = {"now": "zeta", "goal": "target"}
+
+    def advantage(self, tk: Tokens) -> Tensor:
+        adv = super().advantage(tk)
+        return adv - self.beta * (tk.logp + tk.entropy) if self.form == "direct" else adv
+
+    def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor | None:
+        if self.form == "direct":
+            return None
+        metrics["zeta"] = self.now
+        return (1 - self.now * adv.sign() * tk.logp.clamp(min=-20)).clamp(min=0)
+
+    def after_step(self, plan: Plan) -> None:
+        if self.form == "direct" or not self.adaptive or math.isnan(plan.entropy):
+            return
+        self.goal = plan.entropy if self.goal is None else self.goal
+        side = (plan.entropy < self.goal) - (plan.entropy > self.goal)  # the sign that zeta should have
+        z = side * self.now  # > 0: zeta already points there
+        if side and z >= 0:
+            self.now = side * min(max(2 * z, self.z_min), self.z_max)
+        elif side:
+            self.now = side * (z / 2 if -z / 2 >= self.z_min else self.z_min)
+
+
+class AR(Method, key="ar", place="weight", paper="2505.12929", needs=("logp",)):
+    """Rare tokens count less, whatever their sign. [code] zhyang2226/AR-Lopti; alpha .3 together with Lopti,
+    two separate steps for rare and likely tokens, which is a loop and not a hook. A token's gradient is
+    proportional to 1 - π, so rare ones dominate. REPO's opposite on successes: what it does to entropy is for
+    the ledger to say.
+
+        w = alpha π_old(y) + 1 - alpha                                                                  (3.40)
+    """
+
+    alpha: Share = 0.2
+    """weight that a token of probability 0 loses"""
+
+    def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
+        return 1 - self.alpha + self.alpha * (tk.logp if tk.old_logp is None else tk.old_logp).exp()
+
+
 class AEM(Method, key="aem", place="weight", paper="2605.00425", needs=ENTROPY):
     """Reconstruction: responses of low mean entropy count more, whatever their sign. Theory [second-hand],
     formula [reconstruction] in the style of EMPG (2509.09265); the paper's scaling is not known. Explores
@@ -843,6 +1116,84 @@ class GSPO(Method, key="gspo", place="ratio", paper="2507.18071", on_policy=Fals
     def surrogate(self, tk: Tokens, plan: Plan) -> Tensor:
         s = tk.logp - tk.logp.detach() + self._log_s(tk)  # (B, T), log s_it
         return clipped_surrogate(s, torch.zeros_like(s), plan.adv, self.eps_low, self.eps_high)
+
+
+class SAPO(
+    FromFactor, key="sapo", place="ratio", paper="2511.20347", on_policy=False,
+    without=("dual_clip", "eps_low", "eps_high"),
+):  # fmt: skip
+    """A sigmoid instead of the clip: far ratios fade out, none is cut off. [code] verl, TRL, SkyRL agree.
+    On-policy only the aggregation differs from GRPO.
+
+        l = -(4/t) σ(t (r - 1)) A,  t = t_plus if A > 0 else t_minus                                    (3.43)
+        force  4 s (1 - s) r A,  s = σ(t (r - 1)): A at r = 1, 1.41 A at 1.5, 1.26 A at 3, then falling
+    """
+
+    t_plus: Above = 1.0
+    """steepness for A > 0"""
+    t_minus: Above = 1.05
+    """steepness for A < 0"""
+    aggregation: Aggregation = "seq_mean_token_mean"
+
+    def factor(self, tk: Tokens, adv: Tensor, marks: dict[str, Tensor] | None = None) -> Tensor:
+        r = log_ratio(tk.logp, tk.old_logp).exp().detach()
+        s = (torch.where(adv > 0, self.t_plus, self.t_minus) * (r - 1)).sigmoid()
+        return 4 * s * (1 - s) * r
+
+
+class BAPO(
+    FromFactor,
+    key="bapo",
+    place="ratio",
+    paper="2510.18927",
+    on_policy=False,
+    without=("eps_low", "eps_high"),
+):
+    """Widen the clip until successes carry enough of the loss. [code] WooooDyy/BAPO, per micro-batch; ours
+    per update batch. A higher lower bound drops punished tokens that are rare by now, a higher upper one
+    admits rare successes. The paper compares with the whole loss, the code with the failures: 1 here is .5
+    there.
+
+        eff = min(r, hi) A where A >= 0, max(r, lo) A where A < 0;   ratio = Σ eff+ / Σ |eff-|          (3.44)
+        while ratio < target: lo += .05 up to lo_max; then hi += .05 up to hi_max;  r clipped to [lo, hi]
+    """
+
+    target: Positive = 1.0
+    """wanted ratio of what successes and failures contribute; 0: the bounds stay where they start"""
+    lo: Share = 0.6
+    """lower bound at the start"""
+    lo_max: Share = 0.8
+    """highest lower bound"""
+    hi: AtLeastOne = 1.2
+    """upper bound at the start"""
+    hi_max: AtLeastOne = 2.0
+    """highest upper bound"""
+    dual_clip: DualClip | None = 3.0
+
+    def bounds(self, tk: Tokens, adv: Tensor) -> tuple[float, float]:
+        """(lo, hi) after the search over the whole batch."""
+        r = torch.where(tk.mask, log_ratio(tk.logp, tk.old_logp).exp().detach(), 1).double()
+        a, lo, hi = torch.where(tk.mask, adv, 0).double(), self.lo, self.hi
+
+        def short() -> bool:
+            up, down = (r.clamp(max=hi) * a.clamp(min=0)).sum(), (r.clamp(min=lo) * -a.clamp(max=0)).sum()
+            return bool(down > 0) and bool(up < self.target * down)
+
+        while lo < self.lo_max - 1e-9 and short():
+            lo = min(lo + 0.05, self.lo_max)
+        while hi < self.hi_max - 1e-9 and short():
+            hi = min(hi + 0.05, self.hi_max)
+        return lo, hi
+
+    def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
+        metrics["clip_low"], metrics["clip_high"] = self.bounds(tk, adv)
+        return {"bounds": adv.new_tensor([[metrics["clip_low"], metrics["clip_high"]]]).expand(len(adv), 2)}
+
+    def factor(self, tk: Tokens, adv: Tensor, marks: dict[str, Tensor] | None = None) -> Tensor:
+        lo, hi = (marks or self.mark(tk, adv, {}))["bounds"][:, None].unbind(-1)  # (B, 1) each
+        r = log_ratio(tk.logp, tk.old_logp).exp().detach()
+        clipped = ((adv > 0) & (r > hi)) | ((adv < 0) & (r < lo))
+        return dual_clip_factor(torch.where(clipped, 0, r), adv, self.dual_clip)
 
 
 class CEGPPO(FromFactor, key="ce_gppo", place="ratio", paper="2509.20712", on_policy=False):
@@ -1315,7 +1666,8 @@ class Composite(Method):
 METHODS: dict[str, type[Method]] = {c.key: c for c in (
     Method, EntropyBonus, AdaptiveEntropy, RefKL, ProRL, DAPO, ClipHigher, ClipCov, KLCov, HighEntropyTokens,
     PAR, RandPosClip, WReinforce, PSR, NSR, EntropyAdvantage, STEER, OPEFO, PAPO, CWGRPO, Entrocraft, STARE,
-    EntroPIC, CISPO, DrGRPO, GSPO, QAE, HTPO, AEM, MixedCUTS, CEGPPO, LpReg,
+    EntroPIC, CISPO, DrGRPO, GSPO, QAE, HTPO, AEM, MixedCUTS, CEGPPO, LpReg, REPO, AsymGRPO, MaxRL, PassK,
+    Unlikely, UCPO, MCPO, AR, SAPO, BAPO,
 )}  # fmt: skip
 
 
@@ -1416,14 +1768,26 @@ def build(name: str, **hyperparameter: Any) -> Method:
 # ------------------------------------------------------------------------------------------------------------
 # 8. Inside other trainers: verl and TRL
 
-VERL = ("grpo", "clip_higher", "clip_cov", "kl_cov", "rand_pos_clip", "cispo", "gspo", "ce_gppo")
+VERL = (
+    "grpo",
+    "clip_higher",
+    "clip_cov",
+    "kl_cov",
+    "rand_pos_clip",
+    "cispo",
+    "gspo",
+    "ce_gppo",
+    "ar",
+    "sapo",
+    "bapo",
+)
 VERL_CLIP = {"eps_low": ("low", 0.2), "eps_high": ("high", 0.2), "dual_clip": ("c", 3.0)}  # clip_ratio_...
 
 
 def register_with_verl(*specs: str, prefix: str = "") -> list[str]:
     """Register methods as verl policy losses (`actor.policy_loss.loss_mode`); returns their names.
 
-    specs: as on the command line, compositions too; default the eight keys of `VERL`. A loss is named prefix
+    specs: as on the command line, compositions too; default the keys of `VERL`. A loss is named prefix
     + key, and replaces verl's of that name (gspo, cispo, clip_cov, kl_cov). Every worker has to register: put
     the call into a module and name it in VERL_USE_EXTERNAL_MODULES. `loss_agg_mode` sets the aggregation, the
     spec all else; another clip range in verl's config is refused. For verl 0.9, imported by this call only.

@@ -5,6 +5,7 @@ The oracles are independent of the code under test: hand-written formulas on pla
 autograd of another expression, or enumeration.
 """
 
+import itertools
 import json
 import math
 import subprocess
@@ -20,7 +21,17 @@ from hypothesis import strategies as st
 
 import interventions as iv
 from entropy_math import entropy_change, token_stats
-from grpo import Method, Plan, Progress, Tokens, batch_loss, masked_mean, plan_update, policy_loss
+from grpo import (
+    Method,
+    Plan,
+    Progress,
+    Tokens,
+    batch_loss,
+    group_advantages,
+    masked_mean,
+    plan_update,
+    policy_loss,
+)
 from interventions import METHODS, build
 
 F64 = torch.float64
@@ -44,6 +55,10 @@ ACTIVE = {
     "lp_reg": {"fraction": 0.3},
     "mixed_cuts": {"correct": True},
     "qae": {"interpolation": "linear"},
+    "repo": {"zeta": 0.3},
+    "unlikely": {"b": 0.9},
+    "ucpo": {"tau": 0.9, "normalize": False},
+    "passk": {"k": 2},
 }
 RANDOM = ("clip_cov", "rand_pos_clip")
 
@@ -212,6 +227,12 @@ NEUTRAL = {  # hyperparameters that make the method plain GRPO, and whether that
     "mixed_cuts": ({"share": 0}, True),
     "ce_gppo": ({"b1": 0, "b2": 0, "dual_clip": None}, True),
     "lp_reg": ({"fraction": 0, "eps_low": 0.2, "eps_high": 0.2}, True),
+    "repo": ({"zeta": 0}, True),
+    "ar": ({"alpha": 0}, True),
+    "unlikely": ({"b": 0}, True),
+    "ucpo": ({"tau": 0}, True),
+    "bapo": ({"target": 0, "lo": 0.8, "hi": 1.2, "dual_clip": None}, True),
+    "sapo": ({"aggregation": "token_mean"}, False),
 }
 
 
@@ -1404,6 +1425,284 @@ def test_eq_3_27_ce_gppo_gradient_outside_the_range_is_constant(a):
     assert torch.allclose(force[outside], torch.tensor(1.2 if a > 0 else 0.4, dtype=F64))
     zero = _force(tk, build("ce_gppo", b1=0, b2=0), adv)
     assert torch.allclose(zero, _force(tk, Method(dual_clip=10), adv))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3.30 - 3.44: the second volume
+
+
+def _group(rewards, **fields):
+    """Tokens of one-token responses, one group."""
+    r = torch.as_tensor(rewards, dtype=F64)
+    n = len(r)
+    base = {"logp": torch.full((n, 1), -1.0, dtype=F64), "reward": r, "correct": r > 0}
+    base |= {"group": torch.zeros(n, dtype=torch.long)}
+    return Tokens(torch.arange(n)[:, None], torch.ones(n, 1, dtype=torch.bool), **{**base, **fields})
+
+
+def _advantage(key, rewards, **options):
+    return build(key, **options).advantage(_group(rewards))[:, 0].tolist()
+
+
+@given(seeds, st.floats(-0.9, 0.9))
+def test_eq_3_30_repo_rescales_by_log_probability_and_keeps_signs(seed, zeta):
+    _, tokens = make(seed)
+    tk = tokens().detach()
+    plan = plan_update(tk, build("repo", zeta=zeta))
+    for a, logp, w, m in zip(*(x.flatten().tolist() for x in (plan.adv, tk.logp, plan.weight, tk.mask))):
+        if m:
+            assert w == pytest.approx(max(0.0, 1 - zeta * ((a > 0) - (a < 0)) * logp))
+            assert a == 0 or zeta < 0 or (w >= 1 if a > 0 else w <= 1)
+    sure = replace(tk, logp=torch.zeros_like(tk.logp))
+    assert (plan_update(sure, build("repo", zeta=zeta)).weight[tk.mask] == 1).all()
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=60), st.sampled_from([0.0, 0.001, -0.02, 0.05]))
+def test_eq_3_30_the_controller_of_repo_is_the_released_one(trace, zeta):
+    m = build("repo", zeta=zeta, target=0.3)
+    for e in trace:
+        m.after_step(_plan(e))
+        if e > 0.3:  # word for word as in the catalogue
+            if zeta >= 0:
+                zeta = zeta / 2 if zeta / 2 >= 1e-4 else -1e-4
+            else:
+                zeta = max(-0.05, 2 * zeta)
+        elif e < 0.3:
+            if zeta > 0:
+                zeta = min(0.05, 2 * zeta)
+            elif zeta == 0:
+                zeta = 1e-4
+            else:
+                zeta = zeta / 2 if -zeta / 2 >= 1e-4 else 1e-4
+        assert m.now == pytest.approx(zeta, rel=1e-12) and abs(m.now) <= 0.05
+    first = build("repo")
+    first.after_step(_plan(0.7))
+    assert (first.goal, first.now) == (0.7, 0.001), "the first step's entropy is the target"
+
+
+@given(seeds)
+def test_eq_3_30_the_direct_form_is_the_entropy_bonus_as_a_score_function(seed):
+    """Its expected gradient over y ~ p, by enumeration, is beta ∇H."""
+    z = 2 * torch.randn(9, generator=torch.Generator().manual_seed(seed), dtype=F64)
+    z.requires_grad_()
+    logp = z.log_softmax(-1)
+    h = -(logp.exp() * logp).sum()
+    tk = _group([0.0] * 9, logp=logp.detach()[:, None], entropy=h.detach().expand(9, 1))
+    a = build("repo", form="direct", beta=0.3).advantage(tk)[:, 0]  # one reward for all: A = 0
+    (got,) = torch.autograd.grad((logp.exp().detach() * a * logp).sum(), z, retain_graph=True)
+    (want,) = torch.autograd.grad(0.3 * h, z)
+    assert torch.allclose(got, want, atol=1e-14)
+
+
+@given(st.integers(2, 12), st.data(), st.floats(0, 2), st.floats(0, 2))
+def test_eq_3_31_asym_grpo_is_a_family_that_holds_grpo_and_maxrl(n, data, plus, minus):
+    c = data.draw(st.integers(1, n - 1))
+    rewards, p = [1.0] * c + [0.0] * (n - c), c / n
+    got = _advantage("asym_grpo", rewards, b_plus=plus, b_minus=minus)
+    assert got[:c] == pytest.approx([((1 - p) / p) ** plus] * c)
+    assert got[c:] == pytest.approx([-((p / (1 - p)) ** minus)] * (n - c))
+    assert (abs(sum(got)) < 1e-9 * n) == (abs(plus + minus - 1) < 1e-9 or 2 * c == n)
+    grpo = group_advantages(torch.tensor(rewards, dtype=F64), torch.zeros(n)) * math.sqrt(n / (n - 1))
+    assert _advantage("asym_grpo", rewards, b_plus=0.5, b_minus=0.5) == pytest.approx(grpo.tolist(), rel=1e-4)
+    maxrl = _advantage("asym_grpo", rewards, b_plus=1, b_minus=0)
+    assert maxrl == pytest.approx(_advantage("maxrl", rewards), rel=1e-4)
+    assert _advantage("maxrl", [7 * r for r in rewards]) == pytest.approx(maxrl, rel=1e-4)
+    assert _advantage("asym_grpo", [1.0] * n) == _advantage("maxrl", [0.0] * n) == [0] * n
+    assert _advantage("maxrl", [1.0]) == [0]
+
+
+def test_eq_3_31_maxrl_refuses_what_it_cannot_divide_by():
+    with pytest.raises(ValueError, match="reward of -1"):
+        _advantage("maxrl", [1.0, -1.0])
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.3, 0.8])
+def test_eq_3_31_maxrl_descends_a_series_of_pass_at_k(rate):
+    """All outcomes of six tries that are right with probability P = σ(θ), ∇P = P (1 - P)."""
+    n, expected = 6, 0.0
+    for right in itertools.product([1.0, 0.0], repeat=n):
+        chance = math.prod(rate if r else 1 - rate for r in right)
+        score = [r - rate for r in right]  # ∇_θ log π
+        expected += chance * sum(a * g for a, g in zip(_advantage("maxrl", list(right)), score)) / n
+    series = sum((1 - rate) ** (k - 1) for k in range(1, n))
+    assert expected == pytest.approx(rate * (1 - rate) * series, rel=1e-4)
+
+
+@given(st.integers(2, 8), st.data())
+def test_eq_3_32_passk_is_the_average_over_all_subsets(n, data):
+    c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
+    rewards = [1.0] * c + [0.0] * (n - c)
+    got = _advantage("passk", rewards, k=k)
+    best = [max(rewards[j] for j in T) for T in itertools.combinations(range(n), k)]
+    mean = sum(best) / len(best)
+    if mean in (0, 1):
+        assert got == [0] * n
+        return
+    std = math.sqrt(mean * (1 - mean))
+    for i in range(n):
+        mine = [max(rewards[j] for j in T) for T in itertools.combinations(range(n), k) if i in T]
+        assert got[i] == pytest.approx((sum(mine) / len(mine) - mean) / std, rel=1e-4, abs=1e-9)
+    assert sum(got) == pytest.approx(0, abs=1e-5)
+    if k == 1:
+        assert got == pytest.approx(_advantage("asym_grpo", rewards, b_plus=0.5, b_minus=0.5), rel=1e-4)
+
+
+@given(st.lists(st.sampled_from([0.0, 0.2, 0.5, 1.0, -1.0]), min_size=2, max_size=7), st.data())
+def test_eq_3_32_pkpo_is_the_mean_over_subsets_of_the_others(rewards, data):
+    n = len(rewards)
+    k = data.draw(st.integers(2, n))
+    got = _advantage("passk", rewards, k=k, objective="pkpo")
+    for i in range(n):
+        others = [rewards[j] for j in range(n) if j != i]
+        gains = [max(rewards[i] - max(T), 0) for T in itertools.combinations(others, k - 1)]
+        assert got[i] == pytest.approx(k / n * sum(gains) / len(gains), abs=1e-12)
+    mean = sum(rewards) / n
+    assert _advantage("passk", rewards, k=1, objective="pkpo") == pytest.approx([r - mean for r in rewards])
+    first, second, *_ = sorted(rewards, reverse=True)
+    best = _advantage("passk", rewards, objective="best")
+    assert sorted(best)[:-1] == [0] * (n - 1) and (max(best) > 0) == (first > second)
+    if first > second:
+        std = torch.tensor(rewards, dtype=F64).std()
+        assert best[rewards.index(first)] == pytest.approx(float((first - second) / (std + 1e-6)))
+
+
+def test_eq_3_32_pkpo_is_unbiased_for_the_best_of_k():
+    """Enumeration of four draws from a softmax of three answers."""
+    z = torch.tensor([0.3, -0.5, 0.9], dtype=F64, requires_grad=True)
+    value, n, k = torch.tensor([0.0, 1.0, 0.4], dtype=F64), 4, 2
+    p, score = z.softmax(-1).detach(), torch.eye(3, dtype=F64) - z.softmax(-1).detach()
+    got = torch.zeros(3, dtype=F64)
+    for y in itertools.product(range(3), repeat=n):
+        a = torch.tensor(_advantage("passk", value[list(y)].tolist(), k=k, objective="pkpo"), dtype=F64)
+        got += p[list(y)].prod() * (a[:, None] * score[list(y)]).sum(0)
+    q = z.softmax(-1)
+    target = sum(q[i] * q[j] * torch.maximum(value[i], value[j]) for i in range(3) for j in range(3))
+    assert torch.allclose(got, torch.autograd.grad(target, z)[0], atol=1e-12)
+
+
+@given(seeds, st.floats(0, 1), st.booleans())
+def test_eq_3_33_unlikely_right_responses_keep_more_of_their_reward(seed, b, normalize):
+    _, tokens = make(seed, low=2)
+    tk = tokens().detach()
+    got = build("unlikely", b=b, normalize=normalize).shape(tk)
+    total = torch.where(tk.mask, tk.logp, 0).sum(-1)
+    mean = total / tk.mask.sum(-1) if normalize else total
+    for i in range(24):
+        group = [j for j in range(24) if tk.group[j] == tk.group[i]]
+        rank = sum(float(mean[j] < mean[i]) for j in group)
+        mixed = len({float(tk.reward[j]) for j in group}) > 1
+        want = float(tk.reward[i]) * (1 - b * rank / len(group) if mixed else 1)
+        assert float(got[i]) == pytest.approx(want)
+    assert (got[~tk.correct] == 0).all() and (got[tk.correct] > 0).all()
+
+
+def test_eq_3_33_equal_log_probabilities_share_a_rank():
+    tk = _group([1.0, 1.0, 1.0, 0.0], logp=torch.tensor([[-1.0], [-1.0], [-2.0], [-3.0]], dtype=F64))
+    assert build("unlikely", b=0.8).shape(tk).tolist() == pytest.approx([0.5, 0.5, 0.8, 0.0])
+
+
+@given(seeds, st.floats(0, 1), st.booleans())
+def test_eq_3_34_ucpo_moves_weight_among_the_right_and_keeps_its_sum(seed, tau, normalize):
+    _, tokens = make(seed, G=6)
+    tk = tokens().detach()
+    w = plan_update(tk, build("ucpo", tau=tau, normalize=normalize)).weight[:, 0]
+    total = torch.where(tk.mask, tk.logp, 0).sum(-1)
+    score = total / tk.mask.sum(-1) if normalize else total
+    for g in range(4):
+        right = [i for i in range(24) if tk.group[i] == g and tk.correct[i]]
+        wrong = [i for i in range(24) if tk.group[i] == g and not tk.correct[i]]
+        assert all(w[i] == 1 for i in wrong)
+        if len(right) < 2:
+            assert all(w[i] == 1 for i in right)
+            continue
+        e = [math.exp(score[i]) for i in right]
+        inverse = [1 / max(x / sum(e), 1e-6) for x in e]
+        for i, x in zip(right, inverse):
+            assert float(w[i]) == pytest.approx(1 - tau + tau * len(right) * x / sum(inverse))
+        assert sum(float(w[i]) for i in right) == pytest.approx(len(right))
+
+
+@given(st.integers(2, 12), st.data())
+def test_eq_3_37_mcpo_weighs_easy_prompts_alike(n, data):
+    c = data.draw(st.integers(0, n))
+    got, p = _advantage("mcpo", [1.0] * c + [0.0] * (n - c)), c / n
+    if c in (0, n):
+        assert got == [0] * n
+        return
+    assert sum(got) == pytest.approx(0, abs=1e-9)
+    assert p * got[0] == pytest.approx(0.5 if p > 0.5 else math.sqrt(p * (1 - p)))
+    if p > 0.5:
+        assert got[-1] == pytest.approx(-1 / (2 * (1 - p)))
+
+
+@given(seeds, st.floats(0, 0.5))
+def test_eq_3_37_mcpo_anchors_mastered_prompts_outside_of_a_dead_zone(seed, delta):
+    _, tokens = make(seed, off=True)
+    right = torch.arange(24) < 12  # three groups mastered, three failed
+    tk = replace(tokens().detach(), reward=right.to(F64), correct=right)
+    tk.logp.requires_grad_()
+    method = build("mcpo", delta=delta, beta=0.7)
+    plan = plan_update(tk, method)
+    loss = method.penalty(tk, plan)
+    (slope,) = torch.autograd.grad(loss, tk.logp)
+    d, want = (tk.logp - tk.old_logp).detach(), torch.zeros_like(tk.logp)
+    value = 0.0
+    for i in range(12):
+        for t in range(int(tk.mask[i].sum())):
+            x, share = float(d[i, t]), 0.7 / 12 / int(tk.mask[i].sum())
+            if abs(x) > delta:
+                edge = math.copysign(delta, x)
+                value += share * (math.exp(x) - x - math.exp(edge) + edge)
+                want[i, t] = share * (math.exp(x) - 1)
+    assert float(loss) == pytest.approx(value, abs=1e-12) and torch.allclose(slope, want, atol=1e-12)
+
+
+@given(seeds, st.floats(0, 1))
+def test_eq_3_40_ar_damps_rare_tokens_of_both_signs(seed, alpha):
+    _, tokens = make(seed)
+    tk = tokens().detach()
+    plan = plan_update(tk, build("ar", alpha=alpha))
+    assert torch.allclose(plan.weight[tk.mask], (alpha * tk.logp.exp() + 1 - alpha)[tk.mask])
+    assert (plan.weight[tk.mask] >= 1 - alpha - 1e-12).all() and (plan.weight[tk.mask] <= 1).all()
+
+
+@given(seeds, st.floats(0.2, 5), st.floats(0.2, 5))
+def test_eq_3_43_sapo_has_the_gradient_of_its_published_loss(seed, up, down):
+    _, tokens = make(seed, off=True)
+    tk = tokens().detach()
+    tk.logp.requires_grad_()
+    method = build("sapo", t_plus=up, t_minus=down)
+    plan = plan_update(tk, method)
+    r, t = (tk.logp - tk.old_logp).exp(), torch.where(plan.adv > 0, up, down)
+    published = -(4 / t) * torch.sigmoid(t * (r - 1)) * plan.adv
+    (want,) = torch.autograd.grad(torch.where(tk.mask, published, 0).sum(), tk.logp)
+    (got,) = torch.autograd.grad(torch.where(tk.mask, method.surrogate(tk, plan), 0).sum(), tk.logp)
+    assert torch.allclose(got, want, atol=1e-12)
+    assert (build("sapo").factor(_sweep(1.0)[1], torch.ones(10, 1, dtype=F64)) > 0).all(), "none is cut off"
+
+
+@given(seeds, st.floats(0, 4))
+def test_eq_3_44_bapo_widens_the_clip_until_successes_weigh_enough(seed, target):
+    _, tokens = make(seed, off=True)
+    tk, method = tokens().detach(), build("bapo", target=target)
+    plan = plan_update(tk, method)
+    low, high = plan.metrics["clip_low"], plan.metrics["clip_high"]
+    r, a = ((tk.logp - tk.old_logp).exp()[tk.mask], plan.adv[tk.mask])
+
+    def short(lo, hi):
+        effect = torch.where(a >= 0, r.clamp(max=hi) * a, r.clamp(min=lo) * a)
+        up, down = effect[effect > 0].sum(), effect[effect < 0].abs().sum()
+        return bool(down > 0 and up < target * down)
+
+    lo, hi = 0.6, 1.2
+    for _ in range(4):
+        lo = lo + 0.05 if short(lo, hi) else lo
+    for _ in range(16):
+        hi = hi + 0.05 if short(lo, hi) else hi
+    assert (low, high) == pytest.approx((lo, hi)) and 0.6 <= low <= 0.8 + 1e-9 and 1.2 <= high <= 2 + 1e-9
+    f = method.factor(tk, plan.adv, plan.marks)[tk.mask]
+    gone = ((a > 0) & (r > high)) | ((a < 0) & ((r < low) | (r > 3)))
+    assert torch.equal(f == 0, gone) and torch.allclose(f[~gone], r[~gone])
 
 
 # ----------------------------------------------------------------------------------------------------------

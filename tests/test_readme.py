@@ -25,6 +25,8 @@ def outcome(key: str) -> str:
     rows = re.findall(r"^\| `([^`]+)` \|(.*)\|$", first, re.MULTILINE)
     found = {name: [cell.strip() for cell in row.split("|")] for name, row in rows}
     name = key if key in found else f"{key}:x4"
+    if name not in found:
+        return "not run"
     _, entropy, *_, d1, _, _ = found[name]
     d1 = re.sub(r" \[.*\]", "", d1) or "the line itself"
     return f"{'' if name == key else '×4: '}{entropy}, {d1}"
