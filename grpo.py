@@ -264,6 +264,16 @@ def group_std(x: Tensor, group: Tensor) -> Tensor:
     return (group_mean((x - group_mean(x, group)) ** 2, group) * n / (n - 1).clamp(min=1)).sqrt()
 
 
+def without_contrast(reward: Tensor, group: Tensor) -> Tensor:
+    """(B,) bool: all rewards of the row's group are equal, so its responses teach nothing."""
+    index, size = group_index(group)
+    high, low = (
+        reward.new_zeros(len(size)).scatter_reduce(0, index, reward, x, include_self=False)
+        for x in ("amax", "amin")
+    )
+    return (high == low)[index]
+
+
 def group_advantages(reward: Tensor, group: Tensor, normalize: str = "std", eps: float = 1e-6) -> Tensor:
     """How much better a response did than the others on its prompt.  (B,), (B,) -> (B,).
 
@@ -290,10 +300,7 @@ def group_advantages(reward: Tensor, group: Tensor, normalize: str = "std", eps:
         adv = adv * n / (n - 1).clamp(min=1)  # (2.3)
     elif normalize == "batch":
         adv = adv / (group_std(r, torch.zeros_like(group)) + eps)  # (2.4)
-    high, low = (
-        r.new_zeros(len(size)).scatter_reduce(0, index, r, x, include_self=False) for x in ("amax", "amin")
-    )
-    return torch.where((high == low)[index], 0, adv)
+    return torch.where(without_contrast(r, group), 0, adv)
 
 
 def overlong_penalty(length: Tensor, longest: int, cache: int) -> Tensor:

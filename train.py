@@ -214,7 +214,7 @@ def averages(run: Run, tokens: Tokens) -> dict[str, float]:
     """Over the responses of all ranks; `no_contrast`: the share of those whose group teaches nothing."""
     n = max(run.ranks.sum(len(tokens.reward)), 1)
     each = {"reward": tokens.reward, "length": tokens.mask, "truncated": tokens.truncated}
-    each["no_contrast"] = without_contrast(tokens)
+    each["no_contrast"] = grpo.without_contrast(tokens.reward, tokens.group)
     return {name: run.ranks.sum(float(x.sum(dtype=torch.float64))) / n for name, x in each.items()}
 
 
@@ -340,7 +340,7 @@ class Update:
         """`Policy.forward`.  Groups without a contrast, if they are many, get a graph of their own: their
         advantages are 0, so without a penalty they need no backward pass."""
         score = lambda x: self.run.policy(x, self.run.settings.temperature, entropy_grad)  # noqa: E731
-        alike = without_contrast(part)
+        alike = grpo.without_contrast(part.reward, part.group)
         whole = weights_are_split(self.run) or self.run.method.overrides("penalty")
         if whole or not 0.25 <= float(alike.float().mean()) < 1:
             return score(part)
@@ -377,12 +377,6 @@ class UnlessZero(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
         return grad if grad is not None and bool(grad.any()) else None
-
-
-def without_contrast(tokens: Tokens) -> Tensor:
-    """(B,) bool: all responses of its group, as far as they are here, have its reward."""
-    same = tokens.group[:, None] == tokens.group
-    return ((tokens.reward[:, None] == tokens.reward) | ~same).all(1)
 
 
 def up_and_down(flow: Tensor) -> tuple[float, float]:
