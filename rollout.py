@@ -1230,8 +1230,8 @@ def supervised(model: nn.Module, how: WarmStart, progress: Callable[..., Any] = 
     policy = Policy(model).train()
     for step in progress(range(how.steps)):
         optimizer.param_groups[0]["lr"] = how.lr * min(1.0, (step + 1) / 20) * (1 - step / how.decay_steps)
-        full = how.draw(generator)
-        ids, start = full[:, width:], torch.full((len(full),), width - 1)
+        full = how.draw(generator).to(model.device)
+        ids, start = full[:, width:], torch.full((len(full),), width - 1, device=full.device)
         batch = Tokens(ids, response_mask(ids, eos), full_ids=full, start=start)
         loss = -policy(batch)["logp"].sum() / batch.mask.sum()
         optimizer.zero_grad()

@@ -54,6 +54,8 @@ Intervals: 95 %, bootstrap over pairs and problems as in eval.py (6.9).  "beats"
 with three pairs; one pair decides nothing.
 The first ten steps of OPEFO and the first of GRPO at 5e-6, seed 1, are of commit 84d68bd; the gradients of
 the one that made the rest differ from its by rounding (groups without contrast have no backward pass since).
+Added before the first run on pairs: those runs may be made on a GPU, in float32 as well; no table compares
+runs of the two tasks, and all runs on one task are of one kind of device.
 Stopping: the list below is worked off in its order; what is not done when machine time ends is said to be
 missing.
 """
@@ -128,14 +130,15 @@ class Item:
     def folder(self) -> Path:
         return RUNS / self.data / f"seed{self.seed}" / label_of(self.spec)
 
-    def command(self, model: str) -> list[str]:
+    def command(self, model: str, device: str = "cpu") -> list[str]:
         full = self.seed == 1 and self.spec in ("grpo", "opefo")
         return [
             *("train.py", "--method", self.spec, "--model", model, "--data", self.data),
             *("--seed", str(self.seed), "--steps", str(STEPS), "--eval-every", str(EVERY)),
             *("--eval-problems", str(PROBLEMS), "--eval-samples", str(K)),
             *("--ledger", "full" if full else "step", "--ledger-every", "3"),
-            *("--threads", "1", "--device", "cpu", "--quiet", "--out", str(self.folder.relative_to(ROOT))),
+            *("--threads", "1", "--device", device, *(["--dtype", "float32"] if device != "cpu" else [])),
+            *("--quiet", "--out", str(self.folder.relative_to(ROOT))),
         ]
 
 
@@ -157,7 +160,7 @@ def shorter(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def book(item: Item) -> None:
+def book(item: Item, device: str) -> None:
     """Add a finished run to smollm2.jsonl.gz, all of it or nothing, and drop its checkpoints."""
     rows = [json.loads(line) for line in (item.folder / "metrics.jsonl").read_text().splitlines()]
     if rows[-1]["step"] != STEPS:
@@ -167,7 +170,8 @@ def book(item: Item) -> None:
     flows = [json.loads(line) for line in flows.read_text().splitlines()] if flows.exists() else []
     call = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(call, capture_output=True, text=True).stdout.strip()
-    record = {"key": item.key, **vars(item), "commit": commit, "rows": rows, "flows": flows}
+    commit = commit or os.environ.get("COMMIT", "unknown")  # a copy without the repository's history
+    record = {"key": item.key, **vars(item), "commit": commit, "device": device, "rows": rows, "flows": flows}
     text = "".join(json.dumps(r) + "\n" for r in [*load().values(), record])
     part = RAW.with_suffix(".part")
     part.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
@@ -176,16 +180,16 @@ def book(item: Item) -> None:
         shutil.rmtree(checkpoint)
 
 
-def work(model: str, jobs: int) -> None:
+def work(model: str, jobs: int, data: str, device: str) -> None:
     """Run what is missing, `jobs` at a time.  Ctrl-C reaches the runs, which finish a step and save; after
     one that did not end as it should no other is started."""
     done, lock, stop = load(), Lock(), Event()
-    left = [x for x in items() if x.key not in done]
+    left = [x for x in items() if x.key not in done and data in ("", x.data)]
 
     def one(item: Item) -> None:
         if stop.is_set():
             return
-        command = item.command(model)
+        command = item.command(model, device)
         if (item.folder / "config.json").exists():
             command = ["train.py", "--quiet", "--resume", str(item.folder.relative_to(ROOT))]
         print("$ python", shlex.join(command), flush=True)
@@ -197,7 +201,7 @@ def work(model: str, jobs: int) -> None:
             print(f"{item.key}: ended with {end.returncode}; see {log.name}", flush=True)
             return
         with lock:
-            book(item)
+            book(item, device)
             print(f"{item.key}: done, {len(load())} of {len(items())}", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -418,17 +422,23 @@ def main() -> int:
     )
     parser.add_argument("model", nargs="?", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread and 6 GB each")
+    parser.add_argument("--data", default="", choices=("arithmetic", "pairs"), help="only runs on this task")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     parser.add_argument("--report", action="store_true", help="make the tables and the figure, and stop")
     given = parser.parse_args()
     if given.list:
         done = load()
         for x in items():
-            print("done   " if x.key in done else "missing", "python", shlex.join(x.command(given.model)))
+            print(
+                "done   " if x.key in done else "missing",
+                "python",
+                shlex.join(x.command(given.model, given.device)),
+            )
     elif given.report:
         report()
     else:
-        work(given.model, given.jobs)
+        work(given.model, given.jobs, given.data, given.device)
     return 0
 
 
