@@ -137,7 +137,10 @@ def head(small: bool) -> None:
                 best = {k: min(r[k] for r in runs) for k in ("seconds", "extra", "loss", "norm")}
                 plain = plain or best
                 row = {"hidden": hidden, "dtype": dtype, "chunk": chunk, **best}
-                row |= {"time": best["seconds"] / plain["seconds"], "memory": best["extra"] / plain["extra"]}
+                row |= {
+                    "time": best["seconds"] / plain["seconds"],
+                    "memory": best["extra"] / max(plain["extra"], 1e-9),
+                }
                 tell(name="head", **row)
                 found.append(row)
                 clean()
