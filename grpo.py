@@ -156,7 +156,7 @@ class Policy(nn.Module):
         tokens: Tokens,
         temperature: float = 1.0,
         entropy_grad: bool = False,
-        chunk: int | None = 2**22,
+        chunk: int | None = 0,
         of_logits: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """logp, entropy, p2 and p2logp of every response token, each (B, T), 0 where masked; so

@@ -762,7 +762,7 @@ class Run:
         for p in named.values():
             if not self.optimizer.state[p]:
                 zero = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-                self.optimizer.state[p] = {"step": torch.tensor(0.0), **zero}
+                self.optimizer.state[p] = {"step": torch.tensor(0.0, device=p.device), **zero}
         out = {"model": {n: p.detach() for n, p in named.items()}}
         for key in ("step", "exp_avg", "exp_avg_sq"):
             out[key] = {n: self.optimizer.state[p][key].detach() for n, p in named.items()}

@@ -4,6 +4,7 @@
     python results/gpu_day.py --list                what there is, with the time limit of each
     python results/gpu_day.py --only tests vllm     some of it
     python results/gpu_day.py --small               the same code on a processor, tiny: a dry run
+    python results/gpu_day.py --report              tables of what is in the output file
 
 Every item runs in a process of its own that is killed at its limit; what it has measured by then is already
 in the output file (--out, results/gpu_day.jsonl): one JSON line a measurement.  A line of verdict an item
@@ -144,7 +145,7 @@ def head(small: bool) -> None:
                 tell(name="head", **row)
                 found.append(row)
                 clean()
-    usual = [r for r in found if r["chunk"] == (2**12 if small else 2**22)]
+    usual = [r for r in found if r["chunk"] == (2**12 if small else 2**26)]  # what chunk=0 means
     short = (f"{r['hidden']} {r['dtype']}: time x {r['time']:.2f}, memory x {r['memory']:.3f}" for r in usual)
     verdict("; ".join(short))
 
@@ -228,9 +229,7 @@ def canned_run(
     return run
 
 
-def one_step(
-    name: str, rate: float, device: str, steps: int = 3, chunk: int | None = 2**22, **how: Any
-) -> Row:
+def one_step(name: str, rate: float, device: str, steps: int = 3, chunk: int | None = 0, **how: Any) -> Row:
     """The median time of some steps after the first."""
     import statistics
 
@@ -281,12 +280,12 @@ def step(small: bool) -> None:
         row = one_step("tiny", rate, device, prompts=2, length=24, budget=256, chunk=2**12)
         return verdict(f"{row['seconds']:.2f} s a step")
     go, flash = partial(one_step, rate=rate, device=device), find_spec("flash_attn") is not None
-    found = [go("1.5B", prompts=8, length=1024, budget=8192, chunk=x) for x in (2**22, 2**26, None)]
-    found += [go("0.5B", prompts=8, length=1024, budget=16384, chunk=x) for x in (2**22, 2**26, None)]
-    found += [go("1.5B", prompts=8, length=1024, budget=16384, chunk=2**26)]
-    found += [go("1.5B", prompts=8, length=1024, budget=65536, chunk=2**26, gradient_checkpointing=True)]
+    found = [go("1.5B", prompts=8, length=1024, budget=8192, chunk=x) for x in (0, 2**22, None)]
+    found += [go("0.5B", prompts=8, length=1024, budget=16384, chunk=x) for x in (0, 2**22, None)]
+    found += [go("1.5B", prompts=8, length=1024, budget=16384)]
+    found += [go("1.5B", prompts=8, length=1024, budget=65536, gradient_checkpointing=True)]
     if flash:
-        found += [go("1.5B", prompts=8, length=1024, budget=8192, chunk=2**26, attention="flash_attention_2")]
+        found += [go("1.5B", prompts=8, length=1024, budget=8192, attention="flash_attention_2")]
     else:
         tell(name="step", failed="flash_attn is not installed: sdpa only")
     fine = [r for r in found if r["shape"] == "1.5B" and "MFU" in r]
@@ -344,7 +343,7 @@ def vllm(small: bool) -> None:
             rates[way].append(n * P * T / seconds_of(work, 1 if cuda else 1))
     best = {way: max(x) for way, x in rates.items()}
     tell(name="rollout", tokens=n * P * T, **{f"{way}, tokens/s": rate for way, rate in best.items()})
-    share = best["ours"] / best["bare"]
+    share, plain = (best["ours"] / best[way] for way in ("bare, with log-probs", "bare"))
     torch_engine = TorchEngine(model, tiny_tokenizer())
     loop = n * P * T / seconds_of(lambda: torch_engine.sample(prompts, Sampling(n, T), generator), 1)
     tell(name="torch engine", **{"tokens/s": loop})
@@ -384,7 +383,8 @@ def vllm(small: bool) -> None:
     engine.wake()
     tell(name="cycle of a run", gap=check_push(engine, policy, prompts[0], dtype), after=after)
     verdict(
-        f"{best['ours']:.0f} tokens/s, {share:.0%} of bare vLLM, {best['ours'] / loop:.1f} x the torch engine"
+        f"{best['ours']:.0f} tokens/s, {share:.0%} of bare vLLM ({plain:.0%} of it without log-probs), "
+        f"{best['ours'] / loop:.1f} x the torch engine"
         f"; push {push:.3f} s; skipped push {'caught' if caught else 'NOT CAUGHT'}; sleep {', '.join(slept)}"
     )
     engine.close()
@@ -439,8 +439,7 @@ def embedded(small: bool) -> None:
         for spec in ("grpo", "opefo"):
             path = Path(folder, "run", spec, "metrics.jsonl")
             if not path.exists():
-                texts.append(f"{spec}: nothing ({said[-300:]})")
-                continue
+                raise RuntimeError(f"{spec} has written nothing: {said[-1000:]}")
             found = ends([json.loads(line) for line in path.read_text().splitlines()])
             tell(name="embedded", method=spec, **found)
             texts.append(summary(spec, found))
@@ -497,17 +496,19 @@ def large(small: bool) -> None:
             for seed in seeds:
                 command = [sys.executable, __file__, "--large-run", spec, str(seed), str(start)]
                 out = Path(folder, f"{spec}-{seed}")
-                with open(out, "w") as said:
-                    jobs[spec, seed] = subprocess.Popen(command + ["--small"] * small, stdout=said), out
+                with open(out, "w") as said:  # errors too
+                    job = subprocess.Popen(command + ["--small"] * small, stdout=said, stderr=said)
+                jobs[spec, seed] = job, out
         for (spec, seed), (job, out) in jobs.items():
             with suppress(subprocess.TimeoutExpired):
                 job.wait(max(1, left() - 15))
             job.kill()
-            job.wait()
-            rows = []
-            for line in out.read_text().splitlines():
-                with suppress(ValueError):  # the last one may be cut
+            ended, rows, said = job.wait(), [], out.read_text().splitlines()
+            for line in said:
+                with suppress(ValueError):  # errors; the last one may be cut
                     rows.append(json.loads(line))
+            if ended not in (0, -signal.SIGKILL):
+                raise RuntimeError(f"{spec} seed {seed} ended with {ended}: {said[-1:]}")
             if len(rows) > 1:
                 last[spec, seed] = ends(rows)
                 tell(name="large", method=spec, seed=seed, **last[spec, seed])
@@ -590,9 +591,31 @@ def versions() -> Row:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "missing"
+    call = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    found["commit"] = subprocess.run(call, capture_output=True, text=True).stdout.strip() or "unknown"
     call = [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())"]
     gpu = subprocess.run(call, capture_output=True, text=True).stdout.strip()
     return found | {"device": gpu or platform.processor() or platform.machine()}
+
+
+def report(path: Path) -> None:
+    """One table for each kind of measurement."""
+    import pandas as pd
+
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    kinds = dict.fromkeys((r["item"], r.get("name", "")) for r in rows)
+    for item, name in kinds:
+        mine = [r for r in rows if (r["item"], r.get("name", "")) == (item, name)]
+        mine = [
+            {k: v for k, v in r.items() if k not in ("item", "name", "small", "out", "err")} for r in mine
+        ]
+        if len(mine) == 1 or not name:
+            text = "\n".join(
+                "  ".join(f"{k} {v}" if k != "verdict" else v for k, v in r.items()) for r in mine
+            )
+        else:
+            text = pd.DataFrame(mine).to_string(index=False, na_rep="", float_format="{:.4g}".format)
+        print(f"{item}{', ' * bool(name)}{name}\n{text}\n")
 
 
 def main() -> int:
@@ -601,6 +624,7 @@ def main() -> int:
     names = [item.name for item in ITEMS]
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--report", action="store_true")
     parser.add_argument("--small", action="store_true", help="on a processor, in two minutes")
     parser.add_argument("--out", type=Path, default=HERE / "gpu_day.jsonl")
     parser.add_argument("--child", choices=names, help=argparse.SUPPRESS)
@@ -609,6 +633,9 @@ def main() -> int:
     if given.list:
         for item in ITEMS:
             print(f"{item.name:<10} {item.limit:>4} s   goal: {item.goal}")
+        return 0
+    if given.report:
+        report(given.out)
         return 0
     if given.child:
         globals()[given.child](given.small)
