@@ -5,6 +5,7 @@ its own hint, and what is not filled in is skipped. Nothing here depends on what
 import ast
 import importlib
 import json
+import re
 import subprocess
 import sys
 import types
@@ -128,3 +129,93 @@ def test_an_unfilled_exercise_is_skipped_and_a_filled_one_told_right_or_wrong(tm
     code, seen = out["3"]
     assert code == 1 and [what for _, what, _ in seen] == ["failed"] * 2
     assert "division by zero where nothing flows" in seen[0][2] and "nothing flows: it raised" in seen[0][2]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The worked examples and the trap
+
+
+def test_every_number_worked_by_hand_is_the_chapters():
+    import torch
+    import worked
+
+    from entropy_math import FORMS, entropy, entropy_change, exact_score, set_point_lambda, token_stats
+    from eval import pass_at_k
+    from grpo import Tokens, plan_update
+    from interventions import build, covariance
+
+    hand = {name: torch.tensor(x).double() for name, x in worked.numbers().items()}
+    z, ids = hand["p"].log().expand(3, 3), torch.arange(3)
+    s, adv = token_stats(z, ids), hand["A"]
+    seen = {"log p": s.logp, "H": s.entropy[:1], "p2": s.p2[:1], "p2logp": s.p2logp[:1], "T": exact_score(s)}
+    seen |= {form: -entropy_change(s, 1.0, form) for form in FORMS}
+    step = 0.1 * (torch.eye(3) - hand["p"])  # (2.1)
+    seen |= {"measured": entropy(z + step) - entropy(z), "0.1 T": 0.1 * exact_score(s)}
+    tokens = Tokens(ids[None], torch.ones(1, 3).bool(), adv=adv[None], **vars(s.map(lambda x: x[None])))
+    plan = plan_update(tokens, build("opefo"))
+    seen |= {"f": entropy_change(s, adv), "lambda": torch.tensor([plan.metrics["lam"]]), "w": plan.weight[0]}
+    seen["w f"] = seen["w"] * seen["f"]
+    f, p, q = seen["f"], hand["P"], hand["Q"]
+    assert f.clamp(min=0).sum() == pytest.approx(float(p)) and -f.clamp(max=0).sum() == pytest.approx(
+        float(q)
+    )
+    assert set_point_lambda(float(p), float(q)) == pytest.approx(float(hand["lambda"]))
+    assert float(seen["w f"].sum()) == pytest.approx(0, abs=1e-12)
+    seen["c"] = covariance(tokens, adv[None])[0]
+    dropped = plan_update(tokens, build("clip_cov", ratio=0.34, lb=0.5)).weight[0] == 0
+    assert dropped.tolist() == [True, False, False]
+    seen["pass@2"] = torch.tensor([pass_at_k(worked.N, worked.C, worked.K)])
+    for name, x in seen.items():
+        assert torch.allclose(hand[name], x.double(), rtol=1e-6, atol=1e-9), name
+    u = hand["u"]
+    assert torch.allclose(u, s.logp + s.entropy) and torch.allclose(hand["C"], (hand["p"] ** 2 * u).sum())
+    assert set(hand) == set(seen) | {"p", "u", "C", "A", "P", "Q", "biased"}  # nothing is left unchecked
+    assert hand["biased"] == 1 - 0.75**2
+    assert f"```\n{worked.text()}\n```" in (FOLDER / "README.md").read_text()
+
+
+def test_the_trap_catches_both_sides():
+    """Seed 0 of the table: a bonus of .3 keeps one route or two, .5 most of them, .7 costs half of pass@1;
+    balance keeps routes and pays in pass@1."""
+    import trap
+
+    found = {spec: trap.train(spec, 0) for spec in ("grpo", "opefo", *trap.SPECS[-5:])}
+    routes, right = ({spec: x[i] for spec, x in found.items()} for i in (3, 2))
+    low, middle, high = (f"entropy_bonus:alpha={x}" for x in (0.3, 0.5, 0.7))
+    assert routes["grpo"] < 1.1 and right["grpo"] > 0.99
+    assert routes[low] < 2.5 and right[low] > 0.99
+    assert routes[middle] > routes["opefo"] > 5 and right[middle] > right["opefo"] + 0.2
+    assert right[high] < 0.5 and right["opefo"] < 0.5
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The lecture's notebook
+
+LECTURE = FOLDER / "lecture.ipynb"
+
+
+def test_the_lecture_is_kept_as_it_ran():
+    """All code cells in one go from the first, none with an error, and a prediction asked before a reveal."""
+    cells = json.loads(LECTURE.read_text())["cells"]
+    ran = [c for c in cells if c["cell_type"] == "code"]
+    assert [c["execution_count"] for c in ran] == list(range(1, len(ran) + 1))
+    outputs = [o for c in ran for o in c["outputs"]]
+    assert not [o for o in outputs if o["output_type"] == "error"]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) >= 3
+    asked = ["**Predict" in "".join(c["source"]) for c in cells]
+    assert sum(asked) >= 6 and not any(a and b["cell_type"] != "code" for a, b in zip(asked, cells[1:]))
+    for cell in cells:  # what it shows and does not make is there
+        for name in re.findall(r"\]\(([^)#]+)\)", "".join(cell["source"])):
+            assert (FOLDER / name).exists(), name
+
+
+@pytest.mark.slow
+def test_the_lecture_runs_from_top_to_bottom():
+    """Its own assertions are the check."""
+    nbclient = pytest.importorskip("nbclient", reason="pip install -e '.[notebook]'")
+    pytest.importorskip("ipykernel")
+    import nbformat
+
+    where = {"metadata": {"path": str(FOLDER)}}
+    book = nbformat.read(LECTURE, as_version=4)
+    nbclient.NotebookClient(book, timeout=900, kernel_name="python3", resources=where).execute()
