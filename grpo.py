@@ -68,6 +68,7 @@ class Tokens:
     correct: Tensor | None = None  # (B,) was the answer right?  None: reward > 0 counts as right
     group: Tensor | None = None  # (B,) integer id of the prompt
     truncated: Tensor | None = None  # (B,) the length limit ended the response, not EOS
+    outcome: Tensor | None = None  # (B,) integer id of problem and answer, for methods that need one
     full_ids: Tensor | None = None  # (B, L) prompt and response in one row, padded on the right
     start: Tensor | None = None  # (B,) where in that row the first response token is predicted
     # filled by scoring
@@ -500,6 +501,7 @@ class Progress:
     seed: int = 0
     max_length: int | None = None  # longest response that sampling allows, tokens
     temperature: float = 1.0  # of the rollouts
+    stops: tuple[int, ...] = ()  # tokens that end a response
 
     def generator(self) -> torch.Generator:
         """A generator that depends on (seed, step) only."""

@@ -1,4 +1,4 @@
-"""Chapter 3. Forty-two published methods that move entropy, each a small class that overrides one hook.
+"""Chapter 3. Forty-six published methods that move entropy, each a small class that overrides one hook.
 
 Claim. Each of them multiplies the force of some tokens by a number, drops some responses, or adds one term to
 the loss. Written on the five hooks of `grpo.Method`, a diff between two methods is the lesson.
@@ -179,6 +179,95 @@ class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
         return mismatch_weight(policy, tk.rollout_logp, "tis") if self.correct else None
 
 
+class ReFT(Method, key="reft", place="sampling", paper="2605.28295"):
+    """Start each group's responses with different first tokens. [paper]: its authors' slides; that openers
+    are distinct is inferred from their "guaranteed coverage". Rank 20 can have π of 1e-5: off-policy, and no
+    clip sees it, as old log-probs are the policy's own. It explores in training; outputs end concentrated.
+
+        S = `openers` ranks drawn from the `pool` likeliest tokens, one S a step;  behaviour 1/pool
+        row j of a group starts with the token of rank S[⌊j openers / G⌋], the rest is sampled as usual (3.46)
+    """
+
+    openers: Count = 4
+    """different first tokens in a group; must divide the group size"""
+    pool: Count = 20
+    """openers are drawn from this many of the likeliest tokens"""
+    first: Literal["train", "mask"] = "train"
+    """train: the first token stays in the loss (paper); mask (ours): it does not, since it was not chosen"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.openers > self.pool:
+            raise ValueError(
+                f"reft: openers={self.openers}, pool={self.pool}: give a pool as large as openers"
+            )
+
+    def sample(
+        self, logits: Tensor, position: int, rows: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor] | None:
+        if position:
+            return None
+        size, pool = int(rows.max()) + 1, min(self.pool, logits.shape[-1])
+        if size % self.openers or self.openers > pool:
+            text = f"reft: openers={self.openers} must divide the group size {size}"
+            raise ValueError(f"{text} and be at most the {pool} tokens of its pool")
+        ranks = torch.randperm(pool, generator=generator, device=logits.device)[: self.openers]
+        rank = ranks[rows * self.openers // size]  # (3.46)
+        ids = logits.topk(pool, -1).indices.gather(-1, rank[:, None])[:, 0]
+        return ids, logits.new_full(ids.shape, -math.log(pool))
+
+    def keep(self, tk: Tokens, adv: Tensor) -> Tensor | None:
+        return None if self.first == "train" else torch.arange(tk.mask.shape[1], device=tk.mask.device) > 0
+
+
+class VocabDropout(Method, key="vocab_dropout", place="sampling", paper="2604.03472"):
+    """Sample from a random part of the vocabulary, a new one each step. [reconstruction]: the paper masks the
+    proposer of a self-play pair, in sampling and in the loss; here one policy, whose loss is of the whole
+    softmax. If the only right token is dropped the reward is noise: small vocabularies need a share near 1.
+
+        a token is kept with probability `share`, one that ends a response always, the arg max if none is
+        y ~ π restricted to the kept ones, whose mass is Z;   correct: w = π/behaviour = Z <= 1         (3.47)
+    """
+
+    share: Share = 0.85
+    """probability that a token is kept; the paper has .75 and .85; 1 is plain GRPO"""
+    correct: bool = False
+    """weight tokens by policy / behaviour, the kept mass"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.correct:
+            self.needs = ("logp", "rollout_logp")
+
+    def kept(self, size: int, device: torch.device) -> Tensor:
+        """(V,) bool: the vocabulary of this step, the same for all rows and positions."""
+        kept = torch.rand(size, generator=self.progress.generator()) < self.share
+        kept[[i for i in self.progress.stops if i < size]] = True
+        return kept.to(device)
+
+    def sample(
+        self, logits: Tensor, position: int, rows: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor] | None:
+        if self.share == 1:
+            return None
+        kept = self.kept(logits.shape[-1], logits.device)
+        if not kept.any():
+            kept = torch.zeros_like(logits, dtype=torch.bool).scatter(
+                -1, logits.argmax(-1, keepdim=True), True
+            )
+        logq = torch.where(kept, logits, -math.inf).log_softmax(-1)
+        ids = torch.multinomial(logq.exp(), 1, generator=generator)
+        return ids[:, 0], logq.gather(-1, ids)[:, 0]
+
+    def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor | None:
+        if tk.rollout_logp is None:
+            return None
+        policy = tk.logp if tk.old_logp is None else tk.old_logp
+        mass = (policy - tk.rollout_logp).clamp(-20, 0).exp()
+        metrics["kept_mass"] = float(masked_mean(mass, tk.mask))
+        return mass if self.correct else None
+
+
 class DAPO(Method, key="dapo", place="selection", paper="2503.14476", needs=("logp", "reward", "group")):
     """Drop prompts without a contrast, raise the upper clip, punish over-long responses. [paper] §3; [code].
     Accuracy decides: a length penalty rescues no group. No usable group: loss 0. verl's shaping has no floor
@@ -335,6 +424,107 @@ class DrGRPO(Method, key="dr_grpo", place="weight", paper="2503.20783"):
     @property
     def loss_norm(self) -> float | None:
         return self.norm or self.progress.max_length or 3000.0
+
+
+class Darling(DrGRPO, key="darling", paper="2509.02534"):
+    """Multiply the reward by how different a response is from its group. [code] darling `partition`,
+    `process_uid_group`. Their classes come from a trained classifier; ours are equal answers (`outcome`).
+    n-grams are of token ids, theirs of words. A copy of another response gets 0. One right answer: partition
+    then says nothing among the right ones. Rewards below 0 would punish diverse errors and are refused.
+
+        n-gram      d = |4-grams found in no other response of the group| / max(length - 3, 1)          (3.36)
+        partition   d = max((G - c)/(G - 1), .1),  c responses of the group have the same answer
+        A = R d - mean of the group
+    """
+
+    diversity: Literal["ngram", "partition"] = "ngram"
+    """ngram: share of new 4-grams; partition: share of other answers"""
+    aggregation: Aggregation = "token_mean"
+
+    without = ("norm",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.needs = ("logp", "reward", "group", *(["outcome"] if self.diversity == "partition" else []))
+
+    def shape(self, tk: Tokens) -> Tensor:
+        if bool((tk.reward < 0).any()):
+            raise ValueError("darling: a reward is below 0, and times diversity would punish diverse errors")
+        return tk.reward * (self.ngram(tk) if self.diversity == "ngram" else self.partition(tk)).to(tk.reward)
+
+    def ngram(self, tk: Tokens, n: int = 4) -> Tensor:
+        """(B,) float64."""
+        seen: dict[tuple, set[int]] = {}  # (group, n-gram) -> rows that have it
+        rows = [ids[keep].tolist() for ids, keep in zip(tk.ids.cpu(), tk.mask.cpu())]
+        for i, (ids, g) in enumerate(zip(rows, tk.group.tolist())):
+            for gram in zip(*(ids[k:] for k in range(n))):
+                seen.setdefault((g, gram), set()).add(i)
+        own = torch.zeros(len(rows), dtype=torch.float64)
+        for where in seen.values():
+            if len(where) == 1:
+                own[next(iter(where))] += 1
+        return (own.to(tk.mask.device) / (tk.lengths - n + 1).clamp(min=1)).clamp(max=1)
+
+    @staticmethod
+    def partition(tk: Tokens) -> Tensor:
+        """(B,) float64; 1 where the group has one response."""
+        _, size = group_index(tk.group)
+        size = size[group_index(tk.group)[0]].double()
+        return torch.where(size > 1, ((size - alike(tk)) / (size - 1).clamp(min=1)).clamp(min=0.1), 1)
+
+
+def alike(tk: Tokens) -> Tensor:
+    """(B,) float64: how many responses of its group have a response's answer, itself included."""
+    pair = torch.stack([tk.group, tk.outcome], 1)
+    _, index, count = torch.unique(pair, dim=0, return_inverse=True, return_counts=True)
+    return count[index].double()
+
+
+class OutcomeExploration(
+    Method, key="outcome_exploration", place="weight", paper="2509.06941",
+    needs=("logp", "reward", "group", "outcome"),
+):  # fmt: skip
+    """A bonus for answers that are rare in the group, or have been so far. [second-hand] a summary with the
+    equations; b0 = .5 is its example, the coefficient is not public: .2 is ours. The means of batch and
+    ucb_con are not 0: where all are right with one answer, all go down, and entropy rises by unlearning.
+
+        A <- A + c b;    batch  b = -(m - 1)/G,  m responses of the group have the same answer          (3.35)
+        ucb_con  b = min(1, N^-1/2) - b0,  N how often this answer to this prompt was seen before this update
+        ucb_mean b = min(1, N^-1/2) - its mean in the group
+    """
+
+    form: Literal["batch", "ucb_con", "ucb_mean"] = "batch"
+    """against answers of the same group (batch), or of all steps so far, centred by b0 or by the group"""
+    c: Positive = 0.2
+    """coefficient of the bonus; 0 is plain GRPO"""
+    b0: float = 0.5
+    """what ucb_con subtracts: answers seen more than b0^-2 times lose"""
+
+    state = {"counts": {}}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.counts = {}  # of its own; answer -> times seen
+
+    def bonus(self, tk: Tokens) -> Tensor:
+        """(B,) float64."""
+        index, size = group_index(tk.group)
+        if self.form == "batch":
+            return -(alike(tk) - 1) / size[index]
+        seen = torch.tensor([self.counts.get(x, 0) for x in tk.outcome.tolist()], dtype=torch.float64)
+        b = seen.to(tk.mask.device).clamp(min=1).rsqrt()
+        return b - (group_mean(b, tk.group) if self.form == "ucb_mean" else self.b0)
+
+    def advantage(self, tk: Tokens) -> Tensor:
+        adv = super().advantage(tk)
+        return adv + self.c * self.bonus(tk)[:, None].to(adv.dtype)
+
+    def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
+        return {} if self.form == "batch" else {"outcome": tk.outcome}
+
+    def after_step(self, plan: Plan) -> None:
+        for x in plan.marks.get("outcome", torch.zeros(0)).tolist():
+            self.counts[x] = self.counts.get(x, 0) + 1
 
 
 def group_quantile(reward: Tensor, group: Tensor, K: float, interpolation: str = "lower") -> Tensor:
@@ -845,28 +1035,74 @@ class CWGRPO(
     Method, key="cw_grpo", place="weight", paper="2605.11538", needs=("logp", "group"),
     idea="Gaussian weight around zero covariance of advantage and log-prob, mean weight 1",
 ):  # fmt: skip
-    """A Gaussian kernel on the covariance. [second-hand, two agreeing notes], no code. The paper's one group
-    is its batch, so the scope of the means is ambiguous.
+    """A Gaussian kernel on the covariance. [second-hand, two agreeing notes]; [code] WangCheng0116/CW-GRPO,
+    whose README names no paper. In words the paper's one group is its batch, so the scope is ambiguous; the
+    code has one group a micro-batch, a mean of log p for each response, padding in the normaliser, and does
+    not detach w: the loss is then -A w(log p), and its gradient runs through w, means and σ as well.
 
         c = (log p - mean log p)(A - mean A);   w = exp(-c²/(2 σ²)),  σ = std of c;   w <- w N / Σ w    (3.16)
+        released: per group; mean log p of the response, mean A of responses; N = rows · longest response
         w = 1 where σ² is below 1e-6 of the mean of c²: rounding, two tokens have equal c
     """
 
+    form: Literal["paper", "released"] = "paper"
+    """paper: detached weights of mean 1; released: as in the code, with scope=group and the gradient of w"""
     scope: Literal["batch", "group"] = "batch"
     """over what means and σ are taken: batch, group"""
 
-    def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
-        part = tk.group if self.scope == "group" else torch.zeros_like(tk.group)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.form == "released":
+            self.scope = "group"
+
+    def kernel(self, logp: Tensor, adv: Tensor, mask: Tensor, group: Tensor) -> Tensor:
+        """(B, T) float64, differentiable in `logp`."""
+        part = group if self.scope == "group" else torch.zeros_like(group)
         w = torch.ones_like(adv, dtype=torch.float64)
         for g in part.unique():
-            inside = tk.mask & (part == g)[:, None]
-            c = centred(tk.logp, inside) * centred(adv, inside)
+            rows = part == g
+            inside = mask & rows[:, None]
+            if self.form == "paper":
+                c, n = centred(logp, inside) * centred(adv, inside), inside.sum()
+            else:
+                x = torch.where(inside, logp, 0).double()
+                each = x.sum(-1, keepdim=True) / inside.sum(-1, keepdim=True).clamp(min=1)
+                own = torch.where(inside, adv, 0).double().sum(-1) / inside.sum(-1).clamp(min=1)
+                heard = inside.any(-1)
+                mean = own[heard].mean() if bool(heard.any()) else own.sum()
+                c = torch.where(inside, (x - each) * (adv.double() - mean), 0)
+                n = heard.sum() * inside.sum(-1).max()
             variance = masked_mean(centred(c, inside) ** 2, inside)
             if variance > 1e-6 * masked_mean(c**2, inside):
                 above = c**2 - c[inside].square().min()  # the largest k is 1: their sum cannot underflow
                 k = torch.where(inside, torch.exp(-above / (2 * variance)), 0)
-                w = torch.where(inside, k * inside.sum() / k.sum(), w)
+                w = torch.where(inside, k * n / k.sum(), w)
         return w
+
+    def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
+        return self.kernel(tk.logp, adv, tk.mask, tk.group)
+
+    def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
+        if self.form == "paper":
+            return {}
+        with torch.enable_grad():  # of the whole batch at once: a micro-batch would not know σ
+            logp = tk.logp.detach().double().requires_grad_()
+            w = self.kernel(logp, adv, tk.mask, tk.group)
+            loss = torch.where(tk.mask, self.surrogate_of(tk, adv).double(), 0)
+            total = weighted_sum(loss * w, self.coefficients(tk.mask, loss.dtype))
+            through = torch.autograd.grad(total, logp)[0] if total.requires_grad else torch.zeros_like(logp)
+        return {"through": through.to(adv.dtype)}
+
+    def surrogate_of(self, tk: Tokens, adv: Tensor) -> Tensor:
+        """(B, T): the values that the weights multiply."""
+        return clipped_surrogate(tk.logp, tk.old_logp, adv, self.eps_low, self.eps_high, self.dual_clip)
+
+    def penalty(self, tk: Tokens, plan: Plan) -> Tensor | None:
+        """The gradient through w: a sum whose value is 0."""
+        if "through" not in plan.marks:
+            return None
+        through = torch.where(tk.mask, plan.marks["through"], 0)
+        return (through * (tk.logp - tk.logp.detach())).sum()
 
 
 class STARE(Method, key="stare", place="weight", paper="2606.19236", needs=ENTROPY):
@@ -1667,7 +1903,7 @@ METHODS: dict[str, type[Method]] = {c.key: c for c in (
     Method, EntropyBonus, AdaptiveEntropy, RefKL, ProRL, DAPO, ClipHigher, ClipCov, KLCov, HighEntropyTokens,
     PAR, RandPosClip, WReinforce, PSR, NSR, EntropyAdvantage, STEER, OPEFO, PAPO, CWGRPO, Entrocraft, STARE,
     EntroPIC, CISPO, DrGRPO, GSPO, QAE, HTPO, AEM, MixedCUTS, CEGPPO, LpReg, REPO, AsymGRPO, MaxRL, PassK,
-    Unlikely, UCPO, MCPO, AR, SAPO, BAPO,
+    Unlikely, UCPO, MCPO, AR, SAPO, BAPO, ReFT, VocabDropout, Darling, OutcomeExploration,
 )}  # fmt: skip
 
 
@@ -1872,6 +2108,7 @@ def check_trl(trainer: Any, method: Method) -> None:
         (method.overrides("sample"), "TRL samples, not the method"),
         (method.overrides("reset_reference"), "TRL keeps reference and optimizer; use ref_kl"),
         ("proxy_logp" in method.needs, "the logits of the policy that sampled are not kept"),
+        ("outcome" in method.needs, "it does not say which responses have the same answer"),
         ("ref_logp" in method.needs and not a.beta, "give GRPOConfig(beta=1.0), for a reference"),
         (set_too, f"the method makes the objective; leave GRPOConfig.{', '.join(set_too)} at the default"),
         (m % n, f"steps_per_generation={m} must be a multiple of gradient_accumulation_steps={n}"),

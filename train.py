@@ -109,7 +109,8 @@ def train(run: Run) -> Iterator[dict[str, Any]]:
         yield run.log({"step": 0, **evaluation(run)}, due=True)
     while run.step < s.steps:
         begin = time.perf_counter()
-        method.progress = Progress(run.step, s.steps, s.seed, run.task.max_new_tokens, s.temperature)
+        how = (run.task.max_new_tokens, s.temperature, tuple(run.engine.stops))
+        method.progress = Progress(run.step, s.steps, s.seed, *how)
         # 1. Prompts -> responses -> rewards.  A method with `refill` (dynamic sampling) draws again.
         tokens, row = draw_responses(run)
         row["seconds_rollout"] = time.perf_counter() - begin
@@ -184,7 +185,10 @@ def draw_responses(run: Run) -> tuple[Tokens, dict[str, Any]]:
     for attempt in range(MAX_DRAWS):
         problems = prompts_at(run.task.train, s.seed, run.prompts_used, s.prompts)
         run.prompts_used += len(problems)
-        out, _ = answer(run.engine, run.task, problems[r.rank * share :][:share], how, generator)
+        asked = problems[r.rank * share :][:share]
+        out, texts = answer(run.engine, run.task, asked, how, generator)
+        if "outcome" in method.needs:
+            out.outcome = outcomes(run.task, asked, texts).to(out.ids.device)
         chance = seeded(s.seed, run.step, f"reward/{attempt}{purpose}")
         out.reward = grpo.REWARDS[s.reward](out.correct, out.lengths, limit, chance)
         out.group = out.group + (r.rank * MAX_DRAWS + attempt) * share
@@ -208,6 +212,15 @@ def draw_responses(run: Run) -> tuple[Tokens, dict[str, Any]]:
         tokens = tokens.rows(torch.isin(tokens.group, groups))
         row |= {f"kept_{name}": x for name, x in averages(run, tokens).items()}
     return tokens, row | {"tokens": int(r.sum(int(tokens.mask.sum())))}
+
+
+def outcomes(task: Task, problems: Sequence[Problem], texts: Sequence[str]) -> Tensor:
+    """(B,) int64: problem and answer, as `task.signature` writes it, in a number that is the same in every
+    step.  In mathematics the answer is the whole solution."""
+    whose = [p.prompt for p in problems for _ in range(len(texts) // len(problems))]
+    keys = [f"{prompt}\0{task.signature(text)}".encode() for prompt, text in zip(whose, texts)]
+    digests = [hashlib.sha256(key).digest()[:8] for key in keys]
+    return torch.tensor([int.from_bytes(x, "little", signed=True) for x in digests])
 
 
 def averages(run: Run, tokens: Tokens) -> dict[str, float]:
@@ -1108,6 +1121,11 @@ def complaints(s: Settings, method: Method, device: torch.device, ranks: Ranks) 
             f"--engine {s.engine}: {method.key} chooses tokens itself, which vLLM does not allow and "
             "--mismatch would undo; use --engine torch --mismatch off"
         )
+    for m in members(method):
+        if s.group_size % getattr(m, "openers", 1):
+            yield f"--group-size {s.group_size}: must be a multiple of the {m.openers} openers of {m.key}"
+        if m.key == "darling" and s.reward == "length_penalty":
+            yield "--reward length_penalty: darling multiplies rewards, and some would be below 0"
     if s.ledger == "full" and (s.updates_per_rollout > 1 or sharded(s, device, ranks)):
         yield "--ledger full: needs --updates-per-rollout 1, one process, --dtype float32; else --ledger step"
 

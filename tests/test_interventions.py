@@ -59,6 +59,9 @@ ACTIVE = {
     "unlikely": {"b": 0.9},
     "ucpo": {"tau": 0.9, "normalize": False},
     "passk": {"k": 2},
+    "vocab_dropout": {"correct": True},
+    "darling": {"diversity": "partition"},
+    "cw_grpo": {"form": "released"},
 }
 RANDOM = ("clip_cov", "rand_pos_clip")
 
@@ -89,6 +92,7 @@ def make(seed, B=24, T=6, V=7, G=4, off=False, dtype=F64, low=1):
         correct=reward > 0,
         group=torch.arange(B) // G,
         truncated=torch.rand(B, generator=g) < 0.2,
+        outcome=torch.arange(B) // G * 8 + torch.randint(3, (B,), generator=g),
         old_logp=logp[0] if off else None,
         ref_logp=logp[1],
         rollout_logp=logp[2],
@@ -233,6 +237,9 @@ NEUTRAL = {  # hyperparameters that make the method plain GRPO, and whether that
     "ucpo": ({"tau": 0}, True),
     "bapo": ({"target": 0, "lo": 0.8, "hi": 1.2, "dual_clip": None}, True),
     "sapo": ({"aggregation": "token_mean"}, False),
+    "reft": ({}, True),  # the loss is the same, what is sampled is not
+    "vocab_dropout": ({"share": 1}, True),
+    "outcome_exploration": ({"c": 0}, True),
 }
 
 
@@ -294,7 +301,8 @@ def test_u6_degenerate_batches_are_finite(key, kind):
     assert math.isfinite(loss.item()) and grad.isfinite().all()
     assert all(math.isfinite(v) for v in metrics.values())
     assert kind != "nothing" or (loss.item() == 0 and (grad == 0).all())
-    if kind in KINDS[:3] and key not in ("w_reinforce", "psr", "nsr") and method.place != "penalty":
+    other = ("w_reinforce", "psr", "nsr", "darling", "outcome_exploration")  # teach by more than contrast
+    if kind in KINDS[:3] and key not in other and method.place != "penalty":
         assert (grad == 0).all(), "no contrast, no gradient"
     method.after_step(plan_update(tk, method))
 
@@ -1703,6 +1711,197 @@ def test_eq_3_44_bapo_widens_the_clip_until_successes_weigh_enough(seed, target)
     f = method.factor(tk, plan.adv, plan.marks)[tk.mask]
     gone = ((a > 0) & (r > high)) | ((a < 0) & ((r < low) | (r > 3)))
     assert torch.equal(f == 0, gone) and torch.allclose(f[~gone], r[~gone])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3.16 as released; 3.35, 3.36, 3.46, 3.47
+
+
+@given(seeds)
+def test_eq_3_16_released_weights_and_the_gradient_that_runs_through_them(seed):
+    """Against one plain function of all log p, written per group, and its gradient; in slices too."""
+    _, tokens = make(seed, B=12)
+    tk, method = tokens().detach(), build("cw_grpo", form="released", aggregation="seq_mean_token_mean")
+    adv = plan_update(tk, Method()).adv
+    logp = tk.logp.clone().requires_grad_()
+
+    def objective(x):
+        total, weights = 0.0, {}
+        for g in range(3):
+            rows = range(4 * g, 4 * g + 4)
+            c = {}
+            mean_a = sum(adv[i, 0] for i in rows) / 4
+            for i in rows:
+                own = x[i][tk.mask[i]]
+                for t, v in enumerate(own):
+                    c[i, t] = (v - own.mean()) * (adv[i, 0] - mean_a)
+            values = torch.stack(list(c.values()))
+            variance = values.var(correction=0)
+            n = 4 * max(int(tk.mask[i].sum()) for i in rows)
+            plain = not variance > 1e-6 * values.detach().square().mean()
+            k = {at: torch.ones(()) if plain else torch.exp(-(v**2) / (2 * variance)) for at, v in c.items()}
+            norm = 1.0 if plain else n / sum(k.values())
+            weights |= {at: v * norm for at, v in k.items()}
+        for (i, t), w in weights.items():  # on-policy: the surrogate's value is -A, its gradient -A ∇log p
+            force = -adv[i, t] * (1 + x[i, t] - x[i, t].detach())
+            total = total + w * force / (12 * int(tk.mask[i].sum()))
+        return total, weights
+
+    total, weights = objective(logp)
+    (want,) = torch.autograd.grad(total, logp)
+    scored = replace(tk, logp=logp)
+    plan = plan_update(scored, method)
+    for (i, t), w in weights.items():
+        assert plan.weight[i, t].item() == pytest.approx(float(w), rel=1e-9)
+    got = torch.zeros_like(want)
+    for rows in (slice(0, 5), slice(5, 12)):
+        loss, _ = batch_loss(scored.rows(rows), plan.rows(rows), method)
+        got += torch.autograd.grad(loss, logp, retain_graph=True)[0]
+    assert torch.allclose(got[tk.mask], want[tk.mask], atol=1e-10)
+    (whole,) = torch.autograd.grad(batch_loss(scored, plan, method)[0], logp)
+    loose = build("cw_grpo", form="released", aggregation="seq_mean_token_mean")
+    detached = replace(plan, marks={})
+    (other,) = torch.autograd.grad(batch_loss(scored, detached, loose)[0], logp, allow_unused=True)
+    assert torch.allclose(whole, got) and (seed > 5 or not torch.allclose(whole, other))
+
+
+@given(seeds, st.integers(1, 9))
+def test_eq_3_35_outcome_bonus(seed, size):
+    g = torch.Generator().manual_seed(seed)
+    outcome, group = torch.randint(4, (2 * size,), generator=g), torch.arange(2 * size) // size
+    tk = Tokens(torch.zeros(2 * size, 1).long(), torch.ones(2 * size, 1).bool(), group=group)
+    tk.outcome = outcome + 10 * group  # an answer belongs to its prompt
+    rows = list(zip(group.tolist(), outcome.tolist()))
+    batch = build("outcome_exploration")
+    want = [-sum(x == y for x in rows) / size + 1 / size for y in rows]
+    assert torch.allclose(batch.bonus(tk), torch.tensor(want, dtype=F64))
+    tk.outcome = torch.arange(2 * size)
+    assert (batch.bonus(tk) == 0).all(), "all answers differ"
+    tk.outcome = group
+    assert torch.allclose(batch.bonus(tk), torch.tensor(-(size - 1) / size, dtype=F64))
+
+
+def test_eq_3_35_counts_of_earlier_steps():
+    _, tokens = make(3)
+    tk = tokens()
+    for form in ("ucb_con", "ucb_mean"):
+        m, first = build("outcome_exploration", form=form), build("outcome_exploration", form=form)
+        for step in range(4):
+            times = [step * sum(y == x for y in tk.outcome.tolist()) for x in tk.outcome.tolist()]
+            b = torch.tensor([min(1, max(n, 1) ** -0.5) for n in times], dtype=F64)
+            want = b - 0.5 if form == "ucb_con" else b - b.view(-1, 4).mean(1).repeat_interleave(4)
+            assert torch.allclose(m.bonus(tk), want)
+            plan = plan_update(tk, m)
+            assert torch.equal(m.bonus(tk), build_with(form, m.counts).bonus(tk))  # a loss changes nothing
+            m.after_step(plan)
+        assert sum(m.counts.values()) == 4 * 24 and not first.counts  # its own, of four steps
+        again = build("outcome_exploration", form=form)
+        again.load_state_dict(m.state_dict())
+        assert torch.equal(again.bonus(tk), m.bonus(tk))
+    plain = group_advantages(tk.reward, tk.group)[:, None]
+    assert torch.allclose(
+        plan_update(tk, m).adv[tk.mask], (plain + 0.2 * m.bonus(tk)[:, None]).expand(24, 6)[tk.mask]
+    )
+
+
+def build_with(form, counts):
+    m = build("outcome_exploration", form=form)
+    m.counts = dict(counts)
+    return m
+
+
+@given(seeds)
+def test_eq_3_36_darling(seed):
+    g = torch.Generator().manual_seed(seed)
+    B, T, G = 8, 9, 4
+    ids, group = torch.randint(2, (B, T), generator=g), torch.arange(B) // G
+    mask = torch.arange(T) < torch.randint(1, T + 1, (B, 1), generator=g)
+    reward = torch.randint(2, (B,), generator=g).double()
+    tk = Tokens(ids, mask, reward=reward, group=group, logp=torch.randn(B, T, generator=g, dtype=F64))
+    tk.outcome = torch.randint(3, (B,), generator=g)
+    text = [row[keep].tolist() for row, keep in zip(ids, mask)]
+    grams = [{tuple(x[i : i + 4]) for i in range(len(x) - 3)} for x in text]
+    for i, own in enumerate(grams):
+        others = set().union(*(grams[j] for j in range(B) if j != i and group[j] == group[i]))
+        want = len(own - others) / max(len(text[i]) - 3, 1)
+        assert build("darling").ngram(tk)[i].item() == pytest.approx(want)
+        c = sum(bool(tk.outcome[j] == tk.outcome[i]) for j in range(B) if group[j] == group[i])
+        assert build("darling").partition(tk)[i].item() == pytest.approx(max((G - c) / (G - 1), 0.1))
+    for name in ("ngram", "partition"):
+        method = build("darling", diversity=name)
+        shaped = method.shape(tk)
+        assert ((shaped >= 0) & (shaped <= reward)).all() and (shaped[reward == 0] == 0).all()
+        want = shaped - shaped.view(-1, G).mean(1).repeat_interleave(G)
+        assert torch.allclose(plan_update(tk, method).adv[mask], want[:, None].expand(B, T)[mask])
+    tk.outcome = torch.arange(B)  # all answers differ: the advantage of Dr.GRPO
+    plans = [
+        plan_update(tk, build(x, **y)).adv
+        for x, y in (("darling", {"diversity": "partition"}), ("dr_grpo", {}))
+    ]
+    assert torch.allclose(*plans)
+    with pytest.raises(ValueError, match="below 0"):
+        plan_update(replace(tk, reward=reward - 1), build("darling"))
+
+
+@given(seeds, st.sampled_from([(1, 4), (2, 4), (4, 4), (4, 8)]), st.integers(4, 9))
+def test_eq_3_46_openers(seed, shape, pool):
+    openers, size = shape
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, 12, generator=g).repeat_interleave(size, 0)
+    m = build("reft", openers=openers, pool=pool)
+    rows = torch.arange(size).repeat(3)
+    ids, logp = m.sample(logits, 0, rows, g)
+    assert m.sample(logits, 1, rows, g) is None and torch.allclose(logp.exp(), torch.tensor(1 / pool))
+    order = logits.argsort(-1, descending=True)
+    rank = (order == ids[:, None]).int().argmax(-1).view(3, size)
+    assert (rank[0] == rank).all() and (rank < pool).all()  # the same ranks for all prompts
+    count = torch.bincount(rank[0], minlength=pool)
+    assert (count > 0).sum() == openers and set(count[count > 0].tolist()) == {size // openers}
+
+
+def test_eq_3_46_every_rank_is_as_likely_and_what_cannot_be_is_refused():
+    m, g = build("reft", pool=5, openers=2), torch.Generator().manual_seed(0)
+    logits, rows = torch.arange(7.0).flip(0).expand(4, 7), torch.arange(4)
+    seen = torch.bincount(torch.cat([m.sample(logits, 0, rows, g)[0] for _ in range(2000)]), minlength=7)
+    assert (seen[:5] / 8000 - 0.2).abs().max() < 0.02 and not seen[5:].any()
+    with pytest.raises(ValueError, match="must divide the group size 5"):
+        m.sample(logits[:1].expand(5, 7), 0, torch.arange(5), g)
+    with pytest.raises(ValueError, match="at most the 3 tokens"):
+        build("reft").sample(logits[:, :3], 0, rows, g)
+    with pytest.raises(ValueError, match="a pool as large"):
+        build("reft", openers=9, pool=8)
+    _, tokens = make(2, low=2)
+    tk = tokens()
+    plan = plan_update(tk, build("reft", first="mask"))
+    assert (plan.adv[:, 0] == 0).all() and plan.coef.sum() == pytest.approx(1)
+
+
+@given(seeds, st.floats(0.05, 0.95))
+def test_eq_3_47_a_dropped_token_is_never_drawn_and_the_weight_is_the_kept_mass(seed, share):
+    m, g = build("vocab_dropout", share=share, correct=True), torch.Generator().manual_seed(seed)
+    m.progress = Progress(step=seed % 7, seed=seed, stops=(0, 99))
+    logits = torch.randn(64, 9, generator=g, dtype=F64)
+    kept = m.kept(9, logits.device)
+    assert kept[0] and torch.equal(kept, m.kept(9, logits.device))
+    m.progress = replace(m.progress, step=seed % 7 + 1)
+    assert share > 0.1 or torch.equal(m.kept(9, logits.device)[:1], kept[:1])
+    m.progress = replace(m.progress, step=seed % 7)
+    ids, said = m.sample(logits, 3, torch.arange(64), g)
+    assert kept[ids].all()
+    logp = logits.log_softmax(-1)
+    mass = (logp.exp() * kept).sum(-1)
+    own = logp.gather(-1, ids[:, None])[:, 0]
+    assert torch.allclose(said, own - mass.log())
+    tk = Tokens(ids[:, None], torch.ones(64, 1).bool(), reward=torch.rand(64), group=torch.arange(64) // 4)
+    tk.logp, tk.rollout_logp = own[:, None], said[:, None]
+    assert torch.allclose(m.weight(tk, own[:, None], {})[:, 0], mass)
+    # E over behaviour of Z f(y) = E over π, where f is 0 on what was dropped
+    f = torch.randn(64, 9, generator=g, dtype=F64)
+    behaviour = logp.exp() * kept / mass[:, None]
+    assert torch.allclose((behaviour * mass[:, None] * f).sum(-1), (logp.exp() * kept * f).sum(-1))
+    m.progress = Progress(stops=())
+    m.share = 1e-9
+    assert torch.equal(m.sample(logits, 3, torch.arange(64), g)[0], logits.argmax(-1)), "none is kept"
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -176,7 +176,17 @@ LAYOUTS = {  # of the 8 responses to two prompts
 STRICT = (  # act with one update per rollout; hyperparameters such that a batch of 60 tokens feels them
     *("opefo", "opefo:target_entropy=2.0,integral=.5", "steer", "papo:reference=target,target=2.0", "par"),
     *("high_entropy_tokens", "entropy_advantage", "entropy_bonus:alpha=.1", "adaptive_entropy:target=9"),
-    *("clip_cov:ratio=.2,lb=-9", "rand_pos_clip:ratio=.2", "w_reinforce", "psr", "nsr", "dr_grpo", "cw_grpo"),
+    *(
+        "clip_cov:ratio=.2,lb=-9",
+        "rand_pos_clip:ratio=.2",
+        "w_reinforce",
+        "psr",
+        "nsr",
+        "dr_grpo",
+        "cw_grpo",
+        "darling",
+    ),
+    "cw_grpo:form=released",
     *("stare:target=6.0", "entrocraft:start=9", "entropic:target=6.0,threshold=.01", "aem", "par+opefo"),
     *("htpo:high_drop=.3,low_drop=.3", "dapo:overlong_max=9,overlong_cache=6,dynamic_sampling=false"),
     *("qae", "gspo"),
@@ -237,6 +247,7 @@ def test_trl_response_without_a_score_has_no_gradient_and_no_part_in_the_baselin
     [
         ("mixed_cuts", {}, "TRL samples"),
         ("lp_reg", {}, "the logits of the policy that sampled"),
+        ("outcome_exploration", {}, "which responses have the same answer"),
         ("prorl", {"beta": 1.0}, "use ref_kl"),
         ("opefo+ref_kl", {}, "for a reference"),
         ("opefo", {"epsilon": 0.1}, "GRPOConfig.epsilon"),
