@@ -15,6 +15,7 @@ paper predicts this change stands here beside the exact one, with what it drops 
     z (V,)  logits            p = softmax(z)           u = log p + H   so that E_p[u] = 0
     H = -Σ p log p, in nats   y  sampled token         A  advantage    η  learning rate ("per unit η": dH/η)
     p2 = Σ p²                 p2logp = Σ p² log p      C = p2logp + H p2 = Cov_p(p, log p)
+    e_y     one-hot vector    "on a table": each state has logits of its own, no parameters are shared
 
 Left out: where advantages come from (chapter 2), and which states are visited: a state's own distribution is
 followed, not the drift of the trajectories.
@@ -87,7 +88,8 @@ def expected_change(logits: Tensor, adv: Tensor, natural: bool = False) -> Tenso
 
         policy gradient   dz = η p (A - E_p[A]):   dH/η = -Cov(log p, p (A - E_p[A])) = Σ_y p_y A_y T_y  (1.5)
         natural gradient  dz = η A:                dH/η = -Cov(log p, A), the same for A + const         (1.6)
-    These are Theorems 1 and 2 of 2505.22617. The first presupposes E_p[A] = 0; the baseline is subtracted
+    The first is (2.1) below, a step on each token y, averaged over y ~ p: Σ_y p_y A_y (e_y - p). These are
+    Theorems 1 and 2 of 2505.22617. The first presupposes E_p[A] = 0; the baseline is subtracted
     here, so any A will do. Both say: entropy falls when the likely actions are the good ones.
     """
     p = torch.softmax(logits, dim=-1)
@@ -112,6 +114,7 @@ def exact_score(stats: TokenStats) -> Tensor:
     In (1.3) the e_y part gives -p_y u_y and the -p part gives +Σ p² u = p2logp + H p2 = C, hence
         dH = η A T_y + O(η²),         T_y = C - p_y u_y                                                  (2.2)
         C  = Cov_{v~p}(p_v, log p_v) >= 0,   zero only for a policy that is uniform on its support       (2.3)
+             since log p rises with p: C = ½ E_{v,w~p}[(p_v - p_w)(log p_v - log p_w)]
        -T_y = p_y (1 - p_y) u_y - Σ_{k≠y} p_k² u_k     own logit, and the push on all the others         (2.4)
     Consequences:
         E_{y~p}[T_y] = 0: at constant advantage nothing happens on average; only its variation counts    (2.5)
@@ -158,7 +161,7 @@ def entropy_change(stats: TokenStats, adv: Tensor | float, form: str = "exact") 
     (rare) or (1-p)/(κp) (opefo, confident), "unbounded" |u|/C.
 
     Sign rule: from s_star to cov, b has the sign of u. They err only where 0 < p u < C, a little above p =
-    e^-H, and in one direction: for A > 0 the truth there is expansion, they say contraction.            (3.3)
+    e^-H, and in one direction: for A > 0 there H really rises, and they say that it falls.              (3.3)
     Bias at constant A > 0, where the truth is 0 by (2.5), is -E_p[b]: s_star sees H fall, steer_released and
     opefo see it rise. Their papers' sums run over the vocabulary without weight p, as if every action were
     updated once; a *sampled* token already arrives with frequency p, so its score must keep a p.        (3.4)

@@ -14,8 +14,9 @@ update pushes log π(y_t). This chapter derives that number; `policy_loss` compu
     Grader             is this answer that answer, in 1.5 s a comparison at most, whatever the answer is
 
 *Strictly on-policy* means one optimizer step per rollout: the ratio r is exactly 1 and every clip is inert.
-The loss *value* is then minus the mean advantage, 0 in a mean over responses, whatever the gradient. Tokens
-with A > 0 and A < 0 nearly cancel in sum; what is left decides where entropy goes (`entropy_math.py`).
+The loss *value* is then minus the mean advantage, 0 in a mean over responses (over tokens only if all are
+equally long), whatever the gradient. Tokens with A > 0 and A < 0 nearly cancel in sum; what is left decides
+where entropy goes (`entropy_math.py`).
 
 *Scope rule*: every mean, quantile and top-k of every method is taken over the whole update batch, never over
 a micro-batch or a rank. `plan_update` sees all tokens, detached, and makes one coefficient per token;
@@ -352,7 +353,8 @@ def clipped_surrogate(
         l = max( -r A, -clip(r, 1 - eps_low, 1 + eps_high) A )                          1707.06347 eq. 7 (2.6)
         dual clip, for A < 0:  l <- min(l, -c A)                                        1912.09729 eq. 5 (2.7)
 
-    The gradient of -r A is -r A ∇log π: an importance-weighted policy gradient. (2.6) removes it where
+    Several updates per rollout learn from samples of an older policy: r corrects for that, and the clip stops
+    what has moved far. The gradient of -r A is -r A ∇log π: importance-weighted. (2.6) removes it where
     (A > 0, r > 1 + eps_high) or (A < 0, r < 1 - eps_low): the token has moved far enough. (2.7) removes it
     also where A < 0 and r > c. Exactly at a bound, where versions of torch differ in the slope of a clamp,
     the token keeps its gradient (`clip_factor`). l is homogeneous of degree 1 in A: a weight w >= 0 on the
@@ -396,7 +398,7 @@ def aggregation_coefficients(
     """The weight of every token in the batch's loss: an aggregation is linear in the per-token losses. (B, T)
     bool -> (B, T), 0 where masked, at least float32: 1/N is not a number for bf16.
 
-        token_mean            1 / N,  N = tokens of the batch         every token counts the same (DAPO) (2.8)
+        token_mean            1 / N,  N = tokens of the batch      every token alike; our default (DAPO) (2.8)
         seq_mean_token_mean   1 / (S · len_i),  S = rows with tokens  every response counts alike (GRPO) (2.9)
         seq_mean_token_sum    1 / S                                                                     (2.10)
         seq_sum_norm          1 / (B · K),  K = `norm`, a constant      no length bias (Dr.GRPO)        (2.11)

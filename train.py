@@ -17,9 +17,10 @@ batch, at the sampling temperature, and θ, θ' the parameters before and after 
     dH_predicted = <∇H̄(θ), θ' - θ>   the first-order effect of the step really taken, momentum included (5.2)
     flow_up      = Σ_t max(f_t, 0),  flow_down = Σ_t max(-f_t, 0),  f_t = F_t T_t                        (5.3)
 
-F_t = -∂loss/∂log π(y_t) is the force on token t (weights, clip and aggregation inside), T_t its exact score
-on a table, entropy_math (2.2).  (5.1) and (5.2) are in nats, (5.3) in nats per unit of learning rate on a
-tabular policy: signs and balance can be compared, sizes cannot.
+(5.2) is entropy_math (5.1); (5.3) is the flow as if the policy were a table, not the network's of
+entropy_math (5.3).  F_t = -∂loss/∂log π(y_t) is the force on token t (weights, clip and aggregation inside),
+T_t its exact score on a table, entropy_math (2.2).  (5.1) and (5.2) are in nats, (5.3) in nats per unit of
+learning rate on a tabular policy: signs and balance can be compared, sizes cannot.
 
 Every random draw comes from a generator seeded by a hash of (seed, step, purpose): a resumed run repeats the
 numbers of one never stopped, and methods with one seed see the same prompts in the same order.

@@ -51,29 +51,30 @@ def text() -> str:
         f"log p                   {row('log p')}",
         f"u = log p + H           {row('u')}     E[u] = 0",
         "",
-        f"(2.2)  Σp² = {one('p2')}, Σp² log p = {one('p2logp')}, C = Σp² log p + H Σp² = {one('C')}",
+        "(2.2)  of entropy_math",
+        f"p2 = Σp² = {one('p2')}, p2logp = Σp² log p = {one('p2logp')}, C = p2logp + H p2 = {one('C')}",
         f"T = C - p u             {row('T')}     E[T] = 0; a likely token lowers H, others raise it",
         f"η A T, η = .1, A = 1    {row('0.1 T')}     predicted change of H",
         f"step taken, H again     {row('measured')}     measured: the rest is of second order, (1.4)",
         "",
-        "(3.2)  -dH/η at A = 1 as the papers have it",
+        "(3.2)  of entropy_math: -dH/η at A = 1 as the papers have it",
         *(
             f"{form:<24}{row(form)}"
             for form in ("exact", "s_star", "steer_theorem", "steer_released", "opefo")
         ),
         f"cov                     {row('cov')}     from s_star to cov all have the sign of u",
         "",
-        "(3.14) OPEFO: one batch, each token sampled once, with these advantages",
+        "(3.14) of interventions, OPEFO: one batch, each token sampled once, with these advantages",
         f"A                       {row('A', 0)}",
         f"f = A T                 {row('f')}",
         f"P = {one('P')}, Q = {one('Q')}, λ = (Q - P)/(Q + P) = {one('lambda')}",
         f"w = 1 ± λ               {row('w')}",
         f"w f                     {row('w f')}     they add up to 0",
         "",
-        "(3.7)  Clip-Cov on the same batch: c = (A - 1/3)(log p - mean log p)",
-        f"c                       {row('c')}     lb = .5 drops the first: likely and rewarded",
+        "(3.7)  of interventions, Clip-Cov on the same batch: c = (A - 1/3)(log p - mean log p)",
+        f"c                       {row('c')}     with lb = .5 (default 1) the first is dropped",
         "",
-        f"(6.1)  {N} samples, {C} right: pass@{K} = 1 - C(3,2)/C(4,2) = {one('pass@2')};"
+        f"(6.1)  of eval: {N} samples, {C} right: pass@{K} = 1 - C(3,2)/C(4,2) = {one('pass@2')};"
         f" 1 - (1 - 1/4)² = {one('biased')} is biased",
     ]
     return "\n".join(line.rstrip() for line in lines)
