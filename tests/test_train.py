@@ -143,6 +143,8 @@ def supplied(world, batch, name, off_policy):
             for p in run.reference.parameters():
                 p.mul_(1.1)
     train.supply(run, tokens)
+    if "outcome" in method.needs:
+        tokens.outcome = 1000 * tokens.group + tokens.ids[:, 0]
     method.progress = Progress(step=3, total=10, seed=0, max_length=11)
     if off_policy:
         g = torch.Generator().manual_seed(1)
@@ -331,6 +333,20 @@ def test_dynamic_sampling_refills_and_gives_up_in_the_end(tmp_path):
     assert row["tokens"] == 0 and row["skipped"] == 0
     assert row["reward"] == 0 and row["length"] >= 1, "of all responses drawn"
     assert row["draws"] == train.MAX_DRAWS and row["no_contrast"] == 1
+
+
+def test_an_outcome_is_a_number_for_problem_and_answer(world, tmp_path):
+    """The same in every step, other blanks no other answer; filled only where a method needs it."""
+    task, few = world[2], world[2].train[:2]
+    texts = ["1 + 2 3", "1  + 2 3", "2 + 1 3", "1 + 2 3"]
+    one, blank, other, elsewhere = train.outcomes(task, few, texts).tolist()
+    assert one == blank and len({one, other, elsewhere}) == 3
+    assert one == train.outcomes(task, few[:1], texts[:1]).item()
+    for name, there in (("outcome_exploration", True), ("grpo", False)):
+        run = make_run(small_world(), build(name), tmp_path / name, prompts=2, group_size=4)
+        run.method.progress = Progress()
+        tokens, _ = train.draw_responses(run)
+        assert (tokens.outcome is not None) == there
 
 
 def test_groups_without_contrast_are_counted(tmp_path):
