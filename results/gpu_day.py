@@ -114,7 +114,8 @@ def tests(small: bool) -> None:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_gpu.py", "-q", "-rfs", "--tb=short"]
     command += ["--show-capture=no", "-p", "no:cacheprovider", "--durations=4"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    tell(name="pytest", code=done.returncode, out=done.stdout[-6000:], err=done.stderr[-1000:])
+    said = done.stdout.replace(f"{ROOT}/", "")
+    tell(name="pytest", code=done.returncode, out=said[-6000:], err=done.stderr[-1000:])
     verdict(f"exit code {done.returncode}: {done.stdout.strip().splitlines()[-1]}")
 
 
