@@ -618,6 +618,10 @@ class Method:
     def penalty(self, tk: Tokens, plan: Plan) -> Tensor | None:
         """Place 5. A scalar to add: this micro-batch's share of a sum over `plan.coef_all` or `plan.coef`."""
 
+    def complaint(self, settings: Any) -> str:
+        """What in a run's settings (`train.Settings`) the method cannot work with, flag and remedy; or ''."""
+        return ""
+
     def reset_reference(self, step: int, score: float | None) -> bool:
         """Called after each step, with the score of its evaluation or None. True: the loop copies the policy
         into the reference and clears the optimizer's state (ProRL)."""

@@ -118,6 +118,12 @@ def flow(tk: Tokens, force: Tensor, form: str) -> Tensor:
 # 2. Sampling and selection: what is drawn, and which responses enter the update
 
 
+def behaviour_ratio(tk: Tokens, high: float = math.inf) -> Tensor:
+    """(B, T): the policy over the distribution that a method drew from instead, grpo (2.17) and (2.18)."""
+    policy = tk.logp if tk.old_logp is None else tk.old_logp
+    return mismatch_weight(policy, tk.rollout_logp, "tis", high=high)
+
+
 class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
     """Half of each group samples uniformly among the likely tokens, the rest as usual. [second-hand]. p is at
     temperature 1, whatever the rollout's. The loss is GRPO's, though a token's true ratio is p_y |S|: the
@@ -173,10 +179,9 @@ class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor | None:
         if tk.rollout_logp is None:
             return None
-        policy = tk.logp if tk.old_logp is None else tk.old_logp
-        ratio = (policy - tk.rollout_logp).clamp(-20, 20).exp()
+        ratio = behaviour_ratio(tk)
         metrics["behaviour_ratio"] = float(masked_mean(ratio, tk.mask))
-        return mismatch_weight(policy, tk.rollout_logp, "tis") if self.correct else None
+        return behaviour_ratio(tk, high=2) if self.correct else None
 
 
 class ReFT(Method, key="reft", place="sampling", paper="2605.28295"):
@@ -215,6 +220,11 @@ class ReFT(Method, key="reft", place="sampling", paper="2605.28295"):
         rank = ranks[rows * self.openers // size]  # (3.46)
         ids = logits.topk(pool, -1).indices.gather(-1, rank[:, None])[:, 0]
         return ids, logits.new_full(ids.shape, -math.log(pool))
+
+    def complaint(self, settings: Any) -> str:
+        if settings.group_size % self.openers == 0:
+            return ""
+        return f"--group-size {settings.group_size}: must be a multiple of the {self.openers} openers of reft"
 
     def keep(self, tk: Tokens, adv: Tensor) -> Tensor | None:
         return None if self.first == "train" else torch.arange(tk.mask.shape[1], device=tk.mask.device) > 0
@@ -262,8 +272,7 @@ class VocabDropout(Method, key="vocab_dropout", place="sampling", paper="2604.03
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor | None:
         if tk.rollout_logp is None:
             return None
-        policy = tk.logp if tk.old_logp is None else tk.old_logp
-        mass = (policy - tk.rollout_logp).clamp(-20, 0).exp()
+        mass = behaviour_ratio(tk, high=1)
         metrics["kept_mass"] = float(masked_mean(mass, tk.mask))
         return mass if self.correct else None
 
@@ -447,6 +456,11 @@ class Darling(DrGRPO, key="darling", paper="2509.02534"):
         super().__post_init__()
         self.needs = ("logp", "reward", "group", *(["outcome"] if self.diversity == "partition" else []))
 
+    def complaint(self, settings: Any) -> str:
+        if settings.reward != "length_penalty":
+            return ""
+        return "--reward length_penalty: darling multiplies rewards, and some would be below 0"
+
     def shape(self, tk: Tokens) -> Tensor:
         if bool((tk.reward < 0).any()):
             raise ValueError("darling: a reward is below 0, and times diversity would punish diverse errors")
@@ -468,8 +482,8 @@ class Darling(DrGRPO, key="darling", paper="2509.02534"):
     @staticmethod
     def partition(tk: Tokens) -> Tensor:
         """(B,) float64; 1 where the group has one response."""
-        _, size = group_index(tk.group)
-        size = size[group_index(tk.group)[0]].double()
+        index, size = group_index(tk.group)
+        size = size[index].double()
         return torch.where(size > 1, ((size - alike(tk)) / (size - 1).clamp(min=1)).clamp(min=0.1), 1)
 
 
@@ -1088,14 +1102,11 @@ class CWGRPO(
         with torch.enable_grad():  # of the whole batch at once: a micro-batch would not know σ
             logp = tk.logp.detach().double().requires_grad_()
             w = self.kernel(logp, adv, tk.mask, tk.group)
-            loss = torch.where(tk.mask, self.surrogate_of(tk, adv).double(), 0)
+            bounds = (self.eps_low, self.eps_high, self.dual_clip)
+            loss = torch.where(tk.mask, clipped_surrogate(tk.logp, tk.old_logp, adv, *bounds).double(), 0)
             total = weighted_sum(loss * w, self.coefficients(tk.mask, loss.dtype))
             through = torch.autograd.grad(total, logp)[0] if total.requires_grad else torch.zeros_like(logp)
         return {"through": through.to(adv.dtype)}
-
-    def surrogate_of(self, tk: Tokens, adv: Tensor) -> Tensor:
-        """(B, T): the values that the weights multiply."""
-        return clipped_surrogate(tk.logp, tk.old_logp, adv, self.eps_low, self.eps_high, self.dual_clip)
 
     def penalty(self, tk: Tokens, plan: Plan) -> Tensor | None:
         """The gradient through w: a sum whose value is 0."""

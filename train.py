@@ -1122,11 +1122,7 @@ def complaints(s: Settings, method: Method, device: torch.device, ranks: Ranks) 
             f"--engine {s.engine}: {method.key} chooses tokens itself, which vLLM does not allow and "
             "--mismatch would undo; use --engine torch --mismatch off"
         )
-    for m in members(method):
-        if s.group_size % getattr(m, "openers", 1):
-            yield f"--group-size {s.group_size}: must be a multiple of the {m.openers} openers of {m.key}"
-        if m.key == "darling" and s.reward == "length_penalty":
-            yield "--reward length_penalty: darling multiplies rewards, and some would be below 0"
+    yield from filter(None, (m.complaint(s) for m in members(method)))
     if s.ledger == "full" and (s.updates_per_rollout > 1 or sharded(s, device, ranks)):
         yield "--ledger full: needs --updates-per-rollout 1, one process, --dtype float32; else --ledger step"
 

@@ -341,7 +341,7 @@ def vllm(small: bool) -> None:
     rates: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(3):  # interleaved
         for way, work in ways.items():
-            rates[way].append(n * P * T / seconds_of(work, 1 if cuda else 1))
+            rates[way].append(n * P * T / seconds_of(work, 1))
     best = {way: max(x) for way, x in rates.items()}
     tell(name="rollout", tokens=n * P * T, **{f"{way}, tokens/s": rate for way, rate in best.items()})
     share, plain = (best["ours"] / best[way] for way in ("bare, with log-probs", "bare"))
@@ -416,16 +416,8 @@ def ends(rows: list[Row]) -> Row:
 
 def embedded(small: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "train.py",
-            "--method",
-            "grpo",
-            "opefo",
-            "--quiet",
-            "--out",
-            f"{folder}/run",
-        ]
+        words = ["train.py", "--method", "grpo", "opefo", "--quiet", "--out", f"{folder}/run"]
+        command = [sys.executable, *words]
         command += ["--device", "cpu" if small else "cuda", "--ledger-every", "5"]
         command += ["--steps", "3", "--eval-samples", "2", "--ledger-every", "1"] if small else []
         process = subprocess.Popen(
