@@ -52,6 +52,8 @@ if __name__ == "__main__":
         "| method, mean of 3 seeds | H, token 1 | H, token 2 | pass@1 | right routes in 32 draws |\n|---|"
         + "---|" * 4
     )
-    for spec in SPECS:
-        mean = torch.tensor([train(spec, seed) for seed in range(3)]).mean(0).tolist()
-        print(f"| `{spec}` | " + " | ".join(f"{x:.2f}" for x in mean) + " |", flush=True)
+    for spec, steps in [*((spec, 400) for spec in SPECS), ("entropy_bonus:alpha=0.5", 2000), ("opefo", 2000)]:
+        seeds = torch.tensor([train(spec, seed, steps) for seed in range(3)])
+        row = " | ".join(f"{x:.2f}" for x in seeds.mean(0).tolist())
+        each = ", ".join(f"{x:.1f}" for x in seeds[:, 3].tolist())
+        print(f"| `{spec}`{', 2,000 steps' * (steps > 400)} | {row} |   routes by seed: {each}", flush=True)
