@@ -517,6 +517,34 @@ def set_point_lambda(
     return 0.0 if P + Q == 0 else min(1.0, max(-1.0, (Q - P) / (Q + P) + push))  # (6.2)
 
 
+def neutral_step(
+    entropy_grad: Iterable[Tensor | None],
+    deltas: Iterable[Tensor],
+    preconditioner: Iterable[Tensor],
+    want: float = 0.0,
+) -> float:
+    """c of the entropy-neutral step: what an optimizer's step Δ lacks to change a batch's entropy by `want`.
+
+    Balance asks *which tokens* pay for entropy; a control should hold entropy and ask nothing. Of all changes
+    x with <g, Δ + x> = want, g = ∇H at θ, the one that is smallest in the optimizer's own measure <x, x/P> is
+    a multiple of P g (Cauchy-Schwarz), and by (5.1) the multiple is
+        θ' = θ + Δ + c P g,         c = (want - <g, Δ>)/<g, P g>                                         (6.5)
+    It holds the entropy of this batch's states exactly, momentum included, up to second order. It cannot hold
+    that of the next batch's. Let h be the gradient of the entropy of all states and g = h + n, n the batch's
+    own share, with <h, P n> = 0. At want = 0 entropy still changes by
+        <h, θ' - θ> = <h, Δ> - ρ <g, Δ> = (1 - ρ) <h, Δ> - ρ <n, Δ>,       ρ = <h, P h>/<g, P g>         (6.6)
+    ρ is the mean cosine (under P) of two batches' gradients: .58 as measured above leaves two fifths of the
+    drift, and Δ, made from this batch, leaves more through n. What holds a level is `want` = gain (H* - H).
+
+    All three in one order, preconditioner as from `adam_preconditioner`; None in `entropy_grad` (no
+    dependence) counts as 0. A gradient of 0 gives 0. Raises ValueError if lengths or shapes differ.
+    """
+    both = [(g, p, d) for g, p, d in zip(entropy_grad, preconditioner, deltas, strict=True) if g is not None]
+    grads = [g for g, _, _ in both]
+    size = entropy_directional_change(grads, [p * g for g, p, _ in both])
+    return (want - entropy_directional_change(grads, [d for _, _, d in both])) / size if size > 0 else 0.0
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 7. The law R = -a e^H + b
 

@@ -13,6 +13,7 @@ goes to the terminal.  No network: models have random weights, and what a missin
     tests      correctness: `pytest -m gpu`, tests/test_gpu.py
     head       entropy_math's chunked output head against the plain one: time, peak memory, sizes of a chunk
     step       a training step of train.py at the shapes of Qwen2.5-0.5B and 1.5B: seconds, MFU, peak memory
+    parts      where that step's time goes at 1.5 B: its parts timed apart, its kernels by kind
     vllm       rollouts against bare vLLM, push, sleep and wake, a push that never arrives
     embedded   the first command of the README on the GPU: grpo and opefo
     large      a policy of 50 M parameters on the embedded task: grpo and opefo, three seeds
@@ -62,6 +63,7 @@ ITEMS = (
     Item("tests", 150, "all pass"),
     Item("head", 60, "time at most 1.15 of the plain form, memory at most 1/8"),
     Item("step", 200, "MFU of 40 % in bfloat16 at 1.5 B"),
+    Item("parts", 120, "what a pass of 8,192 tokens costs, part by part"),
     Item("vllm", 200, "95 % of bare vLLM; push below 1 s; a push that never arrives is caught"),
     Item("embedded", 240, "opefo's entropy above grpo's"),
     Item("large", 300, "opefo's entropy above grpo's; ledger's r at least .95"),
@@ -297,6 +299,111 @@ def step(small: bool) -> None:
         f"1.5B: MFU {fine[0]['MFU']:.0%} as it comes, {best['MFU']:.0%} at best "
         f"(chunk {best['chunk']}, {best['budget']} tokens a pass), 64 x 8 x 1,024 tokens in "
         f"{whole.get('seconds', float('nan')):.1f} s; a large product: {rate / RATE:.0%} of the sheet's rate"
+    )
+
+
+KINDS = {  # of kernels: words in their names, the first that fits
+    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "mm"),
+    "attention": ("flash", "fmha", "attention"),
+    "optimizer": ("adam", "multi_tensor"),
+    "FSDP": ("nccl", "chunk_cat", "split_with_sizes"),
+    "softmax": ("softmax",),
+    "sums": ("reduce",),
+    "copies": ("memcpy", "memset", "copy", "cat", "gather", "index", "scatter"),
+    "other, element by element": ("",),
+}
+
+
+def parts(small: bool) -> None:
+    """One pass of the step at 1.5 B, its parts timed apart, then a whole step's kernels."""
+    pass_by_parts(small)
+    clean()
+    step_by_kernels(small)
+    clean()
+    if not small:
+        pass_by_parts(small, compiled=True)
+
+
+def pass_by_parts(small: bool, compiled: bool = False) -> None:
+    import torch
+
+    from entropy_math import head_token_stats
+
+    device, shape = ("cpu", SHAPES["tiny"]) if small else ("cuda", SHAPES["1.5B"])
+    rows, length, chunk = (2, 24, 2**12) if small else (8, 1024, 2**26)
+    model = build(shape, device).to(torch.bfloat16)
+    decoder, head = model.get_decoder(), model.get_output_embeddings().weight
+    ids = torch.randint(2, 100, (rows, length), device=device)
+    states = torch.randn(rows * length, shape.hidden_size, device=device, dtype=torch.bfloat16)
+    states.requires_grad_()
+
+    def layers() -> torch.Tensor:
+        return decoder(ids, use_cache=False).last_hidden_state
+
+    def top(chunk: int | None) -> torch.Tensor:
+        return head_token_stats(states, head, ids.flatten(), chunk=chunk).logp
+
+    def timed(part: str, work: Any, arithmetic: float) -> None:
+        for times in (1, 3):  # forward; forward and backward
+
+            def once(times: int = times) -> None:
+                with torch.set_grad_enabled(times == 3):
+                    out = work()
+                if times == 3:
+                    out.sum().backward()
+
+            seconds, begin = seconds_of(once), time.perf_counter()
+            once()
+            launched = time.perf_counter() - begin  # until the processor has handed all over
+            share = times * arithmetic / seconds / RATE
+            way = "forward" if times == 1 else "forward and backward"
+            tell(name="part", part=part, way=way, seconds=seconds, launched=launched, MFU=share)
+            model.zero_grad(set_to_none=True)
+
+    product = 2.0 * rows * length * shape.vocab_size * shape.hidden_size
+    rest = operations(shape, rows * length, length) / 3 - product
+    if compiled:
+        for layer in decoder.layers:
+            layer.compile()
+        return timed("layers, compiled", layers, rest)
+    timed("layers", layers, rest)
+    timed("head, plain", partial(top, None), product)
+    timed("head, chunked", partial(top, chunk), product)
+
+
+def step_by_kernels(small: bool) -> None:
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from train import train
+
+    device, shape = ("cpu", SHAPES["tiny"]) if small else ("cuda", SHAPES["1.5B"])
+    prompts, length, budget = (2, 24, 256) if small else (8, 1024, 8192)
+    run = canned_run(shape, device, prompts, length, budget)
+    run.policy.forward = partial(run.policy.forward, chunk=2**12 if small else None)
+    stepper, wait = train(run), (lambda: None) if small else torch.cuda.synchronize
+    next(stepper), next(stepper)
+    wait()
+    begin = time.perf_counter()
+    next(stepper)
+    wait()
+    seconds, spent = time.perf_counter() - begin, dict.fromkeys(KINDS, 0.0)
+    with profile(activities=[ProfilerActivity.CPU if small else ProfilerActivity.CUDA]) as found:
+        next(stepper)
+        wait()
+    times = {
+        e.key: (e.self_cpu_time_total if small else e.self_device_time_total) for e in found.key_averages()
+    }
+    for i, (key, micro) in enumerate(sorted(times.items(), key=lambda x: -x[1])):
+        kind = next(kind for kind, words in KINDS.items() if any(word in key.lower() for word in words))
+        spent[kind] += micro / 1e6
+        if i < 30:
+            tell(name="kernel", kernel=key[:90], kind=kind, seconds=micro / 1e6)
+    for kind, value in spent.items():
+        tell(name="kind", kind=kind, seconds=value, share=value / seconds)
+    verdict(
+        f"a step of {seconds:.2f} s keeps the device busy for {sum(spent.values()):.2f} s: "
+        + ", ".join(f"{kind} {value:.2f}" for kind, value in spent.items())
     )
 
 
@@ -538,11 +645,11 @@ def left() -> float:
     return float(os.environ.get("GPU_DAY_END", time.time() + 600)) - time.time()
 
 
-def run_item(item: Item, small: bool) -> Iterator[Row]:
+def run_item(item: Item, small: bool, limit: int) -> Iterator[Row]:
     """Its measurements as they come; at its limit it is killed with all that it started."""
     command = [sys.executable, __file__, "--child", item.name, *(["--small"] if small else [])]
     env = os.environ | {
-        "GPU_DAY_END": str(time.time() + item.limit),
+        "GPU_DAY_END": str(time.time() + limit),
         "HF_HUB_OFFLINE": "1",
         "MPLBACKEND": "Agg",
     }
@@ -557,7 +664,7 @@ def run_item(item: Item, small: bool) -> Iterator[Row]:
             start_new_session=True,
         )
         signal.signal(signal.SIGALRM, lambda *_: os.killpg(child.pid, signal.SIGKILL))
-        signal.alarm(item.limit)
+        signal.alarm(limit)
         try:
             for line in child.stdout:
                 if line.startswith("{"):
@@ -616,6 +723,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     names = [item.name for item in ITEMS]
     parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument("--limit", type=int, default=600, help="seconds that no item may exceed")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--small", action="store_true", help="on a processor, in two minutes")
@@ -652,7 +760,7 @@ def main() -> int:
             if item.name not in given.only:
                 continue
             begin, said = time.perf_counter(), "no verdict"
-            for row in run_item(item, given.small):
+            for row in run_item(item, given.small, min(item.limit, given.limit)):
                 book(item=item.name, **row)
                 said = row.get("verdict", said)
                 if "failed" in row and "err" in row:
