@@ -56,6 +56,8 @@ The first ten steps of OPEFO and the first of GRPO at 5e-6, seed 1, are of commi
 the one that made the rest differ from its by rounding (groups without contrast have no backward pass since).
 Added before the first run on pairs: those runs may be made on a GPU, in float32 as well; no table compares
 runs of the two tasks, and all runs on one task are of one kind of device.
+Added when all runs on pairs were done: table 5, how many of a problem's 8 right answers are different ones,
+since pass@8 turned out to reach 1 with every method.  It answers no question that was asked before.
 Stopping: the list below is worked off in its order; what is not done when machine time ends is said to be
 missing.
 """
@@ -194,7 +196,7 @@ def work(model: str, jobs: int, data: str, device: str) -> None:
             command = ["train.py", "--quiet", "--resume", str(item.folder.relative_to(ROOT))]
         print("$ python", shlex.join(command), flush=True)
         item.folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(item.folder.with_suffix(".log"), "a") as log:
+        with open(item.folder.with_name(item.folder.name + ".log"), "a") as log:
             end = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=log, stderr=log)
         if end.returncode:
             stop.set()
@@ -301,6 +303,17 @@ def against_the_line(runs: Runs) -> Table:
     return f"2. pass@{K} above GRPO's line at equal pass@1, mean over steps 20, 30, 40", rows, columns
 
 
+def diversity(runs: Runs) -> Table:
+    """Different right answers among the K, where a problem has many; mean over problems and seeds."""
+    rows, steps = [], range(0, STEPS + 1, EVERY)
+    for spec, seeds in runs.items():
+        found = np.array([[x["distinct_correct"] for x in r if "right" in x] for r in seeds.values()])
+        row = {"method": spec, "n": len(seeds), **dict(zip(map(str, steps), map(float, found.mean(0))))}
+        rows.append(row | {"ends": ", ".join(f"{x:.2f}" for _, x in sorted(zip(seeds, found[:, -1])))})
+    columns = {"method": "", "n": "n", **{str(x): f"step {x}" for x in steps}, "ends": "step 40, by seed"}
+    return f"5. Different right answers among {K}", rows, columns
+
+
 def set_point(runs: Runs) -> Table:
     """Question 3."""
     rows = []
@@ -362,28 +375,36 @@ def ledger(runs: Runs) -> Table:
 # 3. The figure
 
 
-def draw(runs: Runs, path: Path) -> None:
-    """Entropy, pass@1 and pass@8 of the methods with most seeds; their plane; the ledger of all runs."""
+def draw(runs: Runs, path: Path, many: bool) -> None:
+    """Entropy, pass@1 and pass@8 of the methods with most seeds; their plane, or where problems have many
+    right answers how many are found; the ledger of all runs."""
     labels = [
         ("Entropy on the training batch", "step", "nats per token"),
         (f"Held-out: pass@1 (circles), pass@{K} (triangles)", "step", "share of problems"),
-        ("First try against any try (square: end)", "pass@1", f"pass@{K}"),
+        (f"Different right answers among {K}", "step", "answers a problem")
+        if many
+        else ("First try against any try (square: end)", "pass@1", f"pass@{K}"),
         ("The ledger: change of entropy in one step", "predicted, nats", "measured, nats"),
     ]
     fig, axes = figure(12, 8.4, 2, 2, labels)
-    (entropy, progress), (plane, both) = axes
-    found = scores(runs)
+    (entropy, progress), (third, both) = axes
+    scored = scores(runs)
     for i, spec in enumerate(x for x in MAIN if x in runs):
         look, seeds = style(i), runs[spec]
         curves = pd.concat([series(r, "entropy") for r in seeds.values()], axis=1)
         entropy.plot(curves, alpha=0.25, linewidth=0.8, color=look["color"])
         entropy.plot(curves.mean(axis=1), label=f"{spec} ({len(seeds)})", **look)
         steps = range(0, STEPS + 1, EVERY)
-        points = np.array([middle(found[spec, step]) for step in steps])
+        points = np.array([middle(scored[spec, step]) for step in steps])
         progress.plot(steps, points[:, 0], marker="o", markersize=4, **look)
         progress.plot(steps, points[:, 1], marker="^", markersize=4, **look)
-        plane.plot(*points.T, marker="o", markersize=4, **look)
-        plane.plot(*points[-1:].T, marker="s", markersize=8, color=look["color"])
+        if many:
+            found = [[x["distinct_correct"] for x in r if "right" in x] for r in seeds.values()]
+            third.plot(steps, np.transpose(found), alpha=0.25, linewidth=0.8, color=look["color"])
+            third.plot(steps, np.mean(found, 0), marker="o", markersize=4, **look)
+        else:
+            third.plot(*points.T, marker="o", markersize=4, **look)
+            third.plot(*points[-1:].T, marker="s", markersize=8, color=look["color"])
         booked = pd.concat([pd.DataFrame(r) for r in seeds.values()])
         both.plot(booked["dH_predicted"], booked["dH_measured"], ".", color=look["color"])
     low, high = both.get_xlim()
@@ -406,11 +427,10 @@ def report() -> None:
             f"--data {data}: {sum(map(len, runs.values()))} runs; missing: {', '.join(missing) or 'none'}"
         )
         if runs:
-            for title, rows, columns in (
-                f(runs) for f in (trajectories, against_the_line, set_point, ledger)
-            ):
+            tables = [trajectories, against_the_line, set_point, ledger, *[diversity] * (data == "pairs")]
+            for title, rows, columns in (f(runs) for f in tables):
                 text.append(f"{title}\n\n{shown(rows, columns)}" if rows else f"{title}: no run")
-            draw(runs, HERE / ("smollm2.png" if data == items()[0].data else f"smollm2_{data}.png"))
+            draw(runs, HERE / ("smollm2_pairs.png" if data == "pairs" else "smollm2.png"), data == "pairs")
     text.append("commits: " + ", ".join(sorted({r["commit"] for r in done.values()})))
     (HERE / "smollm2.txt").write_text("\n\n".join(text) + "\n")
     print("\n\n".join(text))
