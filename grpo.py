@@ -50,7 +50,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad as pad_right
 
-from entropy_math import TokenStats, exact_score, head_token_stats
+from entropy_math import TokenStats, exact_score, head_token_stats, token_stats
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. The thing that flows, and what a policy says of it
@@ -77,6 +77,7 @@ class Tokens:
     entropy: Tensor | None = None  # (B, T) H(π(.|s_t)) over the full vocabulary, nats
     p2: Tensor | None = None  # (B, T) Σ_v p_v²
     p2logp: Tensor | None = None  # (B, T) Σ_v p_v² log p_v
+    topk_logp: Tensor | None = None  # (B, T, K) of the K most likely tokens, falling, with the gradient
     old_logp: Tensor | None = None  # (B, T) behaviour policy at the start of the update; None: on-policy
     ref_logp: Tensor | None = None  # (B, T) frozen reference policy, for methods that need one
     proxy_logp: Tensor | None = None  # (B, T) under Lp-Reg's proxy policy, -inf where filtered
@@ -101,10 +102,13 @@ class Tokens:
 
     def clean(self) -> Tokens:
         """Zeros, without a gradient, where the mask is False."""
-        per_token = self.mask.shape
-        return self._map(
-            lambda v: torch.where(self.mask, v, 0) if v.shape == per_token and v.is_floating_point() else v
-        )
+
+        def zeroed(v: Tensor) -> Tensor:
+            if v.shape[:2] != self.mask.shape or not v.is_floating_point():
+                return v
+            return torch.where(self.mask if v.dim() == 2 else self.mask.unsqueeze(-1), v, 0)
+
+        return self._map(zeroed)
 
     @property
     def stats(self) -> TokenStats:
@@ -160,11 +164,13 @@ class Policy(nn.Module):
         entropy_grad: bool = False,
         chunk: int | None = 0,
         of_logits: Callable[[Tensor, Tensor], Tensor] | None = None,
+        topk: int = 0,
     ) -> dict[str, Tensor]:
         """logp, entropy, p2 and p2logp of every response token, each (B, T), 0 where masked; so
         `replace(tokens, **policy(tokens))` is scored. Only the hidden states of response tokens, packed, go
         through the output head, in chunks: no (B, T, V) tensor exists. `of_logits`, of (N, V) logits /
-        temperature and (N,) ids, asks for another (N,) that needs all logits at once.
+        temperature and (N,) ids, asks for another (N,), `topk` for topk_logp besides: both need all logits at
+        once.
         """
         row, col = tokens.mask.nonzero(as_tuple=True)  # (N,)
         head, length = self.model.get_output_embeddings(), int(tokens.lengths.max())
@@ -177,12 +183,19 @@ class Policy(nn.Module):
             else:
                 packed = shared[row, col]
         ids = tokens.ids[row, col]
+        if of_logits is not None or topk:
+            logits = head(packed)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         if of_logits is not None:
-            found = {"of_logits": of_logits(head(packed).float() / temperature, ids)}
+            found = {"of_logits": of_logits(logits, ids)}
+        elif topk:
+            best = logits.topk(min(topk, logits.shape[-1])).values - logits.logsumexp(-1, keepdim=True)
+            found = {**vars(token_stats(logits, ids, entropy_grad=entropy_grad)), "topk_logp": best}
         else:
             stats = head_token_stats(packed, head.weight, ids, temperature, head.bias, chunk, entropy_grad)
             found = vars(stats)
-        return {k: x.new_zeros(tokens.mask.shape).index_put((row, col), x) for k, x in found.items()}
+        shape = tokens.mask.shape
+        return {k: x.new_zeros((*shape, *x.shape[1:])).index_put((row, col), x) for k, x in found.items()}
 
     def _hidden_of_groups(self, full_ids: Tensor, start: Tensor, length: int) -> Tensor | None:
         """(B, length, D): the hidden states that predict the response tokens. Every prompt is read once for
@@ -559,6 +572,7 @@ class Method:
     needs: ClassVar[tuple[str, ...]] = ("logp",)  # fields of Tokens beyond ids, mask, reward, group
     on_policy: ClassVar[bool] = True  # False: its clip or penalty does nothing strictly on-policy
     entropy_grad: ClassVar[bool] = False  # True: the loss differentiates the entropy, which needs its graph
+    topk: ClassVar[int] = 0  # K of Tokens.topk_logp, for methods that need it
     refill: ClassVar[bool] = False  # True: the loop samples until `select` has kept enough whole groups
     without: ClassVar[tuple[str, ...]] = ()  # inherited hyperparameters that this method has no use for
     state: ClassVar[dict[str, Any]] = {}  # numbers that live across steps: name -> start, or a field's name

@@ -1443,6 +1443,60 @@ class BAPO(
         return dual_clip_factor(torch.where(clipped, 0, r), adv, self.dual_clip)
 
 
+class SimKO(
+    Method, key="simko", place="ratio", paper="2510.14807",
+    needs=(*ENTROPY, "topk_logp", "reward", "group"),
+):  # fmt: skip
+    """Share the push on a right token with the most likely ones, and punish a wrong favourite more. [code]
+    CLR-Lab/SimKO, `compute_policy_loss`; active on-policy, and the only method that pushes tokens that nobody
+    drew. Only where a response is unsure: H above its tau-quantile in the response.
+
+        right, unsure:  log r gets the slope of (1 - alpha) log π(y) + (alpha/K) Σ_k log π_k            (3.49)
+        wrong, unsure, y the most likely token:  A <- lam A
+
+    The value of r stays, so the clip does, and a clipped token loses the push of the K as well. Exact flow of
+    a shared token: A [(1 - alpha) T_y + (alpha/K) Σ_k T_k]; the ledger's tabular flow sees the first term. At
+    alpha = .01 a token that is not y gets at most 1/300 of the push. Costs all logits at once.
+    """
+
+    k: Count = 3
+    """how many of the most likely tokens share"""
+    alpha: Share = 0.01
+    """their share of the push; 0 with lam=1 is plain GRPO"""
+    tau: Share = 0.8
+    """quantile of the entropies of a response above which its tokens count as unsure"""
+    lam: AtLeastOne = 1.1
+    """factor on the advantage of a wrong most likely token"""
+
+    @property
+    def topk(self) -> int:
+        return self.k
+
+    def unsure(self, tk: Tokens) -> Tensor:
+        """(B, T) bool."""
+        edge = torch.where(tk.every, tk.entropy, math.nan).nanquantile(self.tau, dim=1, keepdim=True)
+        return tk.mask & (tk.entropy > edge)
+
+    def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
+        favourite = tk.logp >= tk.topk_logp[..., 0] - 1e-4  # the same number but for rounding
+        punished = self.unsure(tk) & (adv < 0) & favourite
+        return torch.where(punished, self.lam, 1.0)
+
+    def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
+        shared = self.unsure(tk) & tk.solved[:, None]
+        metrics["shared"] = float(masked_mean(shared.float(), tk.mask))
+        return {"shared": shared}
+
+    def factor(self, tk: Tokens, adv: Tensor, marks: dict[str, Tensor] | None = None) -> Tensor:
+        shared = (marks or self.mark(tk, adv, {}))["shared"]
+        return torch.where(shared, 1 - self.alpha, 1.0) * super().factor(tk, adv)
+
+    def surrogate(self, tk: Tokens, plan: Plan) -> Tensor:
+        own, others = (x - x.detach() for x in (tk.logp, tk.topk_logp.mean(-1)))  # 0, with a slope
+        mixed = torch.where(plan.marks["shared"], tk.logp + self.alpha * (others - own), tk.logp)
+        return super().surrogate(replace(tk, logp=mixed), plan)
+
+
 class CEGPPO(FromFactor, key="ce_gppo", place="ratio", paper="2509.20712", on_policy=False):
     """Tokens that PPO clips keep a bounded share of their gradient. [code] Kwai-Klear/CE-GPPO. (b1, b2): 7B
     (.75, 1), 1.5B (.5, 1), config (.25, 1); both 0: PPO's gradient; b2 = 1: continuous at 1 + eps_high.
@@ -1887,6 +1941,10 @@ class Composite(Method):
         return any(m.entropy_grad for m in self.members)
 
     @property
+    def topk(self) -> int:
+        return max(m.topk for m in self.members)
+
+    @property
     def loss_norm(self) -> float | None:
         own = (m.loss_norm for m in self.members if m.overrides("loss_norm"))
         return next(own, self.progress.max_length)
@@ -1914,7 +1972,7 @@ METHODS: dict[str, type[Method]] = {c.key: c for c in (
     Method, EntropyBonus, AdaptiveEntropy, RefKL, ProRL, DAPO, ClipHigher, ClipCov, KLCov, HighEntropyTokens,
     PAR, RandPosClip, WReinforce, PSR, NSR, EntropyAdvantage, STEER, OPEFO, PAPO, CWGRPO, Entrocraft, STARE,
     EntroPIC, CISPO, DrGRPO, GSPO, QAE, HTPO, AEM, MixedCUTS, CEGPPO, LpReg, REPO, AsymGRPO, MaxRL, PassK,
-    Unlikely, UCPO, MCPO, AR, SAPO, BAPO, ReFT, VocabDropout, Darling, OutcomeExploration,
+    Unlikely, UCPO, MCPO, AR, SAPO, BAPO, ReFT, VocabDropout, Darling, OutcomeExploration, SimKO,
 )}  # fmt: skip
 
 
@@ -2119,6 +2177,7 @@ def check_trl(trainer: Any, method: Method) -> None:
         (method.overrides("sample"), "TRL samples, not the method"),
         (method.overrides("reset_reference"), "TRL keeps reference and optimizer; use ref_kl"),
         ("proxy_logp" in method.needs, "the logits of the policy that sampled are not kept"),
+        ("topk_logp" in method.needs, "its log-probabilities are of the tokens that were drawn"),
         ("outcome" in method.needs, "it does not say which responses have the same answer"),
         ("ref_logp" in method.needs and not a.beta, "give GRPOConfig(beta=1.0), for a reference"),
         (set_too, f"the method makes the objective; leave GRPOConfig.{', '.join(set_too)} at the default"),

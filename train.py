@@ -267,13 +267,11 @@ class Passes:
 
 
 @torch.no_grad()
-def score_batch(
-    run: Run, tokens: Tokens, policy: Policy | None = None, of_logits: Callable[..., Tensor] | None = None
-) -> dict[str, Tensor]:
+def score_batch(run: Run, tokens: Tokens, policy: Policy | None = None, **what: Any) -> dict[str, Tensor]:
     """What `Policy.forward` returns, without gradient; of the run's policy if no other is given."""
     passes, parts = Passes(run, tokens), []
     for rows, own in passes:
-        found = (policy or run.policy)(tokens.rows(rows), run.settings.temperature, of_logits=of_logits)
+        found = (policy or run.policy)(tokens.rows(rows), run.settings.temperature, **what)
         parts += [found] if own else []
     return {key: passes.join([p[key] for p in parts]) for key in parts[0]} if parts else {}
 
@@ -319,7 +317,8 @@ class Update:
         self.ledger = ledger if ledger and ledger.shared else None
         self.metrics, self.forces, self.flows, self.plan = {"loss": 0.0}, [], [], None
         if len(self.passes.rows) > 1 or run.ranks.world > 1:
-            stats = replace(batch, **score_batch(run, batch), full_ids=None, start=None)
+            found = score_batch(run, batch, topk=run.method.topk)
+            stats = replace(batch, **found, full_ids=None, start=None)
             stats, self.first = run.ranks.gather(stats)  # where this rank's rows begin
             self._make_plan(stats)
 
@@ -353,7 +352,8 @@ class Update:
     def _score(self, part: Tokens, entropy_grad: bool) -> dict[str, Tensor]:
         """`Policy.forward`.  Groups without a contrast, if they are many, get a graph of their own: their
         advantages are 0, so without a penalty they need no backward pass."""
-        score = lambda x: self.run.policy(x, self.run.settings.temperature, entropy_grad)  # noqa: E731
+        how = {"temperature": self.run.settings.temperature, "entropy_grad": entropy_grad}
+        score = partial(self.run.policy, **how, topk=self.run.method.topk)
         alike = grpo.without_contrast(part.reward, part.group)
         whole = weights_are_split(self.run) or self.run.method.overrides("penalty")
         if whole or not 0.25 <= float(alike.float().mean()) < 1:

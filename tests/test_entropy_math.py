@@ -870,6 +870,58 @@ def test_eq_6_3_and_6_4_balance_drifts_and_feedback_holds():
     assert offsets[1] < 0.6 * offsets[0]  # (6.4): the offset shrinks with the gain
 
 
+def _states(seed, n=6, vocab=5):
+    """Logits of a table, ∇ of its mean entropy, a step and a preconditioner: each two tensors, like a model's."""
+    g = torch.Generator().manual_seed(seed)
+    z, step = torch.randn(2, n, vocab, generator=g, dtype=torch.float64)
+    scale = torch.rand(n, vocab, generator=g, dtype=torch.float64) + 0.1
+    return z, em.entropy_gradient(z) / n, step, scale
+
+
+@given(seeds, st.sampled_from([0.0, 0.3, -2.0]))
+def test_eq_6_5_holds_the_entropy_of_the_batch_to_second_order(seed, want):
+    z, grad, step, scale = _states(seed)
+    for eta in (1e-2, 1e-3, 1e-4):
+        parts = [x.split(2) for x in (grad, eta * step, scale)]
+        moved = eta * step + em.neutral_step(*parts, want=eta * want) * scale * grad
+        change = float((em.entropy(z + moved) - em.entropy(z)).mean())
+        assert abs(change - eta * want) <= 3 * float(moved.square().sum(-1).mean())  # curvature, (1.4)
+        assert float((grad * moved).sum()) == pytest.approx(eta * want, abs=1e-15)
+
+
+@given(seeds)
+def test_eq_6_5_is_the_smallest_correction_in_the_optimizers_measure(seed):
+    _, grad, step, scale = _states(seed)
+    c = em.neutral_step([grad], [step], [scale])
+    ours = c * scale * grad
+    other = torch.randn(grad.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    other -= grad * (grad * other).sum() / grad.square().sum()  # moves entropy by nothing
+    assert ((ours + other).square() / scale).sum() >= (ours.square() / scale).sum()
+
+
+@given(seeds)
+def test_eq_6_6_what_the_next_batch_sees(seed):
+    """With <h, P n> = 0 the sentence is an identity, of which the docstring has the mean."""
+    _, h, step, scale = _states(seed)
+    n = torch.randn(h.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64) / 9
+    n -= h * (h * scale * n).sum() / (h * scale * h).sum()
+    g = h + n
+    moved = step + em.neutral_step([g], [step], [scale]) * scale * g
+    rho = (h * scale * h).sum() / (g * scale * g).sum()
+    want = (1 - rho) * (h * step).sum() - rho * (n * step).sum()
+    assert torch.allclose((h * moved).sum(), want, atol=1e-12) and 0 < rho < 1
+
+
+def test_eq_6_5_edges():
+    grad, step, scale = torch.zeros(3), torch.ones(3), torch.ones(3)
+    assert em.neutral_step([grad, None], [step, step], [scale, scale], want=1.0) == 0.0
+    assert em.neutral_step([None, scale], [step, step], [scale, 2 * scale]) == -0.5
+    with pytest.raises(ValueError):
+        em.neutral_step([grad], [step, step], [scale])
+    with pytest.raises(ValueError, match="shape"):
+        em.neutral_step([torch.ones(3)], [torch.ones(1)], [torch.ones(3)])
+
+
 # 7. the law, and agreement ----------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
@@ -62,6 +63,7 @@ ACTIVE = {
     "vocab_dropout": {"correct": True},
     "darling": {"diversity": "partition"},
     "cw_grpo": {"form": "released"},
+    "simko": {"alpha": 0.5, "tau": 0.3, "lam": 2},
 }
 RANDOM = ("clip_cov", "rand_pos_clip")
 
@@ -103,7 +105,8 @@ def make(seed, B=24, T=6, V=7, G=4, off=False, dtype=F64, low=1):
 
     def tokens(z=logits):
         s = token_stats(z, ids)
-        return replace(fixed, logp=s.logp, entropy=s.entropy, p2=s.p2, p2logp=s.p2logp)
+        scored = replace(fixed, logp=s.logp, entropy=s.entropy, p2=s.p2, p2logp=s.p2logp)
+        return replace(scored, topk_logp=z.log_softmax(-1).topk(min(3, V)).values)
 
     return logits, tokens
 
@@ -198,8 +201,9 @@ def test_u3_padding_content_and_width_do_not_matter(key, off):
         if v.dim() < 2:
             return v
         bad = {torch.bool: False, torch.int64: 3}.get(v.dtype, math.nan)
-        v = v if v.dtype == torch.bool else torch.where(tk.mask, v, bad)
-        return torch.cat([v, torch.full((24, 3), bad, dtype=v.dtype)], 1)
+        mask = tk.mask if v.dim() == 2 else tk.mask[..., None]
+        v = v if v.dtype == torch.bool else torch.where(mask, v, bad)
+        return torch.cat([v, torch.full((24, 3, *v.shape[2:]), bad, dtype=v.dtype)], 1)
 
     got = gradient(logits, tk._map(pad), active(key))
     assert got.isfinite().all()
@@ -240,6 +244,7 @@ NEUTRAL = {  # hyperparameters that make the method plain GRPO, and whether that
     "reft": ({}, True),  # the loss is the same, what is sampled is not
     "vocab_dropout": ({"share": 1}, True),
     "outcome_exploration": ({"c": 0}, True),
+    "simko": ({"alpha": 0, "lam": 1}, True),
 }
 
 
@@ -256,7 +261,7 @@ def test_u4_neutral_hyperparameters_give_grpo(key, off):
 @both_policies
 def test_u5_weights_and_selections_carry_no_gradient(key, off):
     _, tokens = make(6, off=off)
-    names = ("logp", "entropy", "p2", "p2logp", "ref_logp", "proxy_logp", "rollout_logp")
+    names = ("logp", "entropy", "p2", "p2logp", "ref_logp", "proxy_logp", "rollout_logp", "topk_logp")
     leaves = {n: getattr(tokens(), n).detach().requires_grad_() for n in names}
     method = active(key)
     plan = plan_update(replace(tokens(), **leaves), method)
@@ -266,6 +271,7 @@ def test_u5_weights_and_selections_carry_no_gradient(key, off):
     grads = dict(zip(names, torch.autograd.grad(loss, leaves.values(), allow_unused=True), strict=True))
     allowed = {"logp"} | ({"entropy"} if method.entropy_grad else set())
     allowed |= {"ref_logp", "proxy_logp"} & set(method.needs)  # constants of a penalty, not of a weight
+    allowed |= {"topk_logp"} & set(method.needs)  # simko pushes these tokens
     for name in set(names) - allowed:
         assert grads[name] is None or (grads[name] == 0).all(), name
 
@@ -1421,6 +1427,50 @@ def test_eq_3_24_htpo_rules_by_group_of_token(slip):
     assert factor(True, False, False, -1.0) == factor(False, False, False, -1.0) == ppo_down
     assert factor(True, False, True, -1.0) == factor(False, False, True, -1.0) == [-0.8, 1.0, 2.0]
     assert factor(True, True, True, 1.0) == pytest.approx([-2.0 if slip else 2.0, 1.0, -1.28])
+
+
+def _simko(seed, **options):
+    """Leaf logits, their batch, gradients of simko and of plain GRPO, and H above its quantile by numpy."""
+    logits, tokens = make(seed, B=16, T=8, V=6, low=1)
+    options = {"alpha": 0.4, "tau": 0.5, "lam": 1, "k": 3} | options
+    tk = replace(tokens(), topk_logp=logits.log_softmax(-1).topk(min(options["k"], 6)).values)
+    unsure = torch.zeros_like(tk.mask)
+    for i, m in enumerate(tk.mask):
+        nats = tk.entropy[i, m].detach().numpy()
+        unsure[i, m] = torch.tensor(nats > np.quantile(nats, options["tau"]))
+    return logits, tk, gradient(logits, tk, build("simko", **options)), gradient(logits, tk, Method()), unsure
+
+
+@given(seeds, st.floats(0, 1), st.integers(1, 9), st.floats(0, 1))
+def test_eq_3_49_simko_gives_a_share_of_the_push_to_the_most_likely_tokens(seed, alpha, k, tau):
+    logits, tk, got, plain, unsure = _simko(seed, alpha=alpha, k=k, tau=tau)
+    p, shared = logits.softmax(-1).detach(), unsure & tk.correct[:, None]
+    assert torch.equal(got[~shared], plain[~shared]) and got.sum(-1).abs().max() < 1e-15
+    one = torch.nn.functional.one_hot(tk.ids, 6)
+    best = torch.zeros_like(p).scatter(-1, p.topk(min(k, 6)).indices, 1 / min(k, 6))
+    plan = plan_update(tk, Method())
+    push = (1 - alpha) * one + alpha * best - p  # (2.1), of the mixture
+    want = -(plan.coef * plan.adv).unsqueeze(-1) * push
+    assert torch.allclose(got[shared], want[shared], atol=1e-12)
+
+
+def test_eq_3_49_simko_value_and_edges():
+    _, tk, _, _, unsure = _simko(3)
+    assert policy_loss(tk, build("simko", alpha=0.4, tau=0.5, lam=1))[0] == policy_loss(tk, Method())[0]
+    assert not unsure[tk.lengths == 1].any() and (tk.lengths == 1).any() and unsure.any()
+    all_in = _simko(3, alpha=1, k=6, tau=0)  # towards the uniform policy, whatever was drawn
+    logits, tk, got, _, unsure = all_in
+    shared, plan = unsure & tk.correct[:, None], plan_update(tk, Method())
+    want = -(plan.coef * plan.adv).unsqueeze(-1) * (1 / 6 - logits.softmax(-1).detach())
+    assert torch.allclose(got[shared], want[shared], atol=1e-12) and shared.any()
+
+
+def test_eq_3_49_simko_punishes_a_wrong_favourite_where_unsure():
+    logits, tk, got, plain, unsure = _simko(5, alpha=0, lam=2)
+    adv = plan_update(tk, Method()).adv
+    punished = unsure & (adv < 0) & (tk.ids == logits.argmax(-1))
+    assert torch.allclose(got[punished], 2 * plain[punished], atol=1e-15) and punished.any()
+    assert torch.equal(got[~punished], plain[~punished])
 
 
 @pytest.mark.parametrize("a", [1.0, -1.0])

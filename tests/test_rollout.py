@@ -406,6 +406,23 @@ def test_what_a_method_asks_of_the_logits_themselves_comes_in_place(model):
     torch.testing.assert_close(got["of_logits"], want["logp"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("k", [1, 3, 1000])
+def test_the_most_likely_tokens_come_with_their_gradient(double, k):
+    """topk_logp of Policy.forward against the model's own logits; the other statistics stay as they are."""
+    out = drawn(double, PROMPTS, 3, 6, seed=4)
+    got, want = Policy(double)(out, 0.8, topk=k), Policy(double)(out, 0.8)
+    all_logp = (double(out.full_ids).logits / 0.8).log_softmax(-1)
+    row, col = out.mask.nonzero(as_tuple=True)
+    best = all_logp[row, out.start[row] + col].sort(-1, descending=True).values[:, :k]
+    torch.testing.assert_close(got["topk_logp"][out.mask], best, rtol=0, atol=1e-9)
+    assert (got["topk_logp"][~out.mask] == 0).all()
+    for name, x in want.items():
+        torch.testing.assert_close(got[name], x, rtol=0, atol=1e-9)
+    head = double.get_output_embeddings().weight
+    slopes = [torch.autograd.grad(x.sum(), head, retain_graph=True)[0] for x in (got["topk_logp"], best)]
+    torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-4)  # the layers' norms compute in float32
+
+
 @given(st.integers(0, 2**20), st.integers(0, 5), st.sampled_from([0, 1]))
 @settings(max_examples=15)
 def test_scoring_ignores_padding_content_padding_width_and_row_order(double, seed, extra, pad):
