@@ -11,8 +11,10 @@ N is the number of response tokens of the update batch, and the denominator unle
 Every statistic obeys grpo's scope rule and is of the policy before the step, detached. `f` is a token's
 predicted entropy change (entropy_math) under the advantage that really acts on it, I_clip r A.
 
-Left out: what trainers do around a method (critics, several turns, curricula), and methods that change the
-model or decoding.
+Left out: what trainers do around a method (critics, several turns, curricula); methods that change the
+model or decoding; HEAL (2604.17928), whose bonus compares the entropies of a response with those of a second,
+general task in the same batch, where --data names one task; GTPO, ERC and Archer, whose ideas stand in
+neighbours (qae, the clips, htpo); AER and SPS, whose equations are not public or contradict each other.
 
     python interventions.py       what every method does to one batch: a table, and runs/interventions.png
 """
@@ -2177,7 +2179,7 @@ def check_trl(trainer: Any, method: Method) -> None:
         (method.overrides("sample"), "TRL samples, not the method"),
         (method.overrides("reset_reference"), "TRL keeps reference and optimizer; use ref_kl"),
         ("proxy_logp" in method.needs, "the logits of the policy that sampled are not kept"),
-        ("topk_logp" in method.needs, "its log-probabilities are of the tokens that were drawn"),
+        ("topk_logp" in method.needs, "it has log-probabilities of the tokens drawn and of no others"),
         ("outcome" in method.needs, "it does not say which responses have the same answer"),
         ("ref_logp" in method.needs and not a.beta, "give GRPOConfig(beta=1.0), for a reference"),
         (set_too, f"the method makes the objective; leave GRPOConfig.{', '.join(set_too)} at the default"),

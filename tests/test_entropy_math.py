@@ -871,7 +871,7 @@ def test_eq_6_3_and_6_4_balance_drifts_and_feedback_holds():
 
 
 def _states(seed, n=6, vocab=5):
-    """Logits of a table, ∇ of its mean entropy, a step and a preconditioner: each two tensors, like a model's."""
+    """Logits of a table, ∇ of its mean entropy, a step, a preconditioner."""
     g = torch.Generator().manual_seed(seed)
     z, step = torch.randn(2, n, vocab, generator=g, dtype=torch.float64)
     scale = torch.rand(n, vocab, generator=g, dtype=torch.float64) + 0.1

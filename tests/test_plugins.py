@@ -248,6 +248,7 @@ def test_trl_response_without_a_score_has_no_gradient_and_no_part_in_the_baselin
         ("mixed_cuts", {}, "TRL samples"),
         ("lp_reg", {}, "the logits of the policy that sampled"),
         ("outcome_exploration", {}, "which responses have the same answer"),
+        ("simko", {}, "of the tokens drawn and of no others"),
         ("prorl", {"beta": 1.0}, "use ref_kl"),
         ("opefo+ref_kl", {}, "for a reference"),
         ("opefo", {"epsilon": 0.1}, "GRPOConfig.epsilon"),

@@ -22,7 +22,7 @@ TEXTS = (README, STUDY, ROOT / "tests" / "exercises" / "README.md")
 def outcome(key: str) -> str:
     """What the study's first table in results/README.md says of a method: its entropy in the end, and D1."""
     first = STUDY.read_text().partition("What the papers report")[0]
-    rows = re.findall(r"^\| `([^`]+)` \|(.*)\|$", first, re.MULTILINE)
+    rows = re.findall(r"^\| `([^`]+)`(?: †)? \|(.*)\|$", first, re.MULTILINE)
     found = {name: [cell.strip() for cell in row.split("|")] for name, row in rows}
     name = key if key in found else f"{key}:x4"
     if name not in found:
