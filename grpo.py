@@ -81,6 +81,7 @@ class Tokens:
     old_logp: Tensor | None = None  # (B, T) behaviour policy at the start of the update; None: on-policy
     ref_logp: Tensor | None = None  # (B, T) frozen reference policy, for methods that need one
     proxy_logp: Tensor | None = None  # (B, T) under Lp-Reg's proxy policy, -inf where filtered
+    teacher_logp: Tensor | None = None  # (B, T) after RLRT's longer prompt, -inf in rows that have none
     # filled by the loop and by `plan_update`
     adv: Tensor | None = None  # (B, T) advantage; None: the method computes it from reward and group
     mismatch: Tensor | None = None  # (B, T) detached weight (2.17) - (2.19), multiplies the surrogate

@@ -1279,6 +1279,55 @@ class AR(Method, key="ar", place="weight", paper="2505.12929", needs=("logp",)):
         return 1 - self.alpha + self.alpha * (tk.logp if tk.old_logp is None else tk.old_logp).exp()
 
 
+def asked_again(tokens: Tokens, chance: torch.Generator, room: float = math.inf) -> tuple[Tensor, Tokens]:
+    """Right responses behind a longer prompt: the prompt, another right response to it, the prompt again, all
+    in token ids. The other one is drawn from the group, among those with which the row has at most `room`
+    tokens. (N,) the rows for which there is one, and these N responses."""
+    device, width = tokens.ids.device, tokens.full_ids.shape[1]
+    end = (tokens.start + 1 + tokens.lengths).cpu()  # of prompt and response, in each row
+    right, group = tokens.solved.cpu(), tokens.group.cpu()
+    pair = right & right[:, None] & (group == group[:, None]) & (end + end[:, None] <= room)
+    pair &= ~torch.eye(len(end), dtype=torch.bool)
+    rows = pair.any(1).nonzero()[:, 0]
+    other = torch.multinomial(pair[rows].float(), 1, generator=chance)[:, 0].to(device)
+    rows, end = rows.to(device), end.to(device)
+    column, seam = torch.arange(2 * width, device=device), end[other][:, None]
+    row = torch.where(column < seam, other[:, None], rows[:, None])
+    place = torch.where(column < seam, column, column - seam).clamp(max=width - 1)
+    own = tokens.rows(rows)
+    return rows, replace(own, full_ids=tokens.full_ids[row, place], start=own.start + end[other])
+
+
+class RLRT(
+    Method, key="rlrt", place="weight", paper="2605.10781", needs=("logp", "teacher_logp", "reward", "group")
+):
+    """Weigh tokens of right responses by how much less likely another right one, read first, makes them.
+    [second-hand], two notes with equations; the teacher's prompt is not public and a [reconstruction]
+    (`asked_again`): the prompt, another right response of the group with its EOS, the prompt again.
+
+        D = log π_old(y) - log π_old(y | prompt, other right response, prompt)
+        w = 1 + lam (clip(e^(D sgn A), 1 - e, 1 + e) - 1) if R = 1, else 1                              (3.41)
+
+    R = 1 implies A >= 0: the sign is decoration. Without the gate R = 1 the authors see a collapse after some
+    40 steps. The other response shows the answer, so D also measures what anyone would know who has read it.
+    The mean of w is not 1, and the clip is lopsided: at e = 1 it cuts above only. w = 1 where there is no
+    other right response, or the row would exceed the model's context. Costs a pass over the longer rows.
+    The embedded model was never asked twice and is a poor teacher: most of its D stand on the upper clip.
+    """
+
+    lam: Share = 0.5
+    """share of the weight in the advantage; 0 is plain GRPO"""
+    e: Positive = 1.0
+    """half width of the clip around 1; the paper has .5 for instruct models, .2 for thinking models"""
+
+    def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
+        student = tk.logp if tk.old_logp is None else tk.old_logp
+        taught = tk.solved[:, None] & (tk.teacher_logp > -math.inf)
+        d = torch.where(taught, student - tk.teacher_logp, 0)
+        w = (d * adv.sign()).exp().clamp(1 - self.e, 1 + self.e)
+        return 1 + self.lam * (w - 1)
+
+
 class AEM(Method, key="aem", place="weight", paper="2605.00425", needs=ENTROPY):
     """Reconstruction: responses of low mean entropy count more, whatever their sign. Theory [second-hand],
     formula [reconstruction] in the style of EMPG (2509.09265); the paper's scaling is not known. Explores
@@ -1834,7 +1883,7 @@ EXCLUSIVE = (  # one of the first with one of the second: no hook is overridden 
     ({"entropy_bonus"}, {"adaptive_entropy"}, "both put a coefficient on the same entropy term"),
     ({"ref_kl"}, {"prorl"}, "prorl contains the KL term of ref_kl"),
     ({"psr", "nsr"}, {"clip_cov", "kl_cov", "cw_grpo"}, "one advantage is left, whose covariance is 0"),
-    ({"nsr"}, {"par", "rand_pos_clip"}, "nsr leaves no positive advantage to weigh"),
+    ({"nsr"}, {"par", "rand_pos_clip", "rlrt"}, "nsr leaves no positive advantage to weigh"),
 )
 
 
@@ -1974,7 +2023,7 @@ METHODS: dict[str, type[Method]] = {c.key: c for c in (
     Method, EntropyBonus, AdaptiveEntropy, RefKL, ProRL, DAPO, ClipHigher, ClipCov, KLCov, HighEntropyTokens,
     PAR, RandPosClip, WReinforce, PSR, NSR, EntropyAdvantage, STEER, OPEFO, PAPO, CWGRPO, Entrocraft, STARE,
     EntroPIC, CISPO, DrGRPO, GSPO, QAE, HTPO, AEM, MixedCUTS, CEGPPO, LpReg, REPO, AsymGRPO, MaxRL, PassK,
-    Unlikely, UCPO, MCPO, AR, SAPO, BAPO, ReFT, VocabDropout, Darling, OutcomeExploration, SimKO,
+    Unlikely, UCPO, MCPO, AR, SAPO, BAPO, ReFT, VocabDropout, Darling, OutcomeExploration, SimKO, RLRT,
 )}  # fmt: skip
 
 
@@ -2180,6 +2229,7 @@ def check_trl(trainer: Any, method: Method) -> None:
         (method.overrides("reset_reference"), "TRL keeps reference and optimizer; use ref_kl"),
         ("proxy_logp" in method.needs, "the logits of the policy that sampled are not kept"),
         ("topk_logp" in method.needs, "it has log-probabilities of the tokens drawn and of no others"),
+        ("teacher_logp" in method.needs, "it scores no second prompt"),
         ("outcome" in method.needs, "it does not say which responses have the same answer"),
         ("ref_logp" in method.needs and not a.beta, "give GRPOConfig(beta=1.0), for a reference"),
         (set_too, f"the method makes the objective; leave GRPOConfig.{', '.join(set_too)} at the default"),
@@ -2425,7 +2475,10 @@ def embedded_batches() -> list[tuple[Tokens, Tensor]]:
     @torch.no_grad()
     def scored(tokens: Tokens) -> tuple[Tokens, Tensor]:
         proxy, slopes = (policy(tokens, of_logits=f)["of_logits"] for f in (proxy_log_prob, slope))
-        return replace(tokens, **policy(tokens), ref_logp=reference(tokens)["logp"], proxy_logp=proxy), slopes
+        now, (rows, asked) = policy(tokens, topk=3), asked_again(tokens, torch.Generator().manual_seed(0))
+        teacher = torch.full_like(now["logp"], -math.inf).index_copy(0, rows, policy(asked)["logp"])
+        more = {"ref_logp": reference(tokens)["logp"], "proxy_logp": proxy, "teacher_logp": teacher}
+        return replace(tokens, **now, **more), slopes
 
     for _ in range(20):
         update(rollout())

@@ -278,7 +278,9 @@ def score_batch(run: Run, tokens: Tokens, policy: Policy | None = None, **what: 
 
 def supply(run: Run, tokens: Tokens) -> None:
     """Fill in, (B, T) each, π_old of the ratio, grpo (2.5); the reference, with LoRA the model without its
-    adapters; Lp-Reg's filtered proxy, interventions (3.28)."""
+    adapters; Lp-Reg's filtered proxy, interventions (3.28); RLRT's teacher, (3.41)."""
+    if not len(tokens.ids):  # then no rank has any
+        return
     if run.settings.updates_per_rollout > 1:
         tokens.old_logp = score_batch(run, tokens)["logp"]
     if "ref_logp" in run.method.needs:
@@ -288,6 +290,21 @@ def supply(run: Run, tokens: Tokens) -> None:
         threshold = next(m.threshold for m in members(run.method) if "proxy_logp" in m.needs)
         filtered = partial(interventions.proxy_log_prob, threshold=threshold)
         tokens.proxy_logp = score_batch(run, tokens, of_logits=filtered)["of_logits"]
+    if "teacher_logp" in run.method.needs:
+        tokens.teacher_logp = teacher_logp(run, tokens)
+
+
+def teacher_logp(run: Run, tokens: Tokens) -> Tensor:
+    """(B, T): log π(y_t) of the right responses behind the prompt of `interventions.asked_again`, of the very
+    weights that sampled; -inf in all other rows."""
+    room = getattr(run.policy.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    chance = seeded(run.settings.seed, run.step, f"teacher/{run.ranks.rank}")
+    rows, asked = interventions.asked_again(tokens, chance, room)
+    out = torch.full(tokens.mask.shape, -math.inf, device=tokens.ids.device)
+    if run.ranks.max(len(rows)):  # ranks score together; one without such rows scores its first, for nothing
+        found = score_batch(run, asked if len(rows) else tokens.rows(slice(0, 1)))["logp"]
+        out = out.to(found.dtype).index_copy(0, rows, found[: len(rows)])
+    return out
 
 
 def members(method: Method) -> list[Method]:

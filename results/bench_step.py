@@ -94,7 +94,7 @@ def methods(folder: Path, repeats: int = 15) -> None:
         times: dict[str, list[float]] = {"grpo": [], key: []}
         extra, tokens = "", replace(batch)
         supply(other, tokens)
-        for name in {"ref_logp", "proxy_logp"} & set(other.method.needs):
+        for name in {"ref_logp", "proxy_logp", "teacher_logp"} & set(other.method.needs):
             passes = statistics.median(clock(lambda r=other: supply(r, replace(batch))) for _ in range(5))
             extra += f" and {passes / step:+.1%} for the pass of {name}"
         for _ in range(repeats):

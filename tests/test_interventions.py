@@ -64,6 +64,7 @@ ACTIVE = {
     "darling": {"diversity": "partition"},
     "cw_grpo": {"form": "released"},
     "simko": {"alpha": 0.5, "tau": 0.3, "lam": 2},
+    "rlrt": {"e": 0.5},
 }
 RANDOM = ("clip_cov", "rand_pos_clip")
 
@@ -99,6 +100,7 @@ def make(seed, B=24, T=6, V=7, G=4, off=False, dtype=F64, low=1):
         ref_logp=logp[1],
         rollout_logp=logp[2],
         proxy_logp=iv.proxy_log_prob(logits, ids),
+        teacher_logp=logp[1].where(torch.arange(B)[:, None] % 5 > 0, -math.inf),
     )
     fixed = fixed._map(lambda v: v.to(dtype) if v.is_floating_point() else v)
     logits = logits.to(dtype).requires_grad_()
@@ -245,6 +247,7 @@ NEUTRAL = {  # hyperparameters that make the method plain GRPO, and whether that
     "vocab_dropout": ({"share": 1}, True),
     "outcome_exploration": ({"c": 0}, True),
     "simko": ({"alpha": 0, "lam": 1}, True),
+    "rlrt": ({"lam": 0}, True),
 }
 
 
@@ -261,7 +264,8 @@ def test_u4_neutral_hyperparameters_give_grpo(key, off):
 @both_policies
 def test_u5_weights_and_selections_carry_no_gradient(key, off):
     _, tokens = make(6, off=off)
-    names = ("logp", "entropy", "p2", "p2logp", "ref_logp", "proxy_logp", "rollout_logp", "topk_logp")
+    names = ("logp", "entropy", "p2", "p2logp", "ref_logp", "proxy_logp", "teacher_logp", "rollout_logp")
+    names += ("topk_logp",)
     leaves = {n: getattr(tokens(), n).detach().requires_grad_() for n in names}
     method = active(key)
     plan = plan_update(replace(tokens(), **leaves), method)
@@ -2055,6 +2059,72 @@ def test_eq_3_28_one_token_is_too_few():
     assert plan_update(every, build("lp_reg", fraction=2.5 / n)).metrics["selected"] == 2
 
 
+def _taught(seed, off=False):
+    """A batch whose every response of a right group has a teacher; where that counts; the student."""
+    _, tokens = make(seed, off=off)
+    tk = replace(tokens(), teacher_logp=tokens().ref_logp)
+    return tk, tk.mask & tk.correct[:, None], (tk.old_logp if off else tk.logp).detach()
+
+
+@given(seeds, st.floats(0, 1), st.floats(0, 1), st.booleans())
+def test_eq_3_41_rlrt_factor_is_within_lam_e_of_one_and_wrong_responses_keep_theirs(seed, lam, e, off):
+    tk, right, _ = _taught(seed, off)
+    plan = plan_update(tk, build("rlrt", lam=lam, e=e))
+    assert (plan.weight[tk.mask & ~right] == 1).all()
+    assert ((plan.weight[right] - 1).abs() <= lam * e + 1e-12).all() and (plan.weight >= 0).all()
+
+
+@given(seeds, st.booleans())
+def test_eq_3_41_rlrt_mirrors_in_the_log_and_ignores_an_equal_or_absent_teacher(seed, off):
+    tk, right, student = _taught(seed, off)
+    mirrored = replace(tk, teacher_logp=2 * student - tk.teacher_logp)  # D -> -D
+    here, there = (plan_update(x, build("rlrt", lam=1, e=1e9)) for x in (tk, mirrored))
+    assert torch.allclose((here.weight * there.weight)[right], torch.ones((), dtype=F64))
+    contrast = right & (here.adv != 0)
+    want = (student - tk.teacher_logp).exp()  # A > 0 wherever R = 1: the sign is decoration
+    assert (here.adv[right] >= 0).all() and torch.allclose(here.weight[contrast], want[contrast])
+    for teacher in (student, torch.full_like(student, -math.inf)):
+        plan = plan_update(replace(tk, teacher_logp=teacher), build("rlrt", e=0.7))
+        assert (plan.weight[tk.mask] == 1).all() and plan.metrics["tokens_touched"] == 0
+
+
+def test_eq_3_41_rlrt_by_hand():
+    """Half of the way to e^D in [1 - .6, 1 + .6]: student .4, teacher .5, .1, .9; a wrong response; and one
+    with a negative advantage, where the factor is turned over."""
+    teacher = torch.tensor([[0.5, 0.1, 0.9]], dtype=F64).log().expand(3, 3)
+    tk = Tokens(torch.zeros(3, 3, dtype=torch.long), torch.ones(3, 3, dtype=torch.bool))
+    tk = replace(tk, logp=torch.full((3, 3), 0.4, dtype=F64).log(), teacher_logp=teacher)
+    tk = replace(tk, reward=torch.tensor([1.0, 0, 1], dtype=F64), group=torch.zeros(3, dtype=torch.long))
+    tk.adv = torch.tensor([[1.0], [-1], [-1]], dtype=F64).expand(3, 3)
+    weight = plan_update(tk, build("rlrt", lam=0.5, e=0.6)).weight
+    want = [[0.9, 1.3, 0.5 + 0.5 * 4 / 9], [1, 1, 1], [0.5 + 0.5 * 5 / 4, 0.7, 1.3]]
+    assert torch.allclose(weight, torch.tensor(want, dtype=F64))
+
+
+def test_eq_3_41_the_other_right_response_is_drawn_evenly_among_those_that_fit():
+    """Prompts of one and two tokens; 0, 1, 2, 3 and 5, 6 are right, 3 is long, 7 is right and alone."""
+    start = torch.tensor([0, 0, 0, 0, 0, 1, 1, 0])
+    length = torch.tensor([1, 2, 1, 6, 1, 1, 2, 1])
+    full = 10 * torch.arange(8)[:, None] + torch.arange(8)
+    ids = full.gather(1, (start[:, None] + 1 + torch.arange(6)).clamp(max=7))
+    tk = Tokens(ids, torch.arange(6) < length[:, None], full_ids=full, start=start)
+    tk.group, tk.correct = torch.tensor([4, 4, 4, 4, 4, 7, 7, 8]), torch.arange(8) != 4
+    tk.reward = tk.correct.float()
+    chance, drawn = torch.Generator().manual_seed(0), {}
+    for _ in range(600):
+        rows, asked = iv.asked_again(tk, chance, room=9)  # 3 has 7 tokens, only with 0 and 2 that makes 9
+        assert rows.tolist() == [0, 1, 2, 3, 5, 6] and torch.equal(asked.ids, tk.ids[rows])
+        for i, text, first in zip(rows.tolist(), asked.full_ids.tolist(), asked.start.tolist(), strict=True):
+            j = text[0] // 10
+            read, own = (full[k, : start[k] + 1 + length[k]].tolist() for k in (j, i))
+            assert text[: first + 1 + length[i]] == read + own and first == len(read) + start[i]
+            drawn[i, j] = drawn.get((i, j), 0) + 1
+    pairs = {0: (1, 2, 3), 1: (0, 2), 2: (0, 1, 3), 3: (0, 2), 5: (6,), 6: (5,)}
+    assert set(drawn) == {(i, j) for i, others in pairs.items() for j in others}
+    assert all(abs(n - 600 / len(pairs[i])) < 60 for (i, _), n in drawn.items())  # 5 standard deviations
+    assert len(iv.asked_again(tk.rows(slice(4, 5)), chance)[0]) == 0
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Names, hyperparameters, composition
 
@@ -2228,6 +2298,7 @@ def test_composition_with_grpo_changes_nothing(key):
         ("ref_kl+prorl", "contains"),
         ("entropy_bonus+adaptive_entropy", "same entropy term"),
         ("nsr+par", "no positive"),
+        ("rlrt+nsr", "no positive"),
         ("psr+clip_cov", "covariance"),
         ("opefo+opefo", "twice"),
         ("cispo+clip_higher", "eps_high"),

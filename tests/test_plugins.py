@@ -247,6 +247,7 @@ def test_trl_response_without_a_score_has_no_gradient_and_no_part_in_the_baselin
     [
         ("mixed_cuts", {}, "TRL samples"),
         ("lp_reg", {}, "the logits of the policy that sampled"),
+        ("rlrt", {}, "no second prompt"),
         ("outcome_exploration", {}, "which responses have the same answer"),
         ("simko", {}, "of the tokens drawn and of no others"),
         ("prorl", {"beta": 1.0}, "use ref_kl"),
@@ -439,6 +440,7 @@ def test_verl_takes_or_refuses_every_method_with_a_reason(verl):
     [
         ("opefo", "needs entropy, p2, p2logp"),
         ("ref_kl", "needs ref_logp"),
+        ("rlrt", "needs teacher_logp"),
         ("entropy_bonus", "needs entropy"),
         ("w_reinforce", "verl makes the advantages"),
         ("dr_grpo", "verl makes the advantages"),

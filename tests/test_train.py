@@ -333,6 +333,8 @@ def test_dynamic_sampling_refills_and_gives_up_in_the_end(tmp_path):
     assert row["tokens"] == 0 and row["skipped"] == 0
     assert row["reward"] == 0 and row["length"] >= 1, "of all responses drawn"
     assert row["draws"] == train.MAX_DRAWS and row["no_contrast"] == 1
+    run = make_run((model, tokenizer, never), build("dapo+ref_kl+rlrt"), tmp_path, updates_per_rollout=2)
+    assert next(train.train(run))["tokens"] == 0, "nothing to score"
 
 
 def test_an_outcome_is_a_number_for_problem_and_answer(world, tmp_path):
@@ -347,6 +349,57 @@ def test_an_outcome_is_a_number_for_problem_and_answer(world, tmp_path):
         run.method.progress = Progress()
         tokens, _ = train.draw_responses(run)
         assert (tokens.outcome is not None) == there
+
+
+def test_the_teacher_scores_right_responses_after_another_right_one(world, batch):
+    """Against the model alone on [prompt][other][prompt][response], in which only the other one is looked
+    for; -inf, for a weight of 1, in all other rows.  Seed and step decide on the draw."""
+    model, few = world[0], batch.rows(slice(0, 64))  # four groups
+
+    def teacher(step=3, tokens=few, seed=0, **how):
+        run = make_run(world, build("rlrt"), seed=seed, **how)
+        run.step = step
+        train.supply(run, tokens := replace(tokens))
+        return tokens.teacher_logp
+
+    got, right, scored = teacher(), few.correct.tolist(), set()
+    text = [few.full_ids[i, : few.start[i] + 1 + few.lengths[i]] for i in range(64)]
+    with torch.no_grad():
+        for i in range(64):
+            n, fits = int(few.lengths[i]), []
+            others = [j for j in range(64) if right[j] and j != i and few.group[j] == few.group[i]]
+            for j in others if right[i] else []:
+                logp = model(torch.cat([text[j], text[i]])[None]).logits[0, -n - 1 : -1].log_softmax(-1)
+                fits.append(bool(torch.allclose(logp.gather(1, few.ids[i, :n, None])[:, 0], got[i, :n])))
+            scored |= {i} if fits else set()
+            assert any(fits) if fits else (got[i] == -math.inf).all()
+    assert 10 < len(scored) < 40
+    assert torch.equal(got, teacher()) and not torch.equal(got, teacher(4))
+    assert not torch.equal(got, teacher(seed=1)) and torch.allclose(got, teacher(micro_batch=5))
+    wrong = replace(few, correct=torch.zeros_like(few.correct))
+    assert (teacher(tokens=wrong) == -math.inf).all()
+
+    class OneOfTwo(Ranks):  # the other has right responses and makes two passes
+        def max(self, value):
+            return max(value, 2)
+
+    run, passes = make_run(world, build("rlrt")), []
+    run.ranks = OneOfTwo()
+    run.policy.register_forward_hook(lambda *_: passes.append(1))
+    assert (train.teacher_logp(run, wrong) == -math.inf).all() and len(passes) == 2
+
+
+def test_the_teacher_respects_the_context_of_the_model(batch):
+    world = small_world()
+    run = make_run(world, build("rlrt"))
+    longest = {}
+    for room in (64, 20):
+        world[0].config.max_position_embeddings = room
+        train.supply(run, tokens := replace(batch))
+        length = (tokens.start + 1 + tokens.lengths)[(tokens.teacher_logp > -math.inf).any(1)]
+        longest[room] = int(length.max())
+    shortest = int((batch.start + 1 + batch.lengths).min())
+    assert longest[20] <= 20 - shortest < longest[64]
 
 
 def test_groups_without_contrast_are_counted(tmp_path):
