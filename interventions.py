@@ -2372,14 +2372,18 @@ def effect(method: Method, tokens: Tokens, entropy_slope: Tensor) -> tuple[Tenso
 
     entropy_slope (B, T): |∇_z H|² = Σ_v p_v² (log p_v + H)², by which a gradient on H moves H.
     """
-    logp, h = (x.detach().clone().requires_grad_() for x in (tokens.logp, tokens.entropy))
+    names = [n for n in ("logp", "entropy", "topk_logp") if getattr(tokens, n) is not None]
+    leaves = [getattr(tokens, n).detach().clone().requires_grad_() for n in names]
 
-    def push(m: Method) -> tuple[Tensor, Tensor]:
-        loss, _ = policy_loss(replace(tokens, logp=logp, entropy=h), m)
-        return torch.autograd.grad(-loss, (logp, h), allow_unused=True, materialize_grads=True)
+    def push(m: Method) -> tuple[Tensor, ...]:
+        loss, _ = policy_loss(replace(tokens, **dict(zip(names, leaves))), m)
+        return torch.autograd.grad(-loss, leaves, allow_unused=True, materialize_grads=True)
 
-    (force, pull), (plain, _) = push(method), push(Method())
+    (force, pull, *others), (plain, *_) = push(method), push(Method())
     change = token_flow(tokens, force) + torch.where(tokens.mask, pull * entropy_slope, 0)
+    for best, share in zip(leaves[2:], others):  # tokens that nobody drew, simko's
+        for logp, f in zip(best.detach().unbind(-1), share.unbind(-1)):
+            change = change + token_flow(replace(tokens, logp=logp), f)
     return force, change, ((force - plain).abs() > 1e-6 * plain.abs()) | (pull != 0)
 
 
