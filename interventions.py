@@ -2451,7 +2451,7 @@ def draw(tokens: Tokens, adv: Tensor, weights: dict[str, tuple[Tensor, Tensor]],
 def embedded_batches() -> list[tuple[Tokens, Tensor]]:
     """Two batches of chapter 4's embedded world: on-policy after 20 steps of GRPO, and the same responses
     four updates later, when the ratio has left 1. Each with |∇_z H|² (B, T)."""
-    from rollout import Sampling, TorchEngine, WarmStart, answer, chain_task, warm_policy
+    from rollout import Sampling, TorchEngine, WarmStart, answer, chain_task, outcomes, warm_policy
 
     (model, tokenizer), task = warm_policy(WarmStart()), chain_task()
     generator = torch.Generator().manual_seed(0)
@@ -2461,8 +2461,8 @@ def embedded_batches() -> list[tuple[Tokens, Tensor]]:
     def rollout() -> Tokens:
         problems = [task.train[i] for i in torch.randperm(len(task.train), generator=generator)[:32]]
         engine, how = TorchEngine(model, tokenizer), Sampling(16, task.max_new_tokens)
-        tokens, _ = answer(engine, task, problems, how, generator)
-        return replace(tokens, reward=tokens.correct.float())
+        tokens, texts = answer(engine, task, problems, how, generator)
+        return replace(tokens, reward=tokens.correct.float(), outcome=outcomes(task, problems, texts))
 
     def update(tokens: Tokens) -> None:
         loss, _ = policy_loss(replace(tokens, **policy(tokens)), Method())

@@ -189,7 +189,7 @@ def draw_responses(run: Run) -> tuple[Tokens, dict[str, Any]]:
         asked = problems[r.rank * share :][:share]
         out, texts = answer(run.engine, run.task, asked, how, generator)
         if "outcome" in method.needs:
-            out.outcome = outcomes(run.task, asked, texts).to(out.ids.device)
+            out.outcome = rollout.outcomes(run.task, asked, texts).to(out.ids.device)
         chance = seeded(s.seed, run.step, f"reward/{attempt}{purpose}")
         out.reward = grpo.REWARDS[s.reward](out.correct, out.lengths, limit, chance)
         out.group = out.group + (r.rank * MAX_DRAWS + attempt) * share
@@ -213,15 +213,6 @@ def draw_responses(run: Run) -> tuple[Tokens, dict[str, Any]]:
         tokens = tokens.rows(torch.isin(tokens.group, groups))
         row |= {f"kept_{name}": x for name, x in averages(run, tokens).items()}
     return tokens, row | {"tokens": int(r.sum(int(tokens.mask.sum())))}
-
-
-def outcomes(task: Task, problems: Sequence[Problem], texts: Sequence[str]) -> Tensor:
-    """(B,) int64: problem and answer, as `task.signature` writes it, in a number that is the same in every
-    step.  In mathematics the answer is the whole solution."""
-    whose = [p.prompt for p in problems for _ in range(len(texts) // len(problems))]
-    keys = [f"{prompt}\0{task.signature(text)}".encode() for prompt, text in zip(whose, texts)]
-    digests = [hashlib.sha256(key).digest()[:8] for key in keys]
-    return torch.tensor([int.from_bytes(x, "little", signed=True) for x in digests])
 
 
 def averages(run: Run, tokens: Tokens) -> dict[str, float]:

@@ -341,9 +341,9 @@ def test_an_outcome_is_a_number_for_problem_and_answer(world, tmp_path):
     """The same in every step, other blanks no other answer; filled only where a method needs it."""
     task, few = world[2], world[2].train[:2]
     texts = ["1 + 2 3", "1  + 2 3", "2 + 1 3", "1 + 2 3"]
-    one, blank, other, elsewhere = train.outcomes(task, few, texts).tolist()
+    one, blank, other, elsewhere = rollout.outcomes(task, few, texts).tolist()
     assert one == blank and len({one, other, elsewhere}) == 3
-    assert one == train.outcomes(task, few[:1], texts[:1]).item()
+    assert one == rollout.outcomes(task, few[:1], texts[:1]).item()
     for name, there in (("outcome_exploration", True), ("grpo", False)):
         run = make_run(small_world(), build(name), tmp_path / name, prompts=2, group_size=4)
         run.method.progress = Progress()
