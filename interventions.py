@@ -1,4 +1,4 @@
-"""Chapter 3. Forty-six published methods that move entropy, each a small class that overrides one hook.
+"""Chapter 3. Forty-nine published methods that move entropy, each a small class that overrides one hook.
 
 Claim. Each of them multiplies the force of some tokens by a number, drops some responses, or adds one term to
 the loss. Written on the five hooks of `grpo.Method`, a diff between two methods is the lesson.
@@ -541,6 +541,73 @@ class OutcomeExploration(
     def after_step(self, plan: Plan) -> None:
         for x in plan.marks.get("outcome", torch.zeros(0)).tolist():
             self.counts[x] = self.counts.get(x, 0) + 1
+
+
+def cosines(rows: list[list[int]]) -> Tensor:
+    """(c, c) float64: cosine similarities of the counts of n-grams, n = 1..4; exactly 1 for equal counts."""
+    grams = [[x for n in range(1, 5) for x in zip(*(ids[k:] for k in range(n)))] or [()] for ids in rows]
+    column = {gram: j for j, gram in enumerate(dict.fromkeys(gram for own in grams for gram in own))}
+    count = torch.stack([
+        torch.bincount(torch.tensor([column[gram] for gram in own]), minlength=len(column)) for own in grams
+    ]).double()  # fmt: skip
+    K = count @ count.T  # whole numbers, so without rounding
+    return K / (K.diagonal() * K.diagonal()[:, None]).sqrt()
+
+
+def shapley(M: Tensor, generator: torch.Generator) -> Tensor:
+    """(c,) Shapley values of F(S) = log det(I + M_SS), M (c, c) float64 and positive semi-definite; the same
+    for rows that are alike. From all 2^c subsets, or from random orders with all their rotations."""
+    c, i, eye, own = len(M), torch.arange(len(M)), torch.eye(len(M)).to(M), M.diagonal()
+    if c <= 10:
+        inside = torch.arange(2**c)[:, None] >> i & 1  # (2^c, c)
+        F = torch.logdet(eye + M * inside[:, :, None] * inside[:, None])
+        share = torch.tensor([1 / (c * math.comb(c - 1, k)) for k in range(c)], dtype=M.dtype)  # k others
+        phi = F @ (share[inside.sum(1, keepdim=True) - inside] * (2 * inside - 1))
+    else:
+        order = torch.rand(-(-64 // c), c, dtype=M.dtype, generator=generator).argsort(1)
+        order = order[:, (i + i[:, None]) % c].flatten(0, 1)  # (64 or more, c)
+        L = torch.linalg.cholesky((eye + M)[order[:, :, None], order[:, None]])
+        gain = 2 * L.diagonal(dim1=1, dim2=2).log()  # of each row after those before it
+        phi = torch.zeros_like(gain).scatter(1, order, gain).mean(0)
+    alike = ((M == own) & (M == own[:, None])).to(M)
+    return (alike @ phi / alike.sum(1)).round(decimals=12)
+
+
+class GCPO(Method, key="gcpo", place="weight", paper="2605.11461", needs=("logp", "reward", "group")):
+    """Reconstruction: pay a right response for what it adds to the variety of its group. [paper], abstract
+    only: the volume of embeddings weighted by reward, shared by average marginal contribution; the formula is
+    a [reconstruction]. They embed the meaning; our n-grams of ids pay other words for the same solution too.
+    Where all are right, the std of (2.1) makes small differences loud. One right, or a small g: plain GRPO.
+
+        F(S) = log det(I + g diag(R) K diag(R)) over the rows S,    K cosines of counts, n = 1..4       (3.39)
+        phi_i = mean over all orders of F(i and those before i) - F(those before i);    A from phi by (2.1)
+
+    Exact for up to 10 right responses. For more, the mean of some random orders and all their rotations, at
+    least 64: with each row as often first as last, the noise does not drown small differences.
+    """
+
+    g: Above = 1.0
+    """scale of the similarity; the larger, the less a second response of the same kind earns"""
+
+    def complaint(self, settings: Any) -> str:
+        if settings.reward != "length_penalty":
+            return ""
+        return "--reward length_penalty: gcpo squares rewards, and some would be below 0"
+
+    def shape(self, tk: Tokens) -> Tensor:
+        """(B,) float64: the rounding of float32, over a std of almost 0, would teach."""
+        if bool((tk.reward < 0).any()):
+            raise ValueError("gcpo: a reward is below 0, and its square would pay for errors")
+        text = [ids[keep].tolist() for ids, keep in zip(tk.ids.cpu(), tk.mask.cpu())]
+        group, reward = tk.group.cpu(), tk.reward.cpu().double()
+        phi = torch.zeros_like(reward)
+        for name in group[reward > 0].unique():
+            rows = ((group == name) & (reward > 0)).nonzero()[:, 0].tolist()
+            rows.sort(key=lambda i: (text[i], reward[i].item()))  # the batch's order changes nothing
+            R = reward[rows]
+            M = self.g * R[:, None] * cosines([text[i] for i in rows]) * R
+            phi[rows] = shapley(M, self.progress.generator())  # a new one: nor does the groups' order
+        return phi.to(tk.reward.device)
 
 
 def group_quantile(reward: Tensor, group: Tensor, K: float, interpolation: str = "lower") -> Tensor:
@@ -2023,7 +2090,7 @@ METHODS: dict[str, type[Method]] = {c.key: c for c in (
     Method, EntropyBonus, AdaptiveEntropy, RefKL, ProRL, DAPO, ClipHigher, ClipCov, KLCov, HighEntropyTokens,
     PAR, RandPosClip, WReinforce, PSR, NSR, EntropyAdvantage, STEER, OPEFO, PAPO, CWGRPO, Entrocraft, STARE,
     EntroPIC, CISPO, DrGRPO, GSPO, QAE, HTPO, AEM, MixedCUTS, CEGPPO, LpReg, REPO, AsymGRPO, MaxRL, PassK,
-    Unlikely, UCPO, MCPO, AR, SAPO, BAPO, ReFT, VocabDropout, Darling, OutcomeExploration, SimKO, RLRT,
+    Unlikely, UCPO, MCPO, AR, SAPO, BAPO, ReFT, VocabDropout, Darling, OutcomeExploration, SimKO, RLRT, GCPO,
 )}  # fmt: skip
 
 

@@ -311,7 +311,8 @@ def test_u6_degenerate_batches_are_finite(key, kind):
     assert math.isfinite(loss.item()) and grad.isfinite().all()
     assert all(math.isfinite(v) for v in metrics.values())
     assert kind != "nothing" or (loss.item() == 0 and (grad == 0).all())
-    other = ("w_reinforce", "psr", "nsr", "darling", "outcome_exploration")  # teach by more than contrast
+    # teach by more than contrast
+    other = ("w_reinforce", "psr", "nsr", "darling", "outcome_exploration", "gcpo")
     if kind in KINDS[:3] and key not in other and method.place != "penalty":
         assert (grad == 0).all(), "no contrast, no gradient"
     method.after_step(plan_update(tk, method))
@@ -1895,6 +1896,132 @@ def test_eq_3_36_darling(seed):
     assert torch.allclose(*plans)
     with pytest.raises(ValueError, match="below 0"):
         plan_update(replace(tk, reward=reward - 1), build("darling"))
+
+
+def volume(M, rows):
+    """log det(I + M) over some rows, by eigenvalues."""
+    rows = list(rows)
+    return torch.linalg.eigvalsh(M[rows][:, rows]).log1p().sum().item() if rows else 0.0
+
+
+def similar(seed, c, spread=1.0):
+    """(c, c) cosines times rewards of some random vectors, alike if spread is small."""
+    g = torch.Generator().manual_seed(seed)
+    e = 1 + spread * torch.randn(c, 5, generator=g, dtype=F64)
+    e = e / e.norm(dim=1, keepdim=True) * torch.rand(c, 1, generator=g, dtype=F64)
+    return e @ e.T
+
+
+def orders_of(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@given(seeds, st.integers(1, 4))
+def test_eq_3_39_shapley_values_are_the_mean_over_all_orders(seed, c):
+    M, want, every = similar(seed, c), [0.0] * c, list(itertools.permutations(range(c)))
+    for order in every:
+        for k, i in enumerate(order):
+            want[i] += (volume(M, order[: k + 1]) - volume(M, order[:k])) / len(every)
+    assert iv.shapley(M, orders_of(0)).tolist() == pytest.approx(want, abs=1e-10)
+
+
+@given(seeds, st.integers(1, 24), st.floats(0.01, 3))
+def test_eq_3_39_shapley_values_add_up_share_and_repeat(seed, c, spread):
+    M = similar(seed, c, spread)
+    rows = torch.arange(c)
+    rows[-1] = 0  # a copy of the first
+    M = M[rows][:, rows]
+    phi = iv.shapley(M, orders_of(seed))
+    assert phi.sum().item() == pytest.approx(volume(M, range(c)), abs=1e-10)
+    assert phi[0] == phi[-1] and (phi > 0).all()
+    assert torch.equal(phi, iv.shapley(M, orders_of(seed)))
+    other = iv.shapley(M, orders_of(seed + 1))
+    assert torch.equal(phi, other) == (c <= 10)
+
+
+@pytest.mark.parametrize("spread", [2.0, 0.3, 0.05])
+def test_eq_3_39_sampled_orders_are_near_all_also_for_rows_that_are_almost_the_same(spread):
+    """The division by the std makes noise as loud as it is beside the differences between the rows."""
+    M, c = similar(1, 11, spread), 11
+    M = M / (M.diagonal() * M.diagonal()[:, None]).sqrt()
+    F = {s: volume(M, s) for k in range(c + 1) for s in itertools.combinations(range(c), k)}
+    exact = torch.zeros(c, dtype=F64)
+    for s, value in F.items():
+        for i in range(c):
+            rest = len(s) - (i in s)
+            exact[i] += (1 if i in s else -1) * value / (c * math.comb(c - 1, rest))
+    error = torch.stack([iv.shapley(M, orders_of(i)) - exact for i in range(20)])
+    assert error.std() < 0.4 * exact.std() and error.mean(0).std() < 0.15 * exact.std()
+
+
+@given(seeds, st.integers(1, 12))
+def test_eq_3_39_cosines_of_n_grams(seed, T):
+    g = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(3, (T,), generator=g)[: int(n)].tolist() for n in torch.randint(0, T + 1, (5,))]
+    K = iv.cosines([*rows, rows[0]])
+    text = ["".join(map(str, row)) or "e" for row in rows]
+    grams = {x[i : i + n] for x in text for n in range(1, 5) for i in range(len(x) - n + 1)}
+    e = [[sum(x.startswith(y, i) for i in range(len(x))) for y in sorted(grams)] for x in text]
+    for i, j in itertools.product(range(5), repeat=2):
+        want = sum(a * b for a, b in zip(e[i], e[j])) / (math.hypot(*e[i]) * math.hypot(*e[j]))
+        assert K[i, j].item() == pytest.approx(want)
+    assert K[0, 5] == 1 and torch.equal(K[0], K[5])
+
+
+@given(seeds, st.sampled_from([4, 16]), st.floats(0.1, 10))
+def test_eq_3_39_gcpo(seed, G, scale):
+    g = torch.Generator().manual_seed(seed)
+    B, T = 2 * G, 6
+    ids, group = torch.randint(2, (B, T), generator=g), torch.arange(B) // G
+    mask = torch.arange(T) < torch.randint(1, T + 1, (B, 1), generator=g)
+    reward = (torch.rand(B, generator=g) < 0.8).double()
+    tk = Tokens(ids, mask, reward=reward, group=group, logp=torch.randn(B, T, generator=g, dtype=F64))
+    method = build("gcpo", g=scale)
+    method.progress = Progress(step=2, seed=seed)
+    phi = method.shape(tk)
+    assert (phi[reward == 0] == 0).all() and (phi[reward > 0] > 0).all()
+    for own in (group == 0, group == 1):
+        K = iv.cosines([row[keep].tolist() for row, keep in zip(ids[own], mask[own])])
+        M = scale * reward[own, None] * K * reward[own]
+        assert phi[own].sum().item() == pytest.approx(volume(M, range(G)), abs=1e-9)
+        same = (K == 1) & (M > 0)  # right ones with the same text share equally
+        assert (torch.where(same, phi[own] - phi[own][:, None], 0) == 0).all()
+    order = torch.randperm(B, generator=g)
+    there = replace(tk.rows(order), group=5 - group[order])
+    assert torch.equal(method.shape(there), phi[order])
+    want = group_advantages(phi, group)[:, None].expand(B, T)
+    assert torch.equal(plan_update(tk, method).adv[mask], want[mask])
+
+
+def right_ones(*texts, wrong=0):
+    ids = torch.tensor([*texts, *texts[:1] * wrong])
+    reward = (torch.arange(len(ids)) < len(texts)).double()
+    logp = -torch.ones(ids.shape, dtype=F64)
+    return Tokens(ids, ids >= 0, reward=reward, group=torch.zeros(len(ids), dtype=torch.long), logp=logp)
+
+
+@pytest.mark.parametrize("m", [2, 5, 12])
+def test_eq_3_39_copies_earn_less_than_responses_with_nothing_in_common(m):
+    method = build("gcpo", g=2.0)
+    copies = method.shape(right_ones(*[[1, 1, 1]] * m))
+    apart = method.shape(right_ones(*[[i] * 3 for i in range(m)]))
+    assert copies.sum().item() == pytest.approx(math.log1p(2 * m)) and copies.sum() < apart.sum()
+    assert apart.tolist() == pytest.approx([math.log1p(2)] * m)
+    for tk in (right_ones(*[[1, 1, 1]] * m), right_ones(*[[i] * 3 for i in range(m)])):
+        assert (plan_update(tk, method).adv == 0).all(), "all are worth the same"
+    adv = plan_update(right_ones(*[[1, 1, 1]] * m, [2, 2, 2], wrong=3), method).adv[:, 0]
+    assert adv[m] > adv[0] > adv[-1] and (adv[:m] == adv[0]).all()
+
+
+def test_eq_3_39_one_right_response_or_a_small_g_is_grpo_and_errors_are_not_paid():
+    one, many = right_ones([1, 2, 3], wrong=3), right_ones(*([i, 1, 2] for i in range(5)), wrong=3)
+    for tk, method in ((one, build("gcpo")), (many, build("gcpo", g=1e-3))):
+        want = plan_update(tk, Method()).adv
+        assert torch.allclose(plan_update(tk, method).adv, want, atol=5e-3)  # eps of (2.1)
+        assert method.shape(tk).dtype == method.shape(replace(tk, reward=tk.reward.float())).dtype == F64
+    assert (plan_update(replace(one, reward=one.reward * 0), build("gcpo")).adv == 0).all()
+    with pytest.raises(ValueError, match="below 0"):
+        plan_update(replace(one, reward=one.reward - 1), build("gcpo"))
 
 
 @given(seeds, st.sampled_from([(1, 4), (2, 4), (4, 4), (4, 8)]), st.integers(4, 9))

@@ -185,6 +185,7 @@ STRICT = (  # act with one update per rollout; hyperparameters such that a batch
         "dr_grpo",
         "cw_grpo",
         "darling",
+        "gcpo",
     ),
     "cw_grpo:form=released",
     *("stare:target=6.0", "entrocraft:start=9", "entropic:target=6.0,threshold=.01", "aem", "par+opefo"),
