@@ -355,3 +355,21 @@ def test_every_method_explains_its_options(name):
 def test_the_help_of_a_composition_is_that_of_its_members(cli):
     code, out, err = cli("--method", "opefo+clip_higher:help")
     assert (code, err) == (0, "") and "opefo: " in out and "clip_higher: " in out and "eps_high=" in out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The other chapters' demonstrations
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chapter", ["entropy_math", "grpo", "interventions", "rollout", "eval"])
+def test_every_chapter_shows_itself(chapter, tmp_path):
+    """`python CHAPTER.py`, as the README says it, in a folder of its own."""
+    done = subprocess.run(
+        [sys.executable, REPO / f"{chapter}.py"], cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0 and not done.stderr.count("Traceback"), done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) > 8
+    if chapter == "interventions":
+        assert all(f" {key} " in done.stdout for key in METHODS)
+        assert (tmp_path / "runs" / "interventions.png").stat().st_size > 10_000
