@@ -371,5 +371,5 @@ def test_every_chapter_shows_itself(chapter, tmp_path):
     assert done.returncode == 0 and not done.stderr.count("Traceback"), done.stderr[-2000:]
     assert len(done.stdout.splitlines()) > 8
     if chapter == "interventions":
-        assert all(f" {key} " in done.stdout for key in METHODS)
+        assert all(f"{key} " in done.stdout for key in METHODS)
         assert (tmp_path / "runs" / "interventions.png").stat().st_size > 10_000
