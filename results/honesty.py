@@ -46,6 +46,7 @@ from entropy_math import (  # noqa: E402
     entropy_directional_change,
     first_order_change,
     network_flow,
+    neutral_step,
     random_policies,
     second_order_change,
     token_stats,
@@ -257,6 +258,35 @@ def network_facts() -> None:
         near = ledgers[0].network_flow(mask.float(), **how)[mask]
         error = float((near - exact).norm() / exact.norm())
         print(f"central difference, float32, relative step {step:g}: relative error of the flow {error:.1e}")
+    neutral_facts(run)
+
+
+def neutral_facts(run: Run, steps: int = 16) -> None:
+    """What a step of GRPO, and the entropy-neutral one, do to the entropy of a fresh batch, (6.6)."""
+    rows = []
+    for _ in range(steps):
+        batch, fresh = (draw_responses(run)[0] for _ in range(2))
+        ledger, other = Ledger.open(run, batch), Ledger.open(run, fresh)
+        update(run, batch)
+        nn.utils.clip_grad_norm_(run.policy.parameters(), run.settings.grad_clip)
+        run.optimizer.step()
+        run.step += 1
+        P = adam_preconditioner(run.optimizer)
+        moved = [(p - old).detach() for p, old in zip(run.policy.parameters(), ledger.params)]
+        bent = [P[p] * g for p, g in zip(run.policy.parameters(), ledger.grads)]
+        back = [P[p] * g for p, g in zip(run.policy.parameters(), other.grads)]
+        dot = entropy_directional_change
+        own, seen, size = dot(ledger.grads, moved), dot(other.grads, moved), dot(ledger.grads, bent)
+        both = dot(other.grads, bent)
+        c = neutral_step(ledger.grads, moved, [P[p] for p in run.policy.parameters()])
+        cosine = both / (size * dot(other.grads, back)) ** 0.5
+        rows.append((1e3 * own, 1e3 * seen, 1e3 * (seen + c * both), cosine))
+    own, seen, left, cosine = np.mean(rows, 0)
+    print(f"cosine under Adam's P of the entropy gradients of two fresh batches: {cosine:.2f}")
+    print(f"first-order change of entropy in a step of GRPO, thousandths of a nat, mean of {steps} after 25:")
+    print(
+        f"  of its own batch {own:+.2f}, of a fresh one {seen:+.2f}; the neutral step's, of a fresh one {left:+.2f}"
+    )
 
 
 def main() -> None:
