@@ -284,9 +284,7 @@ def neutral_facts(run: Run, steps: int = 16) -> None:
     own, seen, left, cosine = np.mean(rows, 0)
     print(f"cosine under Adam's P of the entropy gradients of two fresh batches: {cosine:.2f}")
     print(f"first-order change of entropy in a step of GRPO, thousandths of a nat, mean of {steps} after 25:")
-    print(
-        f"  of its own batch {own:+.2f}, of a fresh one {seen:+.2f}; the neutral step's, of a fresh one {left:+.2f}"
-    )
+    print(f"  of its own batch {own:+.2f}, of a fresh one {seen:+.2f}; neutral, of a fresh one {left:+.2f}")
 
 
 def main() -> None:
