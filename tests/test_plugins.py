@@ -176,18 +176,9 @@ LAYOUTS = {  # of the 8 responses to two prompts
 STRICT = (  # act with one update per rollout; hyperparameters such that a batch of 60 tokens feels them
     *("opefo", "opefo:target_entropy=2.0,integral=.5", "steer", "papo:reference=target,target=2.0", "par"),
     *("high_entropy_tokens", "entropy_advantage", "entropy_bonus:alpha=.1", "adaptive_entropy:target=9"),
-    *(
-        "clip_cov:ratio=.2,lb=-9",
-        "rand_pos_clip:ratio=.2",
-        "w_reinforce",
-        "psr",
-        "nsr",
-        "dr_grpo",
-        "cw_grpo",
-        "darling",
-        "gcpo",
-    ),
-    "cw_grpo:form=released",
+    *("clip_cov:ratio=.2,lb=-9", "rand_pos_clip:ratio=.2", "w_reinforce", "psr", "nsr", "dr_grpo", "cw_grpo"),
+    *("cw_grpo:form=released", "darling", "gcpo", "repo:zeta=.3", "asym_grpo", "maxrl", "passk:k=2", "ar"),
+    *("unlikely:b=.9", "ucpo:tau=.9,normalize=false", "mcpo"),
     *("stare:target=6.0", "entrocraft:start=9", "entropic:target=6.0,threshold=.01", "aem", "par+opefo"),
     *("htpo:high_drop=.3,low_drop=.3", "dapo:overlong_max=9,overlong_cache=6,dynamic_sampling=false"),
     *("qae", "gspo"),
@@ -195,10 +186,26 @@ STRICT = (  # act with one update per rollout; hyperparameters such that a batch
 LATER = (  # act when the policy has moved since the rollout
     *("clip_higher:eps_high=.01,eps_low=.01", "cispo:eps_high=.01", "kl_cov:ratio=.2", "ref_kl:beta=.5"),
     *("ce_gppo:eps_low=.01,eps_high=.01", "opefo+clip_higher", "htpo", "gspo", "clip_cov:ratio=.2,lb=-9"),
+    *("sapo", "bapo"),
 )
+REFUSED = {  # by TRL: what it is told
+    "mixed_cuts": "TRL samples",
+    "reft": "TRL samples",
+    "vocab_dropout": "TRL samples",
+    "prorl": "use ref_kl",
+    "lp_reg": "the logits of the policy that sampled",
+    "outcome_exploration": "which responses have the same answer",
+    "simko": "of the tokens drawn and of no others",
+    "rlrt": "scores no second prompt",
+}
 CASES = [(spec, "in four") for spec in ("grpo", *STRICT)]
 CASES += [(spec, layout) for spec in LATER for layout in ("two updates", "used twice")]
 CASES += [(spec, "at once") for spec in ("grpo", "opefo", "entropy_bonus:alpha=.1")]
+
+
+def test_trl_gradients_are_tested_for_every_method_that_it_takes():
+    tested = {key for spec in (*STRICT, *LATER) for key in spec.partition(":")[0].split("+")}
+    assert tested | {"grpo"} | set(REFUSED) == set(METHODS) and not tested & set(REFUSED)
 
 
 @pytest.mark.parametrize("spec, layout", CASES)
@@ -246,12 +253,7 @@ def test_trl_response_without_a_score_has_no_gradient_and_no_part_in_the_baselin
 @pytest.mark.parametrize(
     "spec, settings, reason",
     [
-        ("mixed_cuts", {}, "TRL samples"),
-        ("lp_reg", {}, "the logits of the policy that sampled"),
-        ("rlrt", {}, "no second prompt"),
-        ("outcome_exploration", {}, "which responses have the same answer"),
-        ("simko", {}, "of the tokens drawn and of no others"),
-        ("prorl", {"beta": 1.0}, "use ref_kl"),
+        *((key, {"beta": 1.0} if key == "prorl" else {}, reason) for key, reason in REFUSED.items()),
         ("opefo+ref_kl", {}, "for a reference"),
         ("opefo", {"epsilon": 0.1}, "GRPOConfig.epsilon"),
         ("opefo", {"loss_type": "dr_grpo", "entropy_coef": 0.1}, "loss_type, entropy_coef"),
