@@ -67,9 +67,10 @@ before the settings scaled to this world's batches.
 After 341 runs, and before the first of these: fourteen methods join the table, `cw_grpo` gets a row for the
 form that its authors released, and the records of what has changed since, `htpo` (its drops belong to one
 response now) and `stare` with adaptive=true (its controller moves before the loss), are thrown away and made
-again, seven of them.  Holm's correction stays one family, all methods and settings of the table: it becomes
-stricter by their number, and a star that is lost by that is lost and named in results/README.md.  A method
-with fewer than three pairs decides nothing and, as before, takes part from two pairs on.
+again, seven of them; `simko`, `rlrt` and `gcpo` joined later on the same day, before their own first run.
+Holm's correction stays one family, all methods and settings of the table: it becomes stricter by their
+number, and a star that is lost by that is lost and named in results/README.md.  A method with fewer than
+three pairs decides nothing and, as before, takes part from two pairs on.
 Two more controls join question 3, GRPO whose every step is made entropy-neutral, entropy_math (6.5):
 `step=neutral`, and `step=.45`, which asks each step for a tenth of what the batch's entropy lacks to .45
 nats.  If they lie on GRPO's line and OPEFO above it, it is the choice of tokens that helps and not entropy
