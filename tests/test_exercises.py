@@ -174,6 +174,7 @@ def test_every_number_worked_by_hand_is_the_chapters():
     assert f"```\n{worked.text()}\n```" in (FOLDER / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_trap_catches_both_sides():
     """Seed 0 of the table: a bonus of .3 keeps one route or two, .5 most of them, .7 costs half of pass@1;
     balance keeps routes and pays in pass@1."""
