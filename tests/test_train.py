@@ -1,22 +1,25 @@
 """Chapter 5: one update, the ledger, a run's numbers and files, and going on after it was stopped."""
 
 import contextlib
+import importlib.util
 import json
 import math
 import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import zlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
-from conftest import PNG, TINY, complains, contents, process, rows_of, without_clock
+from conftest import PNG, REPO, TINY, complains, contents, process, rows_of, without_clock
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 import grpo
@@ -1121,3 +1124,32 @@ def test_a_policy_that_turned_nan_ends_the_run_and_keeps_the_last_good_checkpoin
 
     weights = load_file(home / "a" / "checkpoint" / "model.safetensors")
     assert all(v.isfinite().all() for v in weights.values())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The study's entropy-neutral step, entropy_math (6.5)
+
+
+@pytest.mark.slow
+def test_the_neutral_step_changes_the_batchs_entropy_by_what_it_is_asked_for(home):
+    where = REPO / "results" / "study.py"
+    spec = importlib.util.spec_from_file_location("study", where)
+    sys.modules["study"] = study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+
+    def rows(level):
+        step = partial(study.step_and_correct, level, train.step_if_finite) if level else train.step_if_finite
+        ledger = study.NeutralLedger if level else train.Ledger
+        with mock.patch.multiple(train, Ledger=ledger, step_if_finite=step):
+            out = ["--out", f"run{level}", "--steps", "5", "--eval-every", "5", "--ledger-every", "1"]
+            assert train.main(["--method", "grpo:lr=1e-5", *TINY, *out]) == 0  # second order: small
+        return rows_of(Path(f"run{level}"))[1:]
+
+    plain, neutral, held = (rows(level) for level in ("", "neutral", ".45"))
+    size = sum(abs(r["dH_measured"]) for r in plain) / len(plain)
+    for r in neutral:
+        assert abs(r["dH_predicted"]) < 1e-6 and abs(r["dH_measured"]) < 0.25 * size
+    for r in held:
+        want = 0.1 * (0.45 - r["entropy"])
+        assert r["dH_predicted"] == pytest.approx(want, abs=1e-6)
+        assert r["dH_measured"] == pytest.approx(want, rel=0.25, abs=0.25 * size)
