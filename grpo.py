@@ -117,6 +117,11 @@ class Tokens:
         return TokenStats(self.logp, self.entropy, self.p2, self.p2logp)
 
     @property
+    def logp_before(self) -> Tensor:
+        """(B, T), detached: log π(y_t) where the update begins; `old_logp`, on-policy `logp` itself."""
+        return self.logp.detach() if self.old_logp is None else self.old_logp
+
+    @property
     def solved(self) -> Tensor:
         """(B,) bool: verified as right; where no `correct` was given, a reward above zero."""
         return self.correct.bool() if self.correct is not None else self.reward > 0

@@ -122,8 +122,7 @@ def flow(tk: Tokens, force: Tensor, form: str) -> Tensor:
 
 def behaviour_ratio(tk: Tokens, high: float = math.inf) -> Tensor:
     """(B, T): the policy over the distribution that a method drew from instead, grpo (2.17) and (2.18)."""
-    policy = tk.logp if tk.old_logp is None else tk.old_logp
-    return mismatch_weight(policy, tk.rollout_logp, "tis", high=high)
+    return mismatch_weight(tk.logp_before, tk.rollout_logp, "tis", high=high)
 
 
 class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
@@ -183,7 +182,7 @@ class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
             return None
         ratio = behaviour_ratio(tk)
         metrics["behaviour_ratio"] = float(masked_mean(ratio, tk.mask))
-        return behaviour_ratio(tk, high=2) if self.correct else None
+        return ratio.clamp(max=2) if self.correct else None
 
 
 class ReFT(Method, key="reft", place="sampling", paper="2605.28295"):
@@ -755,7 +754,7 @@ class PassK(Method, key="passk", place="weight", paper="2508.10751", needs=("log
 
 def mean_logp(tk: Tokens, normalize: bool) -> Tensor:
     """(B,): the response's log-probability under the policy that sampled it, per token or in all."""
-    logp = torch.where(tk.mask, tk.logp if tk.old_logp is None else tk.old_logp, 0).detach().double().sum(-1)
+    logp = torch.where(tk.mask, tk.logp_before, 0).double().sum(-1)
     return logp / tk.lengths.clamp(min=1) if normalize else logp
 
 
@@ -1343,7 +1342,7 @@ class AR(Method, key="ar", place="weight", paper="2505.12929", needs=("logp",)):
     """weight that a token of probability 0 loses"""
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
-        return 1 - self.alpha + self.alpha * (tk.logp if tk.old_logp is None else tk.old_logp).exp()
+        return 1 - self.alpha + self.alpha * tk.logp_before.exp()
 
 
 def asked_again(tokens: Tokens, chance: torch.Generator, room: float = math.inf) -> tuple[Tensor, Tokens]:
@@ -1388,9 +1387,8 @@ class RLRT(
     """half width of the clip around 1; the paper has .5 for instruct models, .2 for thinking models"""
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
-        student = tk.logp if tk.old_logp is None else tk.old_logp
         taught = tk.solved[:, None] & (tk.teacher_logp > -math.inf)
-        d = torch.where(taught, student - tk.teacher_logp, 0)
+        d = torch.where(taught, tk.logp_before - tk.teacher_logp, 0)
         w = (d * adv.sign()).exp().clamp(1 - self.e, 1 + self.e)
         return 1 + self.lam * (w - 1)
 
@@ -1887,8 +1885,7 @@ class KLCov(OnPicked, key="kl_cov", place="penalty", paper="2505.22617", on_poli
         return clip_factor(tk.logp, tk.old_logp, adv, 1, math.inf)  # no clip
 
     def distance(self, tk: Tokens, picked: Tensor) -> Tensor:
-        old = tk.logp.detach() if tk.old_logp is None else tk.old_logp
-        return kl_penalty(old, tk.logp, self.estimator)  # y ~ π_old: k3 estimates KL(π_old||π)
+        return kl_penalty(tk.logp_before, tk.logp, self.estimator)  # y ~ π_old: k3 estimates KL(π_old||π)
 
 
 def proxy_log_prob(logits: Tensor, ids: Tensor, threshold: float = 0.02) -> Tensor:

@@ -413,7 +413,7 @@ def mismatch(tk: Tokens, settings: Settings) -> tuple[Tensor | None, dict[str, f
     s = settings
     if s.mismatch in ("off", "auto"):
         return None, {}
-    old = tk.logp.detach() if tk.old_logp is None else tk.old_logp
+    old = tk.logp_before
     weight = grpo.mismatch_weight(old, tk.rollout_logp, s.mismatch, s.mismatch_low, s.mismatch_high)
     weight = torch.where(tk.mask, weight, 0)
     if not bool(tk.mask.any()):

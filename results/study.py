@@ -705,10 +705,9 @@ class Study:
         h, r = (np.mean([[g[k] for g in row] for row in rows], 0) for k in ("entropy", "pass@1"))
         return h, r
 
-    def label(self, name: str) -> str:
-        """With a dagger where a run is of later code."""
-        later = any(r["commit"] not in EARLIER for r in self.pairs(name).values())
-        return short(name) + " †" * later
+    def dagger(self, name: str) -> str:
+        """Where a run is of later code."""
+        return " †" * any(r["commit"] not in EARLIER for r in self.pairs(name).values())
 
     def broken(self) -> list[str]:
         return [f"{k}: {r['why']}" for k, r in self.records.items() if r["why"]]
@@ -766,7 +765,7 @@ def table_one(study: Study, names: list[str]) -> str:
     body = []
     for name, kept, keeps, d in rows_one(study, names):
         word = "" if len(kept) < 3 else "lost" if keeps.high < 0 else "kept"
-        line_ = [study.label(name), str(len(kept)), f"{statistics.mean(kept):.0%}"]
+        line_ = [short(name) + study.dagger(name), str(len(kept)), f"{statistics.mean(kept):.0%}"]
         line_ += ["keeps" if statistics.mean(kept) >= 0.5 else "", keeps.text(), word]
         for x, digits in zip(d, (3, 2, 3)):
             line_ += [x.text(digits), "" if x.note else x.call]
@@ -792,8 +791,8 @@ def markdown(study: Study, plain: tuple[str, ...], names: list[str]) -> str:
     out += ["|" + "---|" * 9]
     out += [row(name, f"*{name}*" if name == "warm" else f"`{name}`", ["", "", ""]) for name in plain]
     for name, _, _, d in rows_one(study, names):
-        dagger = " †" * study.label(name).endswith("†")
-        out.append(row(name, f"`{short(name)}`{dagger}", [cell(x, n) for x, n in zip(d, (3, 2, 3))]))
+        cells = [cell(x, n) for x, n in zip(d, (3, 2, 3))]
+        out.append(row(name, f"`{short(name)}`{study.dagger(name)}", cells))
     return "\n".join(out)
 
 
