@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 import rollout
 from entropy_math import TokenStats, check_entropy_law, entropy_change
-from grpo import Policy, Tokens, grade, group_advantages, last_boxed
+from grpo import Policy, Tokens, fast_products, grade, group_advantages, last_boxed
 from rollout import Engine, Problem, Sampling, Task, TorchEngine, answer, chain_task
 
 __all__ = ["evaluate", "grade", "main", "pass_at_k"]  # `grade` is chapter 2's, offered here beside pass_at_k
@@ -1475,7 +1475,8 @@ def main(argv: list[str] | None = None) -> int:
     work = benchmark if o.model else runs if o.runs else demonstrate
     try:
         check(o)
-        work(o)
+        with fast_products():
+            work(o)
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ImportError, FloatingPointError) as error:

@@ -1372,7 +1372,7 @@ def execute(command: Command, given: set[str]) -> int:
         jobs = [make_job(spec, base, device, ranks) for spec in specs]
     set_threads(base.threads, embedded=not base.model)
     folder = folder or ranks.all(new_folder(command.out, specs, base.seed))[0]
-    with locked(list(dict.fromkeys((folder, *places(folder, specs)))), ranks):
+    with grpo.fast_products(), locked(list(dict.fromkeys((folder, *places(folder, specs)))), ranks):
         try:
             if len(specs) > 1 and ranks.is_main:
                 write_config(folder, specs, base)

@@ -15,9 +15,9 @@ for warming up (one with a real model). "rollout" is sampling and verifying, "up
 loss, backward pass, clipping, AdamW.
 
 The roofline is the time that the step's multiplications and additions would take at the speed of a large
-matrix product, in the type that ours computes with, on the same threads: 2 N FLOPs per token read in sampling
-and 6 N per token of the update, N the parameters (the tied embedding multiplies as the head), prompts counted
-once a group.  What lies above it is overhead: at a tiny model nearly everything.
+matrix product, in the type and by the library that ours computes with, on the same threads: 2 N FLOPs per
+token read in sampling and 6 N per token of the update, N the parameters (the tied embedding multiplies as the
+head), prompts counted once a group.  What lies above it is overhead: at a tiny model nearly everything.
 """
 
 import argparse
@@ -35,6 +35,7 @@ import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from grpo import fast_products  # noqa: E402
 from interventions import build  # noqa: E402
 from rollout import (  # noqa: E402
     TinyModel,
@@ -111,7 +112,8 @@ def measure(name, steps, tuned, dtype):
         def on_step_end(self, *_, **__):
             times["trl"]["step"].append(time.perf_counter() - self.begin)
             begin = time.perf_counter()
-            row = next(rows)
+            with fast_products():  # as the command has it; TRL's steps are as TRL makes them
+                row = next(rows)
             times["ours"]["step"].append(time.perf_counter() - begin)
             times["ours"]["rollout"].append(row["seconds_rollout"])
             tokens.append(row["tokens"])
@@ -164,8 +166,11 @@ def main():
     import transformers
     import trl
 
-    peak = {dtype: peak_flops(getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
+    mkl = peak_flops(torch.float32)
+    with fast_products():
+        peak = {dtype: peak_flops(getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
     speeds = ", ".join(f"{v / 1e9:.0f} GFLOP/s in {k}" for k, v in peak.items())
+    speeds += f" ({mkl / 1e9:.0f} in float32 for TRL, without `grpo.fast_products`)"
     names, steps = (" ".join(map(str, x)) for x in ([Path(x).name for x in args.models], args.steps))
     call = f"python results/bench_trl.py --models {names} --steps {steps} --threads {args.threads}"
     libraries = f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}"

@@ -446,3 +446,66 @@ def test_progress_generators_depend_on_seed_and_step_only():
 def test_demonstration_runs(capsys):
     grpo.main()
     assert "strictly on-policy" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Products by another library
+
+
+def kernels(call):
+    """The names of the operations that `call()` runs."""
+    with torch.autograd.profiler.profile() as seen:
+        call()
+    return {event.name for event in seen.function_events}
+
+
+@given(st.tuples(*[st.integers(0, 300)] * 3), st.sampled_from(["mm", "t", "addmm", "strided"]), seeds)
+def test_fast_products_are_the_plain_ones(shape, kind, seed):
+    n, k, m = shape
+    torch.manual_seed(seed)
+    a, b, c = torch.randn(n, k), torch.randn(k, m), torch.randn(m)
+    if kind == "t":  # as in a backward pass
+        a, b = torch.randn(k, n).t(), torch.randn(m, k).t()
+    if kind == "strided":
+        a, b = torch.randn(n, 2 * k)[:, ::2], torch.randn(2 * k, m)[::2]
+    with grpo.fast_products(True):
+        got = torch.addmm(c, a, b) if kind == "addmm" else a @ b
+    want = a.double() @ b.double() + (c.double() if kind == "addmm" else 0)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5 * max(k, 1) ** 0.5)
+
+
+def test_fast_products_serve_gradients_and_forward_mode_and_end_with_the_block():
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(128, 256), torch.randn(8, 16, 128)
+
+    def numbers():
+        grads = torch.autograd.grad(layer(x).tanh().sum(), list(layer.parameters()))
+        moved = torch.func.jvp(lambda x: layer(x).tanh(), (x,), (torch.ones_like(x),))[1]
+        return [layer(x).detach(), *grads, moved.detach()]
+
+    fast = "mkldnn::_linear_pointwise"
+    plain = numbers()
+    with grpo.fast_products(True):
+        assert fast in kernels(numbers)
+        for got, want in zip(numbers(), plain, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        assert (torch.full((128, 128), torch.nan) @ torch.ones(128, 128)).isnan().all()
+        assert fast not in kernels(lambda: torch.ones(4, 4) @ torch.ones(4, 4))  # too small for the detour
+        assert fast not in kernels(lambda: torch.ones(128, 128, dtype=F64) @ torch.ones(128, 128, dtype=F64))
+        with pytest.raises(RuntimeError, match="shape"):
+            torch.ones(128, 128) @ torch.ones(129, 128)
+    assert fast not in kernels(numbers)
+    with grpo.fast_products(False):
+        assert fast not in kernels(numbers)
+    assert all(torch.equal(a, b) for a, b in zip(numbers(), plain, strict=True))
+
+
+@pytest.mark.parametrize(
+    "vendor, isa, slow",
+    [("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False)],
+)
+def test_mkl_is_slow_on_amd_with_avx_512_only(vendor, isa, slow, monkeypatch, tmp_path):
+    (tmp_path / "cpuinfo").write_text(f"vendor_id : {vendor}\n")
+    monkeypatch.setattr(grpo, "Path", lambda _: tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: isa)
+    assert grpo.mkl_is_slow() is (slow and torch.backends.mkl.is_available())
