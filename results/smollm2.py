@@ -450,11 +450,9 @@ def main() -> int:
     if given.list:
         done = load()
         for x in items():
-            print(
-                "done   " if x.key in done else "missing",
-                "python",
-                shlex.join(x.command(given.model, given.device)),
-            )
+            if given.data in ("", x.data):
+                command = shlex.join(x.command(given.model, given.device))
+                print("done   " if x.key in done else "missing", "python", command)
     elif given.report:
         report()
     else:
