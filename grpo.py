@@ -265,8 +265,9 @@ def _attention(weight: Tensor, length: int) -> Any:
 
 
 def mkl_is_slow() -> bool:
-    """Of torch's two libraries for float32 products, MKL serves all processors, but uses AVX-512 on Intel's
-    only. On an AMD EPYC (Zen 5) oneDNN is 2.2 times as fast, forward and backward."""
+    """Of the two libraries that torch has for float32 products, it takes MKL, which seems to use AVX-512 on
+    Intel's processors only: on an AMD EPYC (Zen 5) oneDNN is twice as fast, forward and backward, by which
+    other AMDs with AVX-512 are judged (results/bench_products.txt)."""
     file, cpu, mkl = Path("/proc/cpuinfo"), torch.backends.cpu, torch.backends.mkl
     amd = file.is_file() and "AuthenticAMD" in file.read_text()
     return amd and cpu.get_cpu_capability() == "AVX512" and mkl.is_available()
@@ -274,28 +275,29 @@ def mkl_is_slow() -> bool:
 
 @contextmanager
 def fast_products(on: bool | None = None) -> Iterator[None]:
-    """Inside, torch multiplies float32 matrices of a CPU by oneDNN where MKL is slow (`on` says otherwise):
+    """Inside, torch multiplies float32 matrices of a CPU by oneDNN where MKL is slow, or where `on` says so:
     the kernels below autograd change, so gradients, forward mode and models of any library follow. Decided
     by the processor and never by a stopwatch, since a resumed run must round like its first part."""
     linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # x Wᵀ + bias, of `torch.compile`
     aten = torch.ops.aten
 
     def fits(a: Tensor, b: Tensor) -> bool:
+        if not (a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0]):
+            return False  # torch has its own errors for that
         large = a.shape[0] * a.shape[1] * b.shape[1] >= 2**20  # the detour through Python takes 10 µs
-        large &= a.shape[1] == b.shape[0]  # else torch's own error
         dense = all(x.is_contiguous() or x.t().is_contiguous() for x in (a, b))
         return large and dense and a.dtype == b.dtype == torch.float32
 
     def mm(a: Tensor, b: Tensor) -> Tensor:
         if fits(a, b):
             return linear(a, b.t(), None, "none", [], "")
-        return aten.mm.out(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
+        return aten.mm.out(a, b, out=a.new_empty(0))
 
     def addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-        if fits(a, b) and c.dtype == a.dtype and c.shape == b.shape[1:] and beta == alpha == 1:
+        bias = c.dtype == a.dtype and c.shape == b.shape[1:] and c.is_contiguous()  # read as dense memory
+        if bias and beta == alpha == 1 and fits(a, b):
             return linear(a, b.t(), c, "none", [], "")
-        out = a.new_empty(a.shape[0], b.shape[1])
-        return aten.addmm.out(c, a, b, beta=beta, alpha=alpha, out=out)
+        return aten.addmm.out(c, a, b, beta=beta, alpha=alpha, out=a.new_empty(0))
 
     with ExitStack() as stack:
         if linear and (mkl_is_slow() if on is None else on):

@@ -452,6 +452,9 @@ def test_demonstration_runs(capsys):
 # Products by another library
 
 
+FAST = "mkldnn::_linear_pointwise"
+
+
 def kernels(call):
     """The names of the operations that `call()` runs."""
     with torch.autograd.profiler.profile() as seen:
@@ -459,19 +462,67 @@ def kernels(call):
     return {event.name for event in seen.function_events}
 
 
-@given(st.tuples(*[st.integers(0, 300)] * 3), st.sampled_from(["mm", "t", "addmm", "strided"]), seeds)
+@given(st.tuples(*[st.integers(0, 300)] * 3), st.sampled_from(["plain", "backward", "strided"]), seeds)
 def test_fast_products_are_the_plain_ones(shape, kind, seed):
     n, k, m = shape
     torch.manual_seed(seed)
-    a, b, c = torch.randn(n, k), torch.randn(k, m), torch.randn(m)
-    if kind == "t":  # as in a backward pass
+    a, b = torch.randn(n, k), torch.randn(k, m)
+    if kind == "backward":
         a, b = torch.randn(k, n).t(), torch.randn(m, k).t()
     if kind == "strided":
         a, b = torch.randn(n, 2 * k)[:, ::2], torch.randn(2 * k, m)[::2]
     with grpo.fast_products(True):
-        got = torch.addmm(c, a, b) if kind == "addmm" else a @ b
-    want = a.double() @ b.double() + (c.double() if kind == "addmm" else 0)
-    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5 * max(k, 1) ** 0.5)
+        got = a @ b
+    torch.testing.assert_close(got.double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5 * (k + 1) ** 0.5)
+
+
+RAMP = torch.linspace(-3, 3, 320)
+BIASES = {  # what `torch.addmm` takes in the place of a layer's bias, and whether oneDNN may have it
+    "a layer's": (RAMP[:160], True),
+    "every second of more": (RAMP[::2], False),
+    "one number, expanded": (RAMP[:1].expand(160), False),
+    "a number": (RAMP[0], False),
+    "a matrix": (RAMP[:96, None] * RAMP[:160], False),
+}
+
+
+@pytest.mark.parametrize("kind", BIASES)
+@pytest.mark.parametrize("factors", [{}, {"beta": 0.5}, {"alpha": 2.0}, {"beta": 0, "alpha": -1.0}])
+@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16])
+def test_fast_products_with_a_bias_are_the_plain_ones(kind, factors, dtype):
+    torch.manual_seed(0)
+    c, fits = BIASES[kind]
+    a, b, c = torch.randn(96, 128).to(dtype), torch.randn(128, 160).to(dtype), c.to(dtype)
+    want = torch.addmm(c.double(), a.double(), b.double(), **factors)
+    with grpo.fast_products(True):
+        got = torch.addmm(c, a, b, **factors)
+        used = FAST in kernels(lambda: torch.addmm(c, a, b, **factors))
+    assert used is (fits and dtype == torch.float32 and not factors)
+    tolerance = 2e-1 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(got.double(), want, rtol=tolerance / 10, atol=tolerance)
+
+
+def test_fast_products_leave_torch_its_errors():
+    square, wide, line = torch.ones(128, 128), torch.ones(129, 128), torch.ones(128)
+    cube = torch.ones(64, 128, 128)
+    wrong = [
+        lambda: torch.mm(square, wide), lambda: torch.mm(cube, square), lambda: torch.mm(line, square),
+        lambda: torch.addmm(line, square, wide), lambda: torch.addmm(line, cube, square),
+        lambda: torch.addmm(torch.ones(127), square, square),
+        lambda: torch.addmm(line.double(), square, square), lambda: torch.mm(square, square.double()),
+    ]  # fmt: skip
+
+    def said():
+        errors = []
+        for call in wrong:
+            with pytest.raises(RuntimeError) as error:
+                call()
+            errors.append(str(error.value))
+        return errors
+
+    plain = said()
+    with grpo.fast_products(True):
+        assert said() == plain
 
 
 def test_fast_products_serve_gradients_and_forward_mode_and_end_with_the_block():
@@ -483,21 +534,37 @@ def test_fast_products_serve_gradients_and_forward_mode_and_end_with_the_block()
         moved = torch.func.jvp(lambda x: layer(x).tanh(), (x,), (torch.ones_like(x),))[1]
         return [layer(x).detach(), *grads, moved.detach()]
 
-    fast = "mkldnn::_linear_pointwise"
     plain = numbers()
     with grpo.fast_products(True):
-        assert fast in kernels(numbers)
+        assert FAST in kernels(lambda: layer(x)) and FAST in kernels(lambda: layer.weight @ layer.weight.T)
         for got, want in zip(numbers(), plain, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
         assert (torch.full((128, 128), torch.nan) @ torch.ones(128, 128)).isnan().all()
-        assert fast not in kernels(lambda: torch.ones(4, 4) @ torch.ones(4, 4))  # too small for the detour
-        assert fast not in kernels(lambda: torch.ones(128, 128, dtype=F64) @ torch.ones(128, 128, dtype=F64))
-        with pytest.raises(RuntimeError, match="shape"):
-            torch.ones(128, 128) @ torch.ones(129, 128)
-    assert fast not in kernels(numbers)
+        assert FAST not in kernels(lambda: torch.ones(4, 4) @ torch.ones(4, 4))  # too small for the detour
+        assert FAST not in kernels(lambda: torch.ones(128, 128, dtype=F64) @ torch.ones(128, 128, dtype=F64))
+        assert FAST not in kernels(lambda: torch.ones(128, 256)[:, ::2] @ torch.ones(128, 128))
+    assert FAST not in kernels(numbers)
     with grpo.fast_products(False):
-        assert fast not in kernels(numbers)
+        assert FAST not in kernels(numbers)
     assert all(torch.equal(a, b) for a, b in zip(numbers(), plain, strict=True))
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_the_commands_take_the_fast_products_where_mkl_is_slow(slow, monkeypatch, tmp_path):
+    import eval
+    import train
+
+    seen = []
+
+    def work(*_):
+        seen.append(FAST in kernels(lambda: torch.ones(128, 128) @ torch.ones(128, 128)))
+        return 0
+
+    monkeypatch.setattr(grpo, "mkl_is_slow", lambda: slow)
+    monkeypatch.setattr(eval, "demonstrate", work)
+    monkeypatch.setattr(train, "compare", work)
+    assert eval.main([]) == train.main(["--method", "grpo", "--out", str(tmp_path / "run")]) == 0
+    assert seen == [slow, slow]
 
 
 @pytest.mark.parametrize(
