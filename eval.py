@@ -668,6 +668,8 @@ def over_pairs(d: np.ndarray) -> tuple[float, float, float]:
 
     Why this line and not the upper hull of all points: a hull of noisy points lies too high, and leaves
     undefined what is beyond it.  results/study.py fixed this one before its first run; D1 there is D1 here.
+    Its points have luck of their own, so near its steep end 0 is not what a second plain GRPO gets: -.02 in
+    results/README.md.
     """
     n = len(d)
     mean = float(d[:, 0].mean()) if n else math.nan  # (6.9)
