@@ -705,9 +705,9 @@ class Study:
         h, r = (np.mean([[g[k] for g in row] for row in rows], 0) for k in ("entropy", "pass@1"))
         return h, r
 
-    def dagger(self, name: str) -> str:
+    def dagger(self, name: str, steps: int = STEPS) -> str:
         """Where a run is of later code."""
-        return " †" * any(r["commit"] not in EARLIER for r in self.pairs(name).values())
+        return " †" * any(r["commit"] not in EARLIER for r in self.pairs(name, steps).values())
 
     def broken(self) -> list[str]:
         return [f"{k}: {r['why']}" for k, r in self.records.items() if r["why"]]
@@ -740,7 +740,8 @@ def ends_table(study: Study, names: list[str], steps: int = STEPS) -> str:
     for name in names:
         e = study.ends(name, steps)
         if e["entropy"]:
-            body.append([short(name), str(len(e["entropy"])), *(spread(e[k]) for k in list(e)[:-1])])
+            cells = [short(name) + study.dagger(name, steps), str(len(e["entropy"]))]
+            body.append([*cells, *(spread(e[k]) for k in list(e)[:-1])])
     return tabled(head, body)
 
 
@@ -853,7 +854,8 @@ def table_factors(study: Study, names: list[str]) -> str:
             clips = [c for r in runs if (c := r["curves"].get("clip_fraction"))]
             clipped = [statistics.mean(c) for c in clips]
             cells = [spread(e[k]) for k in ("entropy", *MEASURES)]
-            body.append([short(name), str(len(runs)), *cells, spread(reward), spread(clipped, ".4f")])
+            label = short(name) + study.dagger(name)
+            body.append([label, str(len(runs)), *cells, spread(reward), spread(clipped, ".4f")])
     return tabled(["", "n", "entropy", *MEASURES, "reward in training", "clipped share"], body)
 
 
