@@ -22,14 +22,15 @@ TEXTS = (README, STUDY, ROOT / "tests" / "exercises" / "README.md")
 def outcome(key: str) -> str:
     """What the study's first table in results/README.md says of a method: its entropy in the end, and D1."""
     first = STUDY.read_text().partition("What the papers report")[0]
-    rows = re.findall(r"^\| `([^`]+)`(?: †)? \|(.*)\|$", first, re.MULTILINE)
-    found = {name: [cell.strip() for cell in row.split("|")] for name, row in rows}
+    rows = re.findall(r"^\| `([^`]+)`( †)? \|(.*)\|$", first, re.MULTILINE)
+    found = {name: [cell.strip() for cell in row.split("|")] for name, _, row in rows}
+    later = {name for name, dagger, _ in rows if dagger}
     name = key if key in found else f"{key}:x4"
     if name not in found:
         return "not run"
     _, entropy, *_, d1, _, _ = found[name]
     d1 = re.sub(r" \[.*\]", "", d1) or "the line itself"
-    return f"{'' if name == key else '×4: '}{entropy}, {d1}"
+    return f"{'' if name == key else '×4: '}{entropy}, {d1}{' †' * (name in later)}"
 
 
 def table() -> str:
