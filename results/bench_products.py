@@ -12,22 +12,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
 import timeit
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench_trl import TINY, world  # noqa: E402
+from bench_trl import TINY, our_steps  # noqa: E402
 
 from eval import set_threads  # noqa: E402
 from grpo import fast_products, mkl_is_slow  # noqa: E402
-from interventions import build  # noqa: E402
-from train import make_run, train  # noqa: E402
 
 SHAPES = ((2048, 2048, 2048), (64, 576, 1536), (64, 576, 49152), (1344, 576, 1536))  # rows, in, out
 
@@ -49,10 +45,7 @@ def products() -> pd.DataFrame:
 
 def steps(name: str, count: int) -> pd.DataFrame:
     """Seconds of steps of plain GRPO, by library and by whether the ledger books them."""
-    model, tokenizer, task, settings = world(name)
-    settings = replace(settings, ledger_every=3, eval_every=10**6)
-    run = make_run(settings, build("grpo"), Path(tempfile.mkdtemp()), task, model, tokenizer)
-    run.rows, found, rows = [{"step": 0}], [], train(run)  # no evaluation of the first policy
+    found, rows = [], our_steps(name, ledger_every=3)
     for i in range(count):
         with fast_products(bool(i % 2)):
             begin = time.perf_counter()

@@ -91,15 +91,20 @@ def trl_trainer(name, steps, callback, tuned):
     )
 
 
+def our_steps(name, **changes):
+    """The rows of plain GRPO's steps, one at a time, on a copy of the model, without any evaluation."""
+    model, tokenizer, task, settings = world(name)
+    settings = replace(settings, eval_every=10**6, **changes)
+    run = make_run(settings, build("grpo"), Path(tempfile.mkdtemp()), task, copy.deepcopy(model), tokenizer)
+    run.rows = [{"step": 0}]  # as if the first policy had been evaluated
+    return train(run)
+
+
 def measure(name, steps, tuned, dtype):
     """{who: {phase: [seconds]}} and the mean number of tokens that a step trains on."""
     from transformers import TrainerCallback
 
-    model, tokenizer, task, settings = world(name)
-    settings = replace(settings, ledger="off", eval_every=10**6, dtype=dtype)
-    ours = make_run(settings, build("grpo"), Path(tempfile.mkdtemp()), task, copy.deepcopy(model), tokenizer)
-    ours.rows = [{"step": 0}]  # no evaluation of the first policy
-    rows = train(ours)
+    settings, rows = world(name)[3], our_steps(name, ledger="off", dtype=dtype)
     times = {who: {"rollout": [], "update": [], "step": []} for who in ("trl", "ours")}
     tokens, alike = [], []
 

@@ -709,6 +709,9 @@ class Study:
         """Where a run is of later code."""
         return " †" * any(r["commit"] not in EARLIER for r in self.pairs(name, steps).values())
 
+    def label(self, name: str, steps: int = STEPS) -> str:
+        return short(name) + self.dagger(name, steps)
+
     def broken(self) -> list[str]:
         return [f"{k}: {r['why']}" for k, r in self.records.items() if r["why"]]
 
@@ -740,8 +743,8 @@ def ends_table(study: Study, names: list[str], steps: int = STEPS) -> str:
     for name in names:
         e = study.ends(name, steps)
         if e["entropy"]:
-            cells = [short(name) + study.dagger(name, steps), str(len(e["entropy"]))]
-            body.append([*cells, *(spread(e[k]) for k in list(e)[:-1])])
+            cells = (spread(e[k]) for k in list(e)[:-1])
+            body.append([study.label(name, steps), str(len(e["entropy"])), *cells])
     return tabled(head, body)
 
 
@@ -766,7 +769,7 @@ def table_one(study: Study, names: list[str]) -> str:
     body = []
     for name, kept, keeps, d in rows_one(study, names):
         word = "" if len(kept) < 3 else "lost" if keeps.high < 0 else "kept"
-        line_ = [short(name) + study.dagger(name), str(len(kept)), f"{statistics.mean(kept):.0%}"]
+        line_ = [study.label(name), str(len(kept)), f"{statistics.mean(kept):.0%}"]
         line_ += ["keeps" if statistics.mean(kept) >= 0.5 else "", keeps.text(), word]
         for x, digits in zip(d, (3, 2, 3)):
             line_ += [x.text(digits), "" if x.note else x.call]
@@ -854,8 +857,8 @@ def table_factors(study: Study, names: list[str]) -> str:
             clips = [c for r in runs if (c := r["curves"].get("clip_fraction"))]
             clipped = [statistics.mean(c) for c in clips]
             cells = [spread(e[k]) for k in ("entropy", *MEASURES)]
-            label = short(name) + study.dagger(name)
-            body.append([label, str(len(runs)), *cells, spread(reward), spread(clipped, ".4f")])
+            cells = [study.label(name), str(len(runs)), *cells, spread(reward), spread(clipped, ".4f")]
+            body.append(cells)
     return tabled(["", "n", "entropy", *MEASURES, "reward in training", "clipped share"], body)
 
 
