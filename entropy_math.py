@@ -333,7 +333,7 @@ class _HeadStats(torch.autograd.Function):
             if want_hidden:
                 d_hidden.add_(x @ weight[low:high])  # (N, D)
             if want_weight:
-                torch.mm(x.T, right, out=d_weight[low:high])  # (v, D), written once: nothing to accumulate
+                d_weight[low:high] = x.T @ right  # (v, D), written once: nothing to accumulate
         d_hidden = d_hidden.mul_(row.unsqueeze(1)).to(hidden.dtype) if want_hidden else None
         return d_hidden, d_weight, d_bias, None, None, None, None
 
@@ -391,7 +391,8 @@ def entropy_directional_change(grads: Mapping | Iterable, deltas: Mapping | Iter
         if g is not None and d is not None:
             if g.shape != d.shape:
                 raise ValueError(f"a gradient of shape {tuple(g.shape)} meets a delta of {tuple(d.shape)}")
-            total += float((g.detach() * d.detach()).sum(dtype=torch.float64))
+            parts = zip(g.detach().flatten().split(2**20), d.detach().flatten().split(2**20))
+            total += sum(float((a * b).sum(dtype=torch.float64)) for a, b in parts)  # in cache, not in memory
     return total
 
 
