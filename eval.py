@@ -33,11 +33,11 @@ import re
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 if __name__ == "__main__":  # Ctrl-C in the seconds that the imports below take
     said = b"stopped; nothing was written yet\n"
@@ -120,17 +120,17 @@ def evaluate(
 
 def _summary(task: Task, parts: list[Part], k: int) -> dict[str, Any]:
     """Means over problems of the metrics of `evaluate`."""
-    solved, distinct, nats, tokens, rows = [], [], 0.0, 0, 0
+    solved, distinct, nats, tokens = [], [], 0.0, 0
     for _, out, texts in parts:
         right = out.correct.view(-1, k).tolist()
-        solved += [sum(r) for r in right]
+        solved += map(sum, right)
         distinct += [distinct_correct(task, texts[i * k : (i + 1) * k], r) for i, r in enumerate(right)]
         nats += float(torch.where(out.mask, out.entropy, 0).sum(dtype=torch.float64))
-        tokens, rows = tokens + int(out.mask.sum()), rows + len(out.ids)
+        tokens += int(out.mask.sum())
     n = len(solved)
     one, several = (sum(pass_at_k(k, c, j) for c in solved) / n for j in (1, k))
     means = {"pass@1": one, "pass@k": several, "distinct_correct": sum(distinct) / n}
-    return means | {"eval_entropy": nats / tokens, "eval_length": tokens / rows, "right": solved}
+    return means | {"eval_entropy": nats / tokens, "eval_length": tokens / (n * k), "right": solved}
 
 
 def _samples(problems: Sequence[Problem], out: Tokens, texts: list[str], k: int) -> list[dict[str, Any]]:
@@ -160,9 +160,11 @@ def mean_se(values: Sequence[float]) -> tuple[float, float]:
     return float(v.mean(skipna=False)), float(v.sem(skipna=False))
 
 
-def resample(n: int, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """(1 + draws, n) bootstrap weights: row 0 is the data, every other row n picks with replacement."""
-    return np.vstack([np.full((1, n), 1 / n), rng.multinomial(n, np.full(n, 1 / n), draws) / n])
+@cache
+def resample(n: int, draws: int, seed: int = 0) -> np.ndarray:
+    """(n, 1 + draws) bootstrap weights: column 0 is the data, every other column n picks with replacement."""
+    picks = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws)
+    return np.vstack([np.full((1, n), 1 / n), picks / n]).T.copy()
 
 
 def paired(a: Sequence[float], b: Sequence[float], draws: int = 10_000) -> tuple[float, float, float]:
@@ -178,7 +180,7 @@ def paired(a: Sequence[float], b: Sequence[float], draws: int = 10_000) -> tuple
     d = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     if len(d) < 2:
         return float(d.mean()), math.nan, math.nan
-    low, high = np.percentile(resample(len(d), draws, np.random.default_rng(0))[1:] @ d, [2.5, 97.5])
+    low, high = np.percentile(d @ resample(len(d), draws)[:, 1:], [2.5, 97.5])
     return float(d.mean()), float(low), float(high)
 
 
@@ -227,8 +229,7 @@ def calibration(confidence: Sequence[float], right: Sequence[bool], bins: int = 
 
 def calibration_error(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> float:
     """ECE = Σ_b n_b / n |share right_b - mean confidence_b|, over the groups b of `calibration`     (6.6)"""
-    groups = calibration(confidence, right, bins)
-    return float(sum(n * abs(r - c) for c, r, n in groups) / sum(n for *_, n in groups))
+    return float(sum(n * abs(r - c) for c, r, n in calibration(confidence, right, bins)) / len(right))
 
 
 def confidences(samples: pd.DataFrame, key: Callable[[str], str]) -> dict[str, tuple[list, list]]:
@@ -308,11 +309,6 @@ def shown(rows: Sequence[dict[str, Any]], columns: dict[str, str] | Sequence[str
     frame = pd.DataFrame([[cell(r, key) for key in names] for r in rows], columns=list(names.values()))
     frame.index, frame.columns.name = pd.Index(frame.iloc[:, 0], dtype=object), frame.columns[0]
     return frame.rename_axis(index=None).iloc[:, 1:].to_string()
-
-
-def passes(columns: Iterable[str]) -> list[str]:
-    """pass@1, pass@8, ... of some columns, by k."""
-    return sorted((x for x in columns if re.fullmatch(r"pass@\d+", x)), key=lambda x: int(x[5:]))
 
 
 def write_csv(path: Path, rows: Any) -> None:
@@ -607,14 +603,9 @@ DRAWS = 1000
 Means = dict[Any, np.ndarray]  # pair -> (measures, 1 + DRAWS)
 
 
-@cache
-def problem_weights(n: int) -> np.ndarray:
-    return resample(n, DRAWS, np.random.default_rng(0)).T.copy()  # (n, 1 + DRAWS)
-
-
 def means(each: np.ndarray) -> np.ndarray:
     """(..., measures, problems) -> (..., measures, 1 + DRAWS)."""
-    return each @ problem_weights(each.shape[-1])
+    return each @ resample(each.shape[-1], DRAWS)
 
 
 def line(px: np.ndarray, py: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -1226,7 +1217,7 @@ def benchmark(o: Options) -> None:
 
 def print_benchmarks(frame: pd.DataFrame, o: Options, out: Path) -> None:
     """The papers' table, in percent, one block a model; a pass@k that a benchmark lacks has no average."""
-    shares = {x: f"{x}, %" for x in passes(frame)} | {"pass@1": "avg@n = pass@1, %"}
+    shares = {x: f"{x}, %" for x in frame.filter(regex=r"^pass@\d+$")} | {"pass@1": "avg@n = pass@1, %"}
     keys = shares | {"length": "length", "truncated": "truncated, %", "entropy": "entropy"}
     columns = {x: x for x in ("benchmark", "problems x samples")} | keys
     for model, block in frame.groupby("model", sort=False):
@@ -1321,17 +1312,9 @@ class Options(FinishedRuns, Drawing, Benchmarks, Machine):
         return self.samples or self.k or 32
 
 
-def flags_of(kind: type) -> list[str]:
-    """The flags of a dataclass and of those nested in it."""
-    out = []
-    for name, hint in get_type_hints(kind).items():
-        out += flags_of(hint) if is_dataclass(hint) else [f"--{name.replace('_', '-')}"]
-    return out
-
-
 def command_line(kind: type, prog: str, argv: Sequence[str] | None) -> Any:
     """A dataclass filled by tyro: fields are flags, their docstrings the help, nested dataclasses its groups.
-    tyro's framed complaint becomes one line, with exit code 2 and the nearest flag."""
+    tyro's framed complaint becomes one line, with exit code 2 and the flag that it finds the nearest."""
     words, said = sys.argv[1:] if argv is None else list(argv), io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -1342,10 +1325,9 @@ def command_line(kind: type, prog: str, argv: Sequence[str] | None) -> Any:
             lines = [line.strip("│╰╯ ") for line in said.getvalue().splitlines()[1:]]  # without its title
             text = re.sub(" *[─-]{3,} *", "; ", " ".join(lines)).strip("; ")
             text = re.split("[ ;]+(For full|Argument) helptext", text)[0]
-            if unknown := re.match(r"Unrecognized options: ([^\s,;]+)", text):
-                flag = unknown[1].split("=")[0]
-                near = difflib.get_close_matches(flag, flags_of(kind), 1, 0)
-                text = f"{flag}: unknown; did you mean {near[0]}?"
+            if unknown := re.match(r"Unrecognized options: ([^\s,;=]+)", text):
+                near = re.search(rf"(?:you meant|similar to {re.escape(unknown[1])}[^:]*): +(--\S+)", text)
+                text = f"{unknown[1]}: unknown" + (f"; did you mean {near[1]}?" if near else "")
             print(f"{prog}: error: {text}  (see --help)", file=sys.stderr)
         raise
 
@@ -1444,9 +1426,10 @@ def sample_run(o: Options, record: Record, out: Path) -> None:
     sets, key = {f"{name} at {t:g}": x for (name, t), x in found.items()}, task.signature
     length = min(map(common_length, sets.values()))
     rows = [{"set": x} | measure(samples, o.k or n, key, key, length) for x, samples in sets.items()]
+    shares = pd.DataFrame(rows).filter(regex=r"^pass@\d+$")
+    print(shown(rows, ("set", *shares, "distinct_correct", "entropy", "length", "truncated")) + "\n")
     more = ("distinct-1", "distinct-2", "distinct-3", "ece_vote", "ece_likelihood")
-    for names in ((*passes(rows[0]), "distinct_correct", "entropy", "length", "truncated"), more):
-        print(shown(rows, ("set", *names)) + "\n")
+    print(shown(rows, ("set", *more)) + "\n")
     print(f"± standard error over problems (6.2); diversity (6.4) of the first {length} tokens\n")
     write_csv(out / "samples.csv", rows)
     test = {x: samples for x, samples in sets.items() if x.startswith("test")}

@@ -251,9 +251,9 @@ def test_eq_6_2_covers_the_samples_noise():
 def test_eq_6_3_resamples_are_the_bootstrap_of_all_picks():
     """Three values: the 27 equally likely picks, by enumeration, have the resamples' distribution."""
     d = np.array([-1.0, 0.5, 4.0])
-    weights = resample(3, 20_000, np.random.default_rng(1))
-    assert np.allclose(weights[0], 1 / 3) and np.allclose(weights.sum(1), 1)
-    means = Counter(np.round(weights[1:] @ d, 6).tolist())
+    weights = resample(3, 20_000, seed=1)
+    assert np.allclose(weights[:, 0], 1 / 3) and np.allclose(weights.sum(0), 1)
+    means = Counter(np.round(d @ weights[:, 1:], 6).tolist())
     exact = Counter(round(sum(p) / 3, 6) for p in itertools.product(d, repeat=3))
     assert set(means) == set(exact)
     for value, count in exact.items():
