@@ -1042,9 +1042,8 @@ def show(record: Record, seed: int, attention: str, out: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------
 # 7. The benchmarks
 
-BENCHMARKS = {  # name -> samples a problem: many on the small sets, one on the large (OPEFO, STEER)
-    "aime24": 32, "aime25": 32, "amc23": 32, "math500": 1, "minerva": 1, "olympiadbench": 1,
-}  # fmt: skip
+# name -> samples a problem: many on the small sets, one on the large (OPEFO, STEER)
+BENCHMARKS = {"aime24": 32, "aime25": 32, "amc23": 32, "math500": 1, "minerva": 1, "olympiadbench": 1}
 
 SOURCES = {  # how the papers sampled, and which checkpoint they show
     "opefo": "2605.11491, transcribed by others; temperature 1, top-p .7; best checkpoint on these very sets",
@@ -1275,13 +1274,11 @@ class Machine:
 
 @dataclass(frozen=True)
 class Command:  # the groups of --help, which begins with this file's docstring
+    __doc__ = __doc__
     finished_runs: FinishedRuns = FinishedRuns()
     drawing: Drawing = Drawing()
     benchmarks: Benchmarks = Benchmarks()
     machine: Machine = Machine()
-
-
-Command.__doc__ = __doc__
 
 
 @dataclass(frozen=True)
@@ -1296,11 +1293,11 @@ class Options(FinishedRuns, Drawing, Benchmarks, Machine):
 def command_line(kind: type, prog: str, argv: Sequence[str] | None) -> Any:
     """A dataclass filled by tyro: fields are flags, their docstrings the help, nested dataclasses its groups.
     tyro's framed complaint becomes one line, with exit code 2 and the flag that it finds the nearest."""
-    words, said = sys.argv[1:] if argv is None else list(argv), io.StringIO()
+    said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             style = tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff
-            return tyro.cli(kind, prog=prog, args=words, config=style)
+            return tyro.cli(kind, prog=prog, args=argv, config=style)
     except SystemExit as end:
         if end.code:
             lines = [line.strip("│╰╯ ") for line in said.getvalue().splitlines()[1:]]  # without its title
@@ -1409,8 +1406,7 @@ def sample_run(o: Options, record: Record, out: Path) -> None:
     rows = [{"set": x} | measure(samples, o.k or n, key, key, length) for x, samples in sets.items()]
     shares = pd.DataFrame(rows).filter(regex=r"^pass@\d+$")
     print(shown(rows, ("set", *shares, "distinct_correct", "entropy", "length", "truncated")) + "\n")
-    more = ("distinct-1", "distinct-2", "distinct-3", "ece_vote", "ece_likelihood")
-    print(shown(rows, ("set", *more)) + "\n")
+    print(shown(rows, ("set", "distinct-1", "distinct-2", "distinct-3", "ece_vote", "ece_likelihood")) + "\n")
     print(f"± standard error over problems (6.2); diversity (6.4) of the first {length} tokens\n")
     write_csv(out / "samples.csv", rows)
     test = {x: samples for x, samples in sets.items() if x.startswith("test")}
