@@ -901,7 +901,7 @@ def fingerprint(folder: Path) -> str:
 
 def draw_samples(sets: dict[str, pd.DataFrame], vote: Callable, out: Path, what: str, name: Callable) -> None:
     """The share right against confidence, a panel for each meaning of the word; the entropy over tokens with
-    the fork's threshold (6.7).  The tokens drawn most often at forks are printed by `name`."""
+    the fork's threshold (6.7).  The tokens drawn most often at forks are printed, as `name` writes them."""
     titles = {"vote": "share of the most frequent answer", "likelihood": "exp of the tokens' mean log π"}
     labels = [(f"confidence: {x}", "mean confidence", "share right") for x in titles.values()]
     fig, axes = figure(15, 4.8, 1, 3, [*labels, (f"{what} over tokens", "nats", "share of tokens")])
