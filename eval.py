@@ -33,11 +33,11 @@ import re
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 if __name__ == "__main__":  # Ctrl-C in the seconds that the imports below take
     said = b"stopped; nothing was written yet\n"
@@ -72,9 +72,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
         raise ValueError(f"k={k} needs 1 <= k <= n={n}: draw at least k samples a problem")
     if not 0 <= c <= n:
         raise ValueError(f"c={c} right of n={n} samples: c must lie in 0..n")
-    if n - c < k:
-        return 1.0
-    return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))  # (6.1)
+    return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))  # (6.1); a factor is 0 if n - c < k
 
 
 def distinct_correct(task: Task, texts: Sequence[str], correct: Sequence[bool]) -> int:
@@ -83,7 +81,7 @@ def distinct_correct(task: Task, texts: Sequence[str], correct: Sequence[bool]) 
 
 
 ROWS = 1024
-Part = tuple[Sequence[Problem], Tokens, list[str]]  # some problems, and n responses to each, B rows
+Part = tuple[Tokens, list[str]]  # n responses to each of some problems, B rows, and their texts
 
 
 def responses(
@@ -92,8 +90,7 @@ def responses(
     """how.n responses to every problem, at most about ROWS at a time."""
     step = max(1, ROWS // how.n)
     for i in range(0, len(problems), step):
-        part = problems[i : i + step]
-        yield part, *answer(engine, task, part, how, generator)
+        yield answer(engine, task, problems[i : i + step], how, generator)
 
 
 @torch.no_grad()
@@ -114,23 +111,23 @@ def evaluate(
             parts = list(responses(engine, task, problems, how, generator))
             result |= {prefix + name: value for name, value in _summary(task, parts, k).items()}
             if not prefix:
-                result["samples"] = _samples(*parts[0], k)
+                result["samples"] = _samples(problems, *parts[0], k)
     return result
 
 
 def _summary(task: Task, parts: list[Part], k: int) -> dict[str, Any]:
     """Means over problems of the metrics of `evaluate`."""
-    solved, distinct, nats, tokens, rows = [], [], 0.0, 0, 0
-    for _, out, texts in parts:
+    solved, distinct, nats, tokens = [], [], 0.0, 0
+    for out, texts in parts:
         right = out.correct.view(-1, k).tolist()
-        solved += [sum(r) for r in right]
+        solved += map(sum, right)
         distinct += [distinct_correct(task, texts[i * k : (i + 1) * k], r) for i, r in enumerate(right)]
         nats += float(torch.where(out.mask, out.entropy, 0).sum(dtype=torch.float64))
-        tokens, rows = tokens + int(out.mask.sum()), rows + len(out.ids)
+        tokens += int(out.mask.sum())
     n = len(solved)
     one, several = (sum(pass_at_k(k, c, j) for c in solved) / n for j in (1, k))
     means = {"pass@1": one, "pass@k": several, "distinct_correct": sum(distinct) / n}
-    return means | {"eval_entropy": nats / tokens, "eval_length": tokens / rows, "right": solved}
+    return means | {"eval_entropy": nats / tokens, "eval_length": tokens / (n * k), "right": solved}
 
 
 def _samples(problems: Sequence[Problem], out: Tokens, texts: list[str], k: int) -> list[dict[str, Any]]:
@@ -139,8 +136,8 @@ def _samples(problems: Sequence[Problem], out: Tokens, texts: list[str], k: int)
     return [
         {"prompt": problem.prompt, "answer": problem.answer, "response": texts[i]}
         | {name: x[i].item() for name, x in facts.items()}
-        for p, problem in enumerate(problems[:2])
-        for i in range(p * k, p * k + min(4, k))
+        for problem, first in zip(problems[:2], range(0, len(texts), k))
+        for i in range(first, first + min(4, k))
     ]
 
 
@@ -160,9 +157,11 @@ def mean_se(values: Sequence[float]) -> tuple[float, float]:
     return float(v.mean(skipna=False)), float(v.sem(skipna=False))
 
 
-def resample(n: int, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """(1 + draws, n) bootstrap weights: row 0 is the data, every other row n picks with replacement."""
-    return np.vstack([np.full((1, n), 1 / n), rng.multinomial(n, np.full(n, 1 / n), draws) / n])
+@cache
+def resample(n: int, draws: int, seed: int = 0) -> np.ndarray:
+    """(n, 1 + draws) bootstrap weights: column 0 is the data, every other column n picks with replacement."""
+    picks = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws)
+    return np.vstack([np.full((1, n), 1 / n), picks / n]).T.copy()
 
 
 def paired(a: Sequence[float], b: Sequence[float], draws: int = 10_000) -> tuple[float, float, float]:
@@ -178,7 +177,7 @@ def paired(a: Sequence[float], b: Sequence[float], draws: int = 10_000) -> tuple
     d = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     if len(d) < 2:
         return float(d.mean()), math.nan, math.nan
-    low, high = np.percentile(resample(len(d), draws, np.random.default_rng(0))[1:] @ d, [2.5, 97.5])
+    low, high = np.percentile(d @ resample(len(d), draws)[:, 1:], [2.5, 97.5])
     return float(d.mean()), float(low), float(high)
 
 
@@ -189,9 +188,8 @@ def paired(a: Sequence[float], b: Sequence[float], draws: int = 10_000) -> tuple
 # logp (Σ log π of its tokens), ids, nats (the entropy at each token), text.  In a file, a line of JSON.
 
 
-def to_rows(part: Part, k: int, first: int = 0) -> list[dict[str, Any]]:
-    """The responses to some problems, of which the first has the number `first`."""
-    _, out, texts = part
+def to_rows(out: Tokens, texts: list[str], k: int, first: int = 0) -> list[dict[str, Any]]:
+    """k responses to each of some problems, of which the first has the number `first`."""
     logp, nats = torch.where(out.mask, out.rollout_logp, 0).sum(-1, dtype=torch.float64), out.entropy.double()
     rows = []
     for i, m in enumerate(out.mask):
@@ -227,8 +225,7 @@ def calibration(confidence: Sequence[float], right: Sequence[bool], bins: int = 
 
 def calibration_error(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> float:
     """ECE = Σ_b n_b / n |share right_b - mean confidence_b|, over the groups b of `calibration`     (6.6)"""
-    groups = calibration(confidence, right, bins)
-    return float(sum(n * abs(r - c) for c, r, n in groups) / sum(n for *_, n in groups))
+    return float(sum(n * abs(r - c) for c, r, n in calibration(confidence, right, bins)) / len(right))
 
 
 def confidences(samples: pd.DataFrame, key: Callable[[str], str]) -> dict[str, tuple[list, list]]:
@@ -252,7 +249,7 @@ def confidences(samples: pd.DataFrame, key: Callable[[str], str]) -> dict[str, t
 
 def forking(nats: np.ndarray, share: float = 0.2) -> float:
     """H₀, from which on a token is a fork: the ⌈share · N⌉-th largest of N entropies, 2506.01939     (6.7)"""
-    return float(np.sort(nats)[::-1][max(1, math.ceil(share * len(nats))) - 1])
+    return float(np.sort(nats)[::-1][math.ceil(share * len(nats)) - 1])
 
 
 def measure(
@@ -310,11 +307,6 @@ def shown(rows: Sequence[dict[str, Any]], columns: dict[str, str] | Sequence[str
     return frame.rename_axis(index=None).iloc[:, 1:].to_string()
 
 
-def passes(columns: Iterable[str]) -> list[str]:
-    """pass@1, pass@8, ... of some columns, by k."""
-    return sorted((x for x in columns if re.fullmatch(r"pass@\d+", x)), key=lambda x: int(x[5:]))
-
-
 def write_csv(path: Path, rows: Any) -> None:
     """One column for every key of any row that holds a number or a word."""
     pd.DataFrame(rows).dropna(axis=1, how="all").to_csv(path, index=False, float_format="%.6g")
@@ -345,9 +337,7 @@ def style(i: int) -> dict[str, Any]:
     return dict(zip(("color", "linestyle"), STYLES[i % len(STYLES)]))
 
 
-def figure(
-    width: float, height: float, rows: int, columns: int, labels: Sequence[Sequence[str]] = (), **how: Any
-) -> tuple[Any, Any]:
+def figure(width: float, height: float, rows: int, columns: int, labels: Sequence = (), **how: Any) -> tuple:
     """A figure and its axes (rows, columns), each with a grid; labels: (title, x, y) of the first axes."""
     from matplotlib.figure import Figure
 
@@ -374,11 +364,6 @@ def series(rows: list[dict[str, Any]], key: str) -> pd.Series:
     return values[np.isfinite(values)]
 
 
-def smooth(values: pd.Series) -> pd.Series:
-    """Exponential moving average for the eye; the files hold the raw numbers."""
-    return values.ewm(alpha=0.2, adjust=False).mean()
-
-
 def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """entropy.png: entropy, pass@1 and pass@k, the plane of both, and one panel of flows a method."""
     k, lines = next((r["k"] for rows in runs.values() for r in rows if "k" in r), "k"), -(-len(runs) // 3)
@@ -393,7 +378,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for i, (label, rows) in enumerate(runs.items()):
         look, values = style(i), series(rows, "entropy")
         entropy.plot(values, alpha=0.2, linewidth=0.8, color=look["color"])
-        entropy.plot(smooth(values), label=label, **look)
+        entropy.plot(values.ewm(alpha=0.2, adjust=False).mean(), label=label, **look)  # smooth, for the eye
         one, several = series(rows, "pass@1"), series(rows, "pass@k")
         progress.plot(one, marker="o", markersize=3.5, **look)
         progress.plot(several, marker="^", markersize=3.5, **look)
@@ -418,11 +403,11 @@ def _draw_flows(axes: Any, runs: dict[str, list[dict[str, Any]]]) -> None:
     for ax in axes.flat[len(runs) :]:
         ax.set_axis_off()
     for ax, (label, rows) in zip(axes.flat, runs.items()):
-        both = pd.concat([series(rows, x) for x in ("flow_up", "flow_down")], axis=1).dropna()
-        up, down = smooth(both[0]), smooth(both[1])
-        ax.fill_between(both.index, 0, up, color="#bbbbbb", label="up")
-        ax.fill_between(both.index, 0, -down, color="#666666", label="down")
-        ax.plot(up - down, color="black", linewidth=1.2, label="net")
+        flows = pd.concat([series(rows, x) for x in ("flow_up", "flow_down")], axis=1).dropna()
+        up, down = flows.ewm(alpha=0.2, adjust=False).mean().T.to_numpy()
+        ax.fill_between(flows.index, 0, up, color="#bbbbbb", label="up")
+        ax.fill_between(flows.index, 0, -down, color="#666666", label="down")
+        ax.plot(flows.index, up - down, color="black", linewidth=1.2, label="net")
         ax.set(title=f"{label}: entropy flow", xlabel="step", ylim=(-top, top))
         ax.set_ylabel("flow, nats per unit learning rate")
         ax.legend(fontsize=7, loc="upper right", ncols=3)
@@ -451,7 +436,6 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
 
 METRICS = ("eval_entropy", "pass@1", "pass@k", "hard_pass@1", "hard_pass@k", "distinct_correct")
 BOOKKEEPING = {"method", "device", "threads", "micro_batch", "ledger", "ledger_every", "eval_every"}
-RIGHT = {"test": "right", "hard": "hard_right"}  # set of problems -> where an evaluation has its counts
 MARK = "eval.json"  # in every folder that this file writes to
 
 
@@ -478,13 +462,13 @@ def read_record(folder: Path) -> Record:
     try:
         config = json.loads((folder / "config.json").read_text())
         (spec,), s = config["specs"], config["settings"]
-        rows = [r for r in read_jsonl(folder / "metrics.jsonl") if "step" in r]
+        found = [r for r in read_jsonl(folder / "metrics.jsonl") if "step" in r]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"no run, or a damaged one: {error}") from None
     own = {x.partition("=")[0].replace("-", "_") for x in spec.partition(":")[2].split(",") if x}
     seed = {k: v for k, v in sorted(s.items()) if k.endswith("seed")}
     shared = {k: v for k, v in s.items() if k not in BOOKKEEPING | seed.keys()}
-    rows = [{k: v for k, v in r.items() if v is not None} for r in rows]  # null: not a finite number
+    rows = [{k: v for k, v in r.items() if v is not None} for r in found]  # null: not a finite number
     evaluations = [r for r in rows if "pass@1" in r]
     if not evaluations:
         raise ValueError("a run that was never evaluated")
@@ -556,11 +540,8 @@ def logged(groups: Groups) -> pd.DataFrame:
 def comparison(groups: Groups) -> list[dict[str, Any]]:
     """One row a method: mean and standard error over seeds (6.2) at the last evaluation, and the difference
     to plain GRPO on the same seeds at the same step (6.3)."""
-    logs = {
-        label: log.set_index(["pair", "step"]).reindex(columns=METRICS)
-        for label, log in logged(groups).groupby("method", sort=False)
-    }
-    rows = []
+    by = logged(groups).set_index(["pair", "step"]).groupby("method", sort=False)
+    logs, rows = {label: log.reindex(columns=METRICS) for label, log in by}, []
     for label, log in logs.items():
         last, other = log.groupby("pair", sort=False).tail(1), next(iter(rivals(groups, label)), None)
         both = last.index.intersection(logs[other].index, sort=False) if other else []
@@ -607,14 +588,9 @@ DRAWS = 1000
 Means = dict[Any, np.ndarray]  # pair -> (measures, 1 + DRAWS)
 
 
-@cache
-def problem_weights(n: int) -> np.ndarray:
-    return resample(n, DRAWS, np.random.default_rng(0)).T.copy()  # (n, 1 + DRAWS)
-
-
 def means(each: np.ndarray) -> np.ndarray:
     """(..., measures, problems) -> (..., measures, 1 + DRAWS)."""
-    return each @ problem_weights(each.shape[-1])
+    return each @ resample(each.shape[-1], DRAWS)
 
 
 def line(px: np.ndarray, py: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -689,7 +665,7 @@ def drawn(o: Options, groups: Groups, out: Path) -> pd.DataFrame:
             for (name, t), x in samples_of(o, r, out)[1].items():
                 right = x.groupby("problem")["correct"].sum().tolist()
                 row = {"method": label, "pair": r.seed, "temperature": t, "k": o.count}
-                rows.append(row | {RIGHT[name]: right})
+                rows.append(row | {"right" if name == "test" else "hard_right": right})
     return pd.DataFrame(rows)
 
 
@@ -722,7 +698,7 @@ def frontier(groups: Groups, found: pd.DataFrame, key: str, along: str, k: int) 
     return rows
 
 
-def print_frontier(rows: list[dict[str, Any]], k: int, title: str) -> None:
+def print_frontier(title: str, k: int, rows: list[dict[str, Any]]) -> None:
     """The methods at the end of training, or at every test temperature, the best D1 first."""
     last = {r["method"]: r["at"] for r in rows}
     rows = [r for r in rows if "line" in r and (r["along"] == "temperature" or r["at"] == last[r["method"]])]
@@ -760,21 +736,21 @@ def draw_frontier(panels: list[tuple[str, int, list]], rates: dict[str, float], 
 # -- the law -------------------------------------------------------------------------------------------------
 
 
-def law_row(label: str, kind: str, H: Sequence[float], R: Sequence[float], share: float = 0.15) -> dict:
+def law_row(H: Sequence[float], R: Sequence[float], share: float = 0.15) -> dict[str, Any]:
     """Fit R = -a e^H + b to the first 15 %, three points or more, and predict the rest (2505.22617)."""
     n = max(3, round(share * len(H)))
-    row = {"run": label, "points of": kind, "fitted": n, "predicted": max(0, len(H) - n)}
+    row = {"fitted": n, "predicted": max(0, len(H) - n)}
+    if len(H) < n + 2:
+        return row | {"why": f"{len(H)} points; the fit needs {n}, and two to predict"}
     try:
-        if len(H) < n + 2:
-            raise ValueError(f"{len(H)} points; the fit needs {n}, and two to predict")
-        law, rmse, last, n = check_entropy_law(H, R, share)
+        law, rmse, last, _ = check_entropy_law(H, R, share)
     except ValueError as error:
         return row | {"why": str(error)}
     rest = np.asarray(R[n:])
     error = law.predict(H[n:]).numpy() - rest
-    spread = float(((rest - rest.mean()) ** 2).sum())
+    spread = float(((rest - rest.mean()) ** 2).sum()) or math.nan
     row |= {"a": law.a, "b": law.b, "R2 of the fit": law.r2, "rmse": rmse, "last error": last}
-    row |= {"R2 of the rest": 1 - float((error**2).sum()) / spread if spread else math.nan}
+    row |= {"R2 of the rest": 1 - float((error**2).sum()) / spread}
     return row | {"largest error": float(np.abs(error).max())}
 
 
@@ -785,14 +761,15 @@ def law(records: Sequence[Record], out: Path) -> None:
     title = "R = -a e^H + b, {}: fitted on the filled points"
     labels = [(title.format(kind), "entropy H, nats", y) for kind, (_, y, _) in kinds.items()]
     fig, axes = figure(12, 5.2, 1, 2, labels)
-    names, rows = [f"{r.spec}, seed {r.settings.get('seed')}" for r in records], []
+    rows = []
     for i, record in enumerate(records):
+        name = f"{record.spec}, seed {record.settings.get('seed')}"
         for ax, (kind, (x, y, size)) in zip(axes[0], kinds.items()):
             H, R = pd.DataFrame(record.rows).reindex(columns=[x, y]).dropna().T.to_numpy(copy=True)
-            rows.append(row := law_row(str(record.folder), kind, H, R))
+            rows.append(row := {"run": str(record.folder), "points of": kind} | law_row(H, R))
             n, color = row["fitted"], style(i)["color"]
             ax.scatter(H[n:], R[n:], s=size, facecolors="none", edgecolors=color, linewidths=0.7)
-            ax.scatter(H[:n], R[:n], s=2 * size, color=color, label=names[i])
+            ax.scatter(H[:n], R[:n], s=2 * size, color=color, label=name)
             limits = ax.get_ylim()
             if "a" in row:
                 h = np.linspace(min(H), max(H), 100)
@@ -847,8 +824,7 @@ def sampled(
             for i in tqdm(range(done, len(prompts), step), desc=f"{folder.name} {name}", unit="batch"):
                 digest = hashlib.sha256(f"{s['seed']}/{name}/{i}".encode()).digest()
                 generator = torch.Generator(engine.device).manual_seed(int.from_bytes(digest[:4], "little"))
-                part = prompts[i : i + step]
-                rows = to_rows((part, *answer(engine, task, part, how, generator)), n, i)
+                rows = to_rows(*answer(engine, task, prompts[i : i + step], how, generator), n, i)
                 text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
                 file.write(text.encode("utf-8", "replace"))
                 file.flush()
@@ -923,15 +899,13 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16] if files else ""
 
 
-def draw_samples(
-    sets: dict[str, pd.DataFrame], vote: Callable, model: str, path: Path, what: str, trust: bool = False
-) -> None:
+def draw_samples(sets: dict[str, pd.DataFrame], vote: Callable, out: Path, what: str, name: Callable) -> None:
     """The share right against confidence, a panel for each meaning of the word; the entropy over tokens with
-    the fork's threshold (6.7).  The tokens drawn most often at forks are printed."""
+    the fork's threshold (6.7).  The tokens drawn most often at forks are printed, as `name` writes them."""
     titles = {"vote": "share of the most frequent answer", "likelihood": "exp of the tokens' mean log π"}
     labels = [(f"confidence: {x}", "mean confidence", "share right") for x in titles.values()]
     fig, axes = figure(15, 4.8, 1, 3, [*labels, (f"{what} over tokens", "nats", "share of tokens")])
-    top, name = max(np.concatenate(x["nats"]).max() for x in sets.values()), token_namer(model, trust)
+    top = max(np.concatenate(x["nats"]).max() for x in sets.values())
     for i, (label, samples) in enumerate(sets.items()):
         for key, pair in confidences(samples, vote).items():
             c, r, _ = zip(*calibration(*pair))
@@ -951,7 +925,7 @@ def draw_samples(
     for ax in axes[0]:
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=8)
-    save(fig, path)
+    save(fig, out / "samples.png")
 
 
 def token_names(tokenizer: Any, ids: Sequence[int]) -> list[str]:
@@ -1009,7 +983,7 @@ def printable(token: str | None) -> str:
 def shade(flow: float, top: float) -> tuple[int, int, int]:
     """White at 0 to full red (raises entropy) or blue (lowers it) at ±top, by the square root: a few tokens
     carry most of the flow."""
-    fade = round(255 - 175 * math.sqrt(min(1.0, abs(flow) / top))) if top else 255
+    fade = round(255 - 175 * math.sqrt(min(1.0, abs(flow) / top)))
     return (255, fade, fade) if flow > 0 else (fade, fade, 255)
 
 
@@ -1033,16 +1007,16 @@ def without_frame(prompts: Sequence[str]) -> list[str]:
     return ["\n".join(x) for x in lines]
 
 
-def page(rows: Sequence[dict[str, Any]], what: str) -> str:
-    """A self-contained HTML page; everything that comes from a model is escaped."""
-    top, body = max((abs(f) for r in rows for f in r["flow"]), default=0.0), []
-    for r, prompt in zip(rows, without_frame([r["prompt"] for r in rows])):
+def page(rows: Sequence[dict[str, Any]], top: float, what: str) -> str:
+    """A self-contained HTML page, of full colour at ±top; everything that comes from a model is escaped."""
+    body = []
+    for r in rows:
         spans = [
             f'<span title="{f:+.3g}" style="background:rgb{shade(f, top)}">{html.escape(printable(w))}</span>'
             for w, f in zip(r["tokens"], r["flow"])
         ]
         blank = "" if any((w or "").startswith(("Ġ", "▁", " ")) for w in r["tokens"]) else " "
-        body.append(f"<b>{html.escape(prompt)}</b> (reward {r['reward']:g})<p>{blank.join(spans)}</p>")
+        body.append(f"<b>{html.escape(r['prompt'])}</b> (reward {r['reward']:g})<p>{blank.join(spans)}</p>")
     return PAGE.format(top=top, what=html.escape(what), body="\n".join(body))
 
 
@@ -1054,22 +1028,22 @@ def show(record: Record, seed: int, attention: str, out: Path) -> None:
         what = f"Network flow of step {rows[-1]['step']}, from {path}"
     else:
         rows, what = fresh_flows(record, seed, attention)
+    rows = [r | {"prompt": x} for r, x in zip(rows, without_frame([r["prompt"] for r in rows]))]
     top = max((abs(f) for r in rows for f in r["flow"]), default=0.0) or 1.0
     print(f"{what}\nThe strongest tokens, flow in percent of the largest: + raises entropy, - lowers it\n")
-    for r, prompt in zip(rows, without_frame([r["prompt"] for r in rows])):
+    for r in rows:
         strongest = sorted(zip(r["tokens"], r["flow"]), key=lambda pair: -abs(pair[1]))[:6]
         words = "  ".join(f"{printable(w)} {100 * f / top:+.0f}" for w, f in strongest)
-        print(f"{printable(prompt)[-60:]}   reward {r['reward']:g}:   {words}")
-    (out / "flow.html").write_text(page(rows, what), encoding="utf-8")
+        print(f"{printable(r['prompt'])[-60:]}   reward {r['reward']:g}:   {words}")
+    (out / "flow.html").write_text(page(rows, top, what), encoding="utf-8")
     print(f"\npage: {out / 'flow.html'}")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 7. The benchmarks
 
-BENCHMARKS = {  # name -> samples a problem: many on the small sets, one on the large (OPEFO, STEER)
-    "aime24": 32, "aime25": 32, "amc23": 32, "math500": 1, "minerva": 1, "olympiadbench": 1,
-}  # fmt: skip
+# name -> samples a problem: many on the small sets, one on the large (OPEFO, STEER)
+BENCHMARKS = {"aime24": 32, "aime25": 32, "amc23": 32, "math500": 1, "minerva": 1, "olympiadbench": 1}
 
 SOURCES = {  # how the papers sampled, and which checkpoint they show
     "opefo": "2605.11491, transcribed by others; temperature 1, top-p .7; best checkpoint on these very sets",
@@ -1115,9 +1089,7 @@ par;clip-higher;33.33;15.94;67.62;72.35;30.57;;43.96
 
 def load_benchmarks(names: Sequence[str], data: Sequence[str], limit: int) -> dict[str, tuple[Problem, ...]]:
     """name -> its problems (the first `limit`), from --data NAME=SOURCE, else $ENTROPY_FLOW_DATA/NAME.jsonl.
-
-    A row that cannot be read is an error: a benchmark with holes is another benchmark.
-    """
+    A row that cannot be read is an error: a benchmark with holes is another benchmark."""
     given, out = dict(item.partition("=")[::2] for item in data), {}
     if stray := [x for x, source in given.items() if not source or x not in names]:
         raise ValueError(f"--data {stray[0]}: give NAME=FILE.jsonl, NAME among --benchmark {' '.join(names)}")
@@ -1214,7 +1186,7 @@ def benchmark(o: Options) -> None:
             opened(model).close()
             opened.cache_clear()
         what = "Surprisal -log π of the tokens drawn" if o.engine == "vllm" else "Entropy"
-        draw_samples(samples, boxed, model, out / slug(name) / "samples.png", what, o.trust_remote_code)
+        draw_samples(samples, boxed, out / slug(name), what, token_namer(model, o.trust_remote_code))
     print_benchmarks(pd.DataFrame(rows), o, out)
     reported = pd.read_csv(io.StringIO(REPORTED), sep=";")
     for key in o.against:
@@ -1226,7 +1198,7 @@ def benchmark(o: Options) -> None:
 
 def print_benchmarks(frame: pd.DataFrame, o: Options, out: Path) -> None:
     """The papers' table, in percent, one block a model; a pass@k that a benchmark lacks has no average."""
-    shares = {x: f"{x}, %" for x in passes(frame)} | {"pass@1": "avg@n = pass@1, %"}
+    shares = {x: f"{x}, %" for x in frame.filter(regex=r"^pass@\d+$")} | {"pass@1": "avg@n = pass@1, %"}
     keys = shares | {"length": "length", "truncated": "truncated, %", "entropy": "entropy"}
     columns = {x: x for x in ("benchmark", "problems x samples")} | keys
     for model, block in frame.groupby("model", sort=False):
@@ -1260,7 +1232,7 @@ class FinishedRuns:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How responses are drawn.  Truncation hides a collapse: temperature 1 and top-p 1 unless you say so."""
+    """How responses are drawn."""
 
     k: int = 0  # the largest k of pass@k (0: 32)
     samples: int = 0  # samples per problem (0: k; on the large benchmarks 1)
@@ -1275,8 +1247,7 @@ class Benchmarks:
 
     model: tuple[str, ...] = ()  # folders or hub ids
     benchmark: tuple[str, ...] = ()  # names
-    data: tuple[str, ...] = ()
-    """NAME=FILE, NAME=owner/dataset@config:split; else $ENTROPY_FLOW_DATA/NAME.jsonl"""
+    data: tuple[str, ...] = ()  # NAME=FILE, NAME=owner/name@config:split; else $ENTROPY_FLOW_DATA/NAME.jsonl
     against: tuple[Literal["opefo", "steer", "clip_cov", "par"], ...] = ()  # print what these papers report
     limit: int = 0  # only the first problems of each benchmark (0: all)
     engine: Literal["torch", "vllm"] = "torch"  # our own loop, or vLLM
@@ -1303,13 +1274,11 @@ class Machine:
 
 @dataclass(frozen=True)
 class Command:  # the groups of --help, which begins with this file's docstring
+    __doc__ = __doc__
     finished_runs: FinishedRuns = FinishedRuns()
     drawing: Drawing = Drawing()
     benchmarks: Benchmarks = Benchmarks()
     machine: Machine = Machine()
-
-
-Command.__doc__ = __doc__
 
 
 @dataclass(frozen=True)
@@ -1321,31 +1290,22 @@ class Options(FinishedRuns, Drawing, Benchmarks, Machine):
         return self.samples or self.k or 32
 
 
-def flags_of(kind: type) -> list[str]:
-    """The flags of a dataclass and of those nested in it."""
-    out = []
-    for name, hint in get_type_hints(kind).items():
-        out += flags_of(hint) if is_dataclass(hint) else [f"--{name.replace('_', '-')}"]
-    return out
-
-
 def command_line(kind: type, prog: str, argv: Sequence[str] | None) -> Any:
     """A dataclass filled by tyro: fields are flags, their docstrings the help, nested dataclasses its groups.
-    tyro's framed complaint becomes one line, with exit code 2 and the nearest flag."""
-    words, said = sys.argv[1:] if argv is None else list(argv), io.StringIO()
+    tyro's framed complaint becomes one line, with exit code 2 and the flag that it finds the nearest."""
+    said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             style = tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff
-            return tyro.cli(kind, prog=prog, args=words, config=style)
+            return tyro.cli(kind, prog=prog, args=argv, config=style)
     except SystemExit as end:
         if end.code:
             lines = [line.strip("│╰╯ ") for line in said.getvalue().splitlines()[1:]]  # without its title
             text = re.sub(" *[─-]{3,} *", "; ", " ".join(lines)).strip("; ")
             text = re.split("[ ;]+(For full|Argument) helptext", text)[0]
-            if unknown := re.match(r"Unrecognized options: ([^\s,;]+)", text):
-                flag = unknown[1].split("=")[0]
-                near = difflib.get_close_matches(flag, flags_of(kind), 1, 0)
-                text = f"{flag}: unknown; did you mean {near[0]}?"
+            if unknown := re.match(r"Unrecognized options: ([^\s,;=]+)", text):
+                near = re.search(rf"(?:you meant|similar to {re.escape(unknown[1])}[^:]*): +(--\S+)", text)
+                text = f"{unknown[1]}: unknown" + (f"; did you mean {near[1]}?" if near else "")
             print(f"{prog}: error: {text}  (see --help)", file=sys.stderr)
         raise
 
@@ -1408,26 +1368,26 @@ def runs(o: Options) -> None:
 
 def compare(o: Options, groups: Groups, out: Path) -> None:
     """The tables and the frontier: along training from the logs, over temperatures from fresh samples."""
-    rows, logs, k = comparison(groups), logged(groups), o.k
+    rows, logs = comparison(groups), logged(groups)
+    if not o.temperatures and o.k > (most := logs["k"].min()):
+        raise ValueError(f"--k {o.k}: the logs tell pass@{most}; leave --k out, or name a single run")
     print_comparison(groups, rows)
     write_csv(out / "comparison.csv", rows)
+    if len(groups) == 1:
+        if o.temperatures:
+            print("\n--temperatures: nothing is sampled; it takes two methods, or a run named alone")
+        return
     found = {("step", "along training"): logs}
-    if o.temperatures and len(groups) > 1:
+    if o.temperatures:
         found["temperature", "over test temperatures"] = drawn(o, groups, out)
-    elif o.temperatures:
-        print("\n--temperatures: nothing is sampled; it takes two methods, or a run named alone")
-    elif k > (most := logs["k"].min()):
-        raise ValueError(f"--k {k}: the logs tell pass@{most}; leave --k out, or name a single run")
     panels = []
-    for name, title in (("test", "held-out problems"), ("hard", "hard problems")):
-        for (along, where), rows in found.items() if len(groups) > 1 else ():
-            rows = rows.dropna(subset=RIGHT[name]) if RIGHT[name] in rows else ()
-            if len(rows):
-                most = int(rows["k"].min())
-                k = min(o.k or most, most)
-                panels.append((f"{title}, {where}", k, frontier(groups, rows, RIGHT[name], along, k)))
-    for title, k, rows in panels:
-        print_frontier(rows, k, title)
+    for right, title in (("right", "held-out problems"), ("hard_right", "hard problems")):
+        for (along, where), rows in found.items():
+            if right in rows:
+                rows = rows.dropna(subset=right)
+                k = min(o.k or math.inf, int(rows["k"].min()))
+                panels.append((f"{title}, {where}", k, frontier(groups, rows, right, along, k)))
+                print_frontier(*panels[-1])
     if panels:
         rates = {x: float(groups[x][0].settings["lr"]) for label in groups for x in sweep_of(groups, label)}
         draw_frontier(panels, rates, out / "frontier.png")
@@ -1444,13 +1404,13 @@ def sample_run(o: Options, record: Record, out: Path) -> None:
     sets, key = {f"{name} at {t:g}": x for (name, t), x in found.items()}, task.signature
     length = min(map(common_length, sets.values()))
     rows = [{"set": x} | measure(samples, o.k or n, key, key, length) for x, samples in sets.items()]
-    more = ("distinct-1", "distinct-2", "distinct-3", "ece_vote", "ece_likelihood")
-    for names in ((*passes(rows[0]), "distinct_correct", "entropy", "length", "truncated"), more):
-        print(shown(rows, ("set", *names)) + "\n")
+    shares = pd.DataFrame(rows).filter(regex=r"^pass@\d+$")
+    print(shown(rows, ("set", *shares, "distinct_correct", "entropy", "length", "truncated")) + "\n")
+    print(shown(rows, ("set", "distinct-1", "distinct-2", "distinct-3", "ece_vote", "ece_likelihood")) + "\n")
     print(f"± standard error over problems (6.2); diversity (6.4) of the first {length} tokens\n")
     write_csv(out / "samples.csv", rows)
     test = {x: samples for x, samples in sets.items() if x.startswith("test")}
-    draw_samples(test, key, str(record.folder / "checkpoint"), out / "samples.png", "Entropy")
+    draw_samples(test, key, out, "Entropy", token_namer(str(record.folder / "checkpoint")))
 
 
 def demonstrate(_: Options) -> None:

@@ -343,7 +343,7 @@ def measure(
     task, generator = problems()[0], torch.Generator().manual_seed(seed)
     how = Sampling(n, task.max_new_tokens, temperature, entropy=True)
     right, distinct, nats, tokens = [], [], 0.0, 0
-    for _, out, texts in responses(TorchEngine(model, tokenizer), task, which, how, generator):
+    for out, texts in responses(TorchEngine(model, tokenizer), task, which, how, generator):
         for j, row in enumerate(out.correct.view(-1, n).tolist()):
             right.append(sum(row))
             distinct.append(distinct_correct(task, texts[j * n : (j + 1) * n], row))
