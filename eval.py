@@ -34,10 +34,10 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 if __name__ == "__main__":  # Ctrl-C in the seconds that the imports below take
     said = b"stopped; nothing was written yet\n"
@@ -1290,9 +1290,16 @@ class Options(FinishedRuns, Drawing, Benchmarks, Machine):
         return self.samples or self.k or 32
 
 
+def flags_of(kind: type) -> list[str]:
+    """The flags of a dataclass and of those nested in it."""
+    hints = get_type_hints(kind).items()
+    found = (flags_of(x) if is_dataclass(x) else [f"--{name.replace('_', '-')}"] for name, x in hints)
+    return [flag for flags in found for flag in flags]
+
+
 def command_line(kind: type, prog: str, argv: Sequence[str] | None) -> Any:
     """A dataclass filled by tyro: fields are flags, their docstrings the help, nested dataclasses its groups.
-    tyro's framed complaint becomes one line, with exit code 2 and the flag that it finds the nearest."""
+    tyro's framed complaint becomes one line, with exit code 2 and the nearest flag."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -1304,8 +1311,8 @@ def command_line(kind: type, prog: str, argv: Sequence[str] | None) -> Any:
             text = re.sub(" *[─-]{3,} *", "; ", " ".join(lines)).strip("; ")
             text = re.split("[ ;]+(For full|Argument) helptext", text)[0]
             if unknown := re.match(r"Unrecognized options: ([^\s,;=]+)", text):
-                near = re.search(rf"(?:you meant|similar to {re.escape(unknown[1])}[^:]*): +(--\S+)", text)
-                text = f"{unknown[1]}: unknown" + (f"; did you mean {near[1]}?" if near else "")
+                near = difflib.get_close_matches(unknown[1], flags_of(kind), 1)
+                text = f"{unknown[1]}: unknown" + "".join(f"; did you mean {flag}?" for flag in near)
             print(f"{prog}: error: {text}  (see --help)", file=sys.stderr)
         raise
 
