@@ -108,29 +108,25 @@ def chain_verify(response: str, problem: Problem) -> bool:
 
 @cache
 def chain_solutions() -> tuple[tuple[Problem, ...], np.ndarray, np.ndarray]:
-    """Every problem, every solution, by enumeration of all chains (under a second): the P problems, sorted;
+    """Every problem, every solution, by enumeration of all chains: the P problems, sorted;
     solutions as (S, 11) token ids with EOS and padding; and (P, 4) offsets: solutions of problem p with k
     operations are rows offset[p, k-1] : offset[p, k]."""
-    num = VOCABULARY.index("0")
+    pad, eos, zero = map(VOCABULARY.index, (PAD, EOS, "0"))
     ops = np.array([VOCABULARY.index(o) for o in OPERATORS])
-    subsets = np.array(list(combinations(NUMBERS, 4)))
-    which, value = np.repeat(np.arange(len(subsets)), 4), subsets.reshape(-1)
-    text = (value + num)[:, None]  # (n, tokens so far)
-    found = []
+    subsets, found = np.array(list(combinations(NUMBERS, 4))), []
     for k in range(1, MAX_OPS + 1):
-        n = len(which)
-        which, value, text = (np.repeat(x, 12, axis=0) for x in (which, value, text))
-        op, pick = np.tile(np.repeat(np.arange(3), 4), n), np.tile(np.arange(4), 3 * n)
-        b = subsets[which, pick]
-        value = np.select([op == 0, op == 1], [value + b, value - b], value * b)
-        text = np.concatenate([text, np.stack([ops[op], b + num, value + num], 1)], 1)
-        ok = (value >= 0) & (value <= 99)
-        which, value, text = which[ok], value[ok], text[ok]
-        hit = np.isin(value, TARGETS)
-        rows = np.full((hit.sum(), 3 * MAX_OPS + 2), VOCABULARY.index(PAD))
-        rows[:, : text.shape[1]] = text[hit]
-        rows[:, text.shape[1]] = VOCABULARY.index(EOS)
-        found.append((which[hit] * 400 + value[hit] * 4 + k, rows))
+        which, first, *steps = np.indices((len(subsets), 4, *(3, 4) * k)).reshape(2 + 2 * k, -1)
+        value = subsets[which, first]
+        text, ok = [value + zero], True
+        for op, pick in zip(steps[::2], steps[1::2]):
+            b = subsets[which, pick]
+            value = np.select([op == 0, op == 1], [value + b, value - b], value * b)
+            text += [ops[op], b + zero, value + zero]
+            ok = ok & (value >= 0) & (value <= 99)
+        ok &= np.isin(value, TARGETS)
+        rows = np.pad(np.stack(text, 1)[ok], ((0, 0), (0, 3 * (MAX_OPS - k) + 1)), constant_values=pad)
+        rows[:, len(text)] = eos
+        found.append((which[ok] * 400 + value[ok] * 4 + k, rows))
     rank, rows = (np.concatenate(x) for x in zip(*found))  # rank: by problem, then by length
     order = rank.argsort(kind="stable")
     names = np.unique(rank // 4)
@@ -544,9 +540,7 @@ def task_of_data(
     if "{problem}" not in template:
         raise ValueError(f"--prompt-template {template!r}: needs {{problem}}, where the question goes")
     if own and eval_data:
-        raise ValueError(
-            f"--eval-data {eval_data}: --data {data} holds out problems of its own; leave it out"
-        )
+        raise ValueError(f"--eval-data {eval_data}: leave it out; --data {data} holds out its own problems")
     read = {}
     for flag, source in {"--data": data, "--eval-data": eval_data}.items():
         try:
@@ -554,16 +548,16 @@ def task_of_data(
         except ValueError as error:
             raise ValueError(f"{flag} {error}") from None
     (problems, notes), (held, more) = read.values()
-    test = hold_out(held, eval_problems)[1]
+    test = hold_out(held, eval_problems)
     asked = {p.prompt for p in test}
-    train = [p for p in problems if p.prompt not in asked]
+    train = [p for p in problems if p.prompt not in asked]  # none of what is asked twice is in both
     if eval_data:
         gone = len(problems) - len(train)
         notes = notes + more + [f"{gone} training problems left out: they are in {eval_data}"] * bool(gone)
     kept = []
     for what, source, found in (("training", data, train), ("evaluation", eval_data or data, test)):
         texts = render(found, tokenizer, template, chat)
-        short = [p for p in texts if longest_prompt([p], tokenizer) <= max_prompt_tokens]
+        short = tuple(p for p in texts if longest_prompt([p], tokenizer) <= max_prompt_tokens)
         gone = f"{len(found) - len(short)} {what} problems left out"
         gone += f": their prompts have more than --max-prompt-tokens {max_prompt_tokens}"
         if not found:
@@ -576,8 +570,7 @@ def task_of_data(
     if own is None:
         return math_task(Path(data).stem, *kept, max_new_tokens), notes
     verify = lambda texts, problems: list(map(own[0].verify, texts, problems))  # noqa: E731
-    train, test = map(tuple, kept)
-    return Task(data, train, test, (), verify, own[0].signature, max_new_tokens), notes
+    return Task(data, *kept, (), verify, own[0].signature, max_new_tokens), notes
 
 
 # Tasks for language models that are made in code: nothing to download, and verified without algebra.  The
@@ -589,8 +582,7 @@ class Made:
     """A task made in code.  A problem's values occur in one problem only, so that what is held out is never
     trained on in another order or wording."""
 
-    largest: int  # of the numbers in its problems, unless --data NAME:NUMBER says otherwise
-    problems: Callable[[int], list[Problem]]
+    problems: Callable[[int], list[Problem]]  # with numbers up to the one given
     verify: Callable[[str, Problem], bool]
     signature: Callable[[str], str]
 
@@ -631,48 +623,38 @@ def pair_verify(text: str, problem: Problem) -> bool:
 
 MADE = {
     "arithmetic": Made(
-        20,
         arithmetic_problems,
         lambda text, p: whole_numbers(text)[-1:] == [int(p.answer)],
         lambda text: str(whole_numbers(text)[-1:]),
     ),
-    "pairs": Made(20, pair_problems, pair_verify, lambda text: str(named_pair(text))),
+    "pairs": Made(pair_problems, pair_verify, lambda text: str(named_pair(text))),
 }
 
 
 def made(data: str) -> tuple[Made, int] | None:
-    """What `--data NAME` or `--data NAME:LARGEST` names; None where it names a file or a data set."""
+    """The task that `--data NAME` or `--data NAME:LARGEST` names, and the largest number in its problems;
+    None where it names a file or a data set."""
     name, _, largest = data.partition(":")
     if name not in MADE:
         return None
     if largest and not (largest.isdigit() and 5 <= int(largest) <= 10_000):
-        raise ValueError(
-            f"{data}: the largest number must lie between 5 and 10000, as in {name}:{MADE[name].largest}"
-        )
-    return MADE[name], int(largest or MADE[name].largest)
+        raise ValueError(f"{data}: the largest number must lie between 5 and 10000, as in {name}:20")
+    return MADE[name], int(largest or 20)
 
 
-def math_task(name: str, train: Sequence[Problem], test: Sequence[Problem], max_new_tokens: int) -> Task:
-    """Rendered problems, graded by `grade` in worker processes."""
+def math_task(name: str, train: tuple[Problem, ...], test: tuple[Problem, ...], max_new_tokens: int) -> Task:
+    """Rendered problems, graded in worker processes.  They have one right answer each: what the signature
+    tells apart are right *solutions*."""
     grader = shared_grader()
-    return Task(
-        name=name,
-        train=tuple(train),
-        test=tuple(test),
-        hard=(),
-        verify=lambda texts, problems: grader.grade_all(list(texts), [p.answer for p in problems]),
-        signature=lambda response: " ".join(response.split()),  # one right answer: count right *solutions*
-        max_new_tokens=max_new_tokens,
-    )
+    verify = lambda texts, problems: grader.grade_all(texts, [p.answer for p in problems])  # noqa: E731
+    return Task(name, train, test, (), verify, lambda text: " ".join(text.split()), max_new_tokens)
 
 
-def hold_out(problems: Sequence[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
-    """(train, test): `count` problems for evaluation, those with the smallest hash of their text, so that the
-    split depends neither on a seed nor on the order; a question that occurs twice is never in both."""
+def hold_out(problems: Sequence[Problem], count: int) -> list[Problem]:
+    """`count` problems for evaluation, those with the smallest hash of their text, so that the split depends
+    neither on a seed nor on the order."""
     first = {p.prompt: p for p in reversed(problems)}
-    test = sorted(first.values(), key=_hash)[:count]
-    held = {p.prompt for p in test}
-    return [p for p in problems if p.prompt not in held], test
+    return sorted(first.values(), key=_hash)[:count]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -963,11 +945,6 @@ def outcomes(task: Task, problems: Sequence[Problem], texts: Sequence[str]) -> T
 # It lives in the trainer's process and on its device: a push is a copy there, and during an update the
 # engine's memory is the trainer's.  Its copy of the weights can be stale without any error: `check_push`.
 
-ENVIRONMENT = {  # what vLLM reads from the environment; a value that is set already stays
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it cannot report processed log-probabilities, and compiles at start
-    "VLLM_NO_USAGE_STATS": "1",  # training reports to nobody
-    "VLLM_LOGGING_LEVEL": "ERROR",  # a hundred lines of its settings would hide ours
-}
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.06, torch.bfloat16: 0.5}  # max |Δ log π|, nats
 
 
@@ -1005,7 +982,9 @@ def _guarded(seed: int, device: torch.device) -> Iterator[None]:
 
 def _import_vllm(device: torch.device) -> Any:
     """The module, or ImportError that says what to install."""
-    os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # no processed log-probs, compiles at start
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # training reports to nobody
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # a hundred lines of its settings would hide ours
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a process of its own would need weights sent to it
     try:
         import vllm
@@ -1251,18 +1230,10 @@ def supervised(model: nn.Module, how: WarmStart, progress: Callable[..., Any] = 
     return float(loss.detach())
 
 
-def cache_folder() -> Path:
-    """Where warm starts are kept: $ENTROPY_FLOW_CACHE, else entropy-flow in $XDG_CACHE_HOME or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("ENTROPY_FLOW_CACHE") or Path(base) / "entropy-flow")
-
-
-def warm_policy(
-    how: WarmStart = WarmStart(), folder: Path | None = None, progress: Callable[..., Any] = iter
-) -> tuple[nn.Module, Any]:
+def warm_policy(how: WarmStart = WarmStart(), progress: Callable[..., Any] = iter) -> tuple[nn.Module, Any]:
     """The embedded policy after its warm start, float32 on the CPU, and its tokenizer.  Made once, then read
-    from a cache, whose key is a hash of the settings, the files with the code, and the versions.
-    It trains with one thread, since their number changes rounding."""
+    from a cache ($ENTROPY_FLOW_CACHE, else entropy-flow in $XDG_CACHE_HOME or ~/.cache), whose key is a hash
+    of the settings, the files with the code, and the versions."""
     import transformers
     from safetensors.torch import load_model, save_model
 
@@ -1270,7 +1241,9 @@ def warm_policy(
     code = [Path(inspect.getfile(x)).read_text() for x in (head_token_stats, Policy, warm_policy)]
     versions = [torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability()]
     key = hashlib.sha256(repr([how, code, versions]).encode()).hexdigest()[:16]
-    path = (folder or cache_folder()) / f"warm-{key}.safetensors"
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(os.environ.get("ENTROPY_FLOW_CACHE") or base / "entropy-flow")
+    path = folder / f"warm-{key}.safetensors"
     model = TinyModel().build(tokenizer, how.seed).eval()
     if path.exists():
         try:
@@ -1280,19 +1253,19 @@ def warm_policy(
             print(f"warm start: {path} cannot be read ({error}); making it anew", file=sys.stderr)
             model = TinyModel().build(tokenizer, how.seed).eval()  # without what was loaded
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # their number changes rounding
     try:
         supervised(model, how, progress)
     finally:
         torch.set_num_threads(threads)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
         save_model(model, str(part))
         part.replace(path)
     except Exception as error:  # OSError, or safetensors' own class
         hint = "set ENTROPY_FLOW_CACHE to a writable folder"
-        print(f"warm start: not cached in {path.parent} ({error}); {hint}", file=sys.stderr)
+        print(f"warm start: not cached in {folder} ({error}); {hint}", file=sys.stderr)
     return model, tokenizer
 
 
