@@ -19,7 +19,6 @@ Left out: responses of several turns, tools, code that is run to be judged, rewa
 
 from __future__ import annotations
 
-import codecs
 import csv
 import gc
 import hashlib
@@ -57,6 +56,17 @@ class Problem:
 
     prompt: str
     answer: str
+
+
+def _hash(problem: Problem) -> bytes:
+    return hashlib.sha256(problem.prompt.encode()).digest()
+
+
+def hold_out(problems: Sequence[Problem], count: int) -> list[Problem]:
+    """`count` problems for evaluation, those with the smallest hash of their text, so that the split depends
+    neither on a seed nor on the order."""
+    first = {p.prompt: p for p in reversed(problems)}
+    return sorted(first.values(), key=_hash)[:count]
 
 
 @dataclass(frozen=True)
@@ -136,25 +146,16 @@ def chain_solutions() -> tuple[tuple[Problem, ...], np.ndarray, np.ndarray]:
     return problems, rows[order], start
 
 
-def _hash(problem: Problem) -> bytes:
-    return hashlib.sha256(problem.prompt.encode()).digest()
-
-
-def _held_out(problem: Problem) -> bool:
-    """One problem in five, by a hash: the split does not depend on any seed."""
-    return _hash(problem)[0] < 51
-
-
 @cache
 def chain_task(size: int = 96) -> Task:
     """The embedded task: `size` test problems in the order of their hashes, `size` hard ones."""
     problems, _, start = chain_solutions()
     count = dict(zip(problems, start[:, -1] - start[:, 0]))
-    held = sorted(filter(_held_out, problems), key=_hash)
+    held = {p for p in problems if _hash(p)[0] < 51}  # one in five, whatever the seed
     return Task(
         name="chain",
-        train=tuple(p for p in problems if not _held_out(p)),
-        test=tuple(held[:size]),
+        train=tuple(p for p in problems if p not in held),
+        test=tuple(sorted(held, key=_hash)[:size]),
         hard=tuple(sorted(held, key=lambda p: (count[p], p.prompt))[:size]),
         verify=lambda responses, problems: list(map(chain_verify, responses, problems)),
         signature=lambda response: " ".join(response.split()),
@@ -226,8 +227,7 @@ def load_model(
 
     A tokenizer without a pad token that the model knows pads with its EOS, which is safe because masks go by
     position (`response_mask`).  A model without sdpa attention gets eager attention, and a line says so.
-    Raises ValueError on anything that is not such a model, and on what `_check_policy` finds.
-    """
+    Raises ValueError on anything that is not such a model, and on what `_check_policy` finds."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -322,10 +322,8 @@ ANSWER_KEYS = ("answer", "final_answer", "expected_answer", "ground_truth", "rew
 
 
 def data_file(source: str) -> Path | None:
-    """The file that a source of problems names; None where it names a task made in code or the hub's.
-
-    Raises ValueError on a file that is not there: what looks like a path is never looked for on the hub.
-    """
+    """The file that a source of problems names; None where it names a task made in code or the hub's.  Raises
+    ValueError on a file that is not there: what looks like a path is never looked for on the hub."""
     if made(source):
         return None
     path, name = Path(source).expanduser(), re.split("[@:]", source)[0]
@@ -333,24 +331,20 @@ def data_file(source: str) -> Path | None:
         return path
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or re.search(r"\.[A-Za-z]{2,7}$", name):
         what = "is a folder" if path.is_dir() else "no such file"
-        raise ValueError(
-            f"{source}: {what}; give a .jsonl, .json, .csv or .parquet file of problems and answers, or a "
-            f"task made in code ({', '.join(MADE)})"
-        )
+        files = "a .jsonl, .json, .csv or .parquet file of problems and answers"
+        raise ValueError(f"{source}: {what}; give {files}, or a task made in code ({', '.join(MADE)})")
     return None
 
 
 def read_problems(source: str) -> tuple[list[Problem], list[str]]:
-    """Problems with answers, in file order, and what a user should know about them.
+    """Problems with answers, in file order; and what a user should know: which fields were taken, and how
+    many rows could not be used, with the reasons.
 
-    `source` is a file (.csv, .parquet, .json with an array, else JSONL) or a hub data set
-    `owner/name[@config][:split]` (split train), read by the package `datasets`.  A row needs a question (text
-    or the one turn of a chat) and an answer under a usual name.  An answer may be {"ground_truth": ...}, a
-    flat list (joined by commas), GSM8K's "#### 18", a solution that ends in \\boxed{...}.  Where a question
-    has two answers nobody knows which is right, and none of its rows is used.  The second value says which
-    fields were taken, and how many rows could not be used, with the reasons.
-    Raises ValueError where there is no such file, or not one usable row.
-    """
+    `source` is a task made in code, a file (.csv, .parquet, .json with an array, else JSONL) or a data set of
+    the hub, `owner/name[@config][:split]` (split train).  A row needs a question (text or the one turn of a
+    chat) and an answer under a usual name.  An answer may be {"ground_truth": ...}, a flat list (joined by
+    commas), GSM8K's "#### 18", a solution that ends in \\boxed{...}.  Where a question has two answers nobody
+    knows which is right, and none of its rows is used.  Raises ValueError where not one row is usable."""
     if own := made(source):
         problems = own[0].problems(own[1])
         return problems, [f"{source}: {len(problems)} problems, made in code"]
@@ -378,7 +372,7 @@ def read_problems(source: str) -> tuple[list[Problem], list[str]]:
 
 
 def _rows(source: str) -> list[tuple[str, Any]]:
-    """(place, row) of a file or of a hub data set; a line that is not JSON gives its bytes."""
+    """(place, row) of a file or of a hub data set; None for a line that is not JSON."""
     path = data_file(source)
     kind = path.suffix.lower() if path else "hub"
     try:
@@ -395,7 +389,7 @@ def _rows(source: str) -> list[tuple[str, Any]]:
             from pyarrow.parquet import ParquetFile
 
             rows = ParquetFile(path).read().to_pylist()
-        elif kind == ".json" and path.read_bytes().removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+        elif kind == ".json" and path.read_text("utf-8-sig", "replace").lstrip()[:1] == "[":
             rows = json.loads(path.read_text(encoding="utf-8-sig"))
         else:  # str.splitlines would also split inside strings, at U+2028
             lines = enumerate(path.read_bytes().split(b"\n"), 1)
@@ -411,10 +405,8 @@ def _rows(source: str) -> list[tuple[str, Any]]:
 
 
 def _line(data: bytes) -> Any:
-    try:
+    with suppress(ValueError):  # UnicodeDecodeError is one too
         return json.loads(data)
-    except ValueError:  # UnicodeDecodeError is one too
-        return data
 
 
 def _field(row: Any, keys: Sequence[str]) -> tuple[str, Any]:
@@ -477,23 +469,17 @@ def render(
 ) -> list[Problem]:
     """The problems as the policy reads them: `template` with {problem} filled in, as a user's turn where the
     tokenizer has a chat template and `chat` is true, else as plain text after the tokenizer's BOS."""
-    bos, out = tokenizer.bos_token_id, []
-    begin = tokenizer.bos_token if bos is not None and tokenizer("x")["input_ids"][:1] == [bos] else ""
-    for p in problems:
-        text = template.replace("{problem}", p.prompt)  # LaTeX is full of braces: no format
-        if chat and tokenizer.chat_template:
-            turn = [{"role": "user", "content": text}]
-            try:
-                text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-            except Exception as error:  # whatever a template raises
-                reason = " ".join(str(error).split())[:200]
-                raise ValueError(
-                    f"the chat template refuses a user's turn ({reason}); --chat off (eval.py: --plain)"
-                ) from None
-        else:
-            text = begin + text
-        out.append(Problem(text, p.answer))
-    return out
+    texts = [template.replace("{problem}", p.prompt) for p in problems]  # LaTeX is full of braces: no format
+    if chat and tokenizer.chat_template:
+        turns = [[{"role": "user", "content": text}] for text in texts]
+        try:
+            texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # whatever a template raises
+            why = f"the chat template refuses a user's turn ({' '.join(str(error).split())[:200]})"
+            raise ValueError(f"{why}; --chat off (eval.py: --plain)") from None
+    elif tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        texts = [tokenizer.bos_token + text for text in texts]
+    return [Problem(text, p.answer) for text, p in zip(texts, problems)]
 
 
 def longest_prompt(
@@ -532,9 +518,7 @@ def task_of_data(
     """Problems to train on and held out, rendered; and what a user should know about them.
 
     `eval_problems` are held out by the hash of their text, from `eval_data` where given; they then leave the
-    training problems, too.  Prompts above `max_prompt_tokens` are left out.  Raises ValueError naming the
-    flag.
-    """
+    training problems, too.  Raises ValueError naming the flag."""
     own = made(data)
     template = template or ("{problem}" if own else PROMPT_TEMPLATE)
     if "{problem}" not in template:
@@ -556,16 +540,16 @@ def task_of_data(
         notes = notes + more + [f"{gone} training problems left out: they are in {eval_data}"] * bool(gone)
     kept = []
     for what, source, found in (("training", data, train), ("evaluation", eval_data or data, test)):
-        texts = render(found, tokenizer, template, chat)
-        short = tuple(p for p in texts if longest_prompt([p], tokenizer) <= max_prompt_tokens)
-        gone = f"{len(found) - len(short)} {what} problems left out"
-        gone += f": their prompts have more than --max-prompt-tokens {max_prompt_tokens}"
         if not found:
             gone = f"--eval-problems {eval_problems} leave no {what} problem of {len(problems)}"
-        if not short:
             raise ValueError(f"--data {source}: {gone}")
-        notes = notes + [gone] * (len(found) > len(short))
-        kept.append(short)
+        texts = render(found, tokenizer, template, chat)
+        kept.append(tuple(p for p in texts if longest_prompt([p], tokenizer) <= max_prompt_tokens))
+        if n := len(found) - len(kept[-1]):
+            gone = f"{n} {what} problems left out: their prompts have more than --max-prompt-tokens"
+            notes = [*notes, f"{gone} {max_prompt_tokens}"]
+        if not kept[-1]:
+            raise ValueError(f"--data {source}: {notes[-1]}")
     notes = [*notes, f"{len(kept[0])} problems to train on, {len(kept[1])} held out"]
     if own is None:
         return math_task(Path(data).stem, *kept, max_new_tokens), notes
@@ -650,13 +634,6 @@ def math_task(name: str, train: tuple[Problem, ...], test: tuple[Problem, ...], 
     return Task(name, train, test, (), verify, lambda text: " ".join(text.split()), max_new_tokens)
 
 
-def hold_out(problems: Sequence[Problem], count: int) -> list[Problem]:
-    """`count` problems for evaluation, those with the smallest hash of their text, so that the split depends
-    neither on a seed nor on the order."""
-    first = {p.prompt: p for p in reversed(problems)}
-    return sorted(first.values(), key=_hash)[:count]
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 5. Masks
 
@@ -667,13 +644,8 @@ def response_mask(ids: Tensor, stops: int | Sequence[int]) -> Tensor:
     The EOS itself is an action and is trained.  Built from the *position* of the first EOS, never from "is
     not pad": a model whose pad token is its EOS loses nothing.  A row without EOS is True throughout.
     """
-    stops = torch.tensor([stops] if isinstance(stops, int) else list(stops), device=ids.device)
-    return up_to_first(torch.isin(ids, stops))
-
-
-def up_to_first(ends: Tensor) -> Tensor:
-    """(B, T) bool -> (B, T) bool: True up to and including the first True of each row."""
-    return ends.cumsum(-1) - ends.long() == 0
+    ends = torch.isin(ids, torch.tensor(stops, device=ids.device))
+    return ends.cumsum(-1) - ends.long() == 0  # no end before it
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -735,7 +707,7 @@ class Engine:
         ends = torch.isin(ids, torch.tensor(self.stops, device=device))  # (B, T)
         if self.stop:
             ends |= torch.stack([self.completes_stop(ids[:, : t + 1], None) for t in range(ids.shape[1])], 1)
-        mask, ended = up_to_first(ends), ends.any(-1)
+        mask, ended = ends.cumsum(-1) - ends.long() == 0, ends.any(-1)  # the mask as in section 5
         T = int(mask.any(0).sum())  # of the longest response
         ids, mask, logp = torch.where(mask, ids, pad)[:, :T], mask[:, :T], logp[:, :T]
         group = torch.arange(len(prompts), device=device).repeat_interleave(len(ids) // len(prompts))
@@ -850,9 +822,7 @@ def reserve(past: Any, length: int) -> None:
     class Reserved(DynamicLayer):
         wide: tuple[Tensor, Tensor] | None = None  # of which `keys` and `values` are the first columns
 
-        def update(
-            self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
-        ) -> tuple[Tensor, Tensor]:
+        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
             known, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
             if self.wide is None:
                 free = (0, 0, 0, length - known)
@@ -1141,22 +1111,18 @@ class VllmEngine(Engine):
 
 
 @torch.no_grad()
-def check_push(
-    engine: Engine, policy: Policy, prompt_ids: list[int], dtype: torch.dtype, tolerance: float | None = None
-) -> float:
+def check_push(engine: Engine, policy: Policy, prompt_ids: list[int], dtype: torch.dtype) -> float:
     """After a push: do engine and trainer hold the same policy?  Returns max |Δ log π| over eight answers of
     the engine to one prompt, always under the same seed; 0 for any other engine.  Raises RuntimeError
-      - where one token differs by more than `tolerance` nats, or the mean by more than a fifth of it.  With
+      - where one token differs by more than PROBE_TOLERANCE, or the mean by more than a fifth of it.  With
         the same weights float32 agrees to 2e-6.  In bfloat16, where a logit between 16 and 32 is a multiple
-        of 1/8, 12 random layers differ by 0.13 at most and 0.03 on average, and 24 with logits of standard
-        deviation 7 by 1.1 and 0.13, which need a larger `tolerance`;
+        of 1/8, 12 random layers differ by 0.13 at most and 0.03 on average (24 with logits of standard
+        deviation 7, by 1.1 and 0.13, are refused);
       - where the engine repeats its last answer bit for bit while the trainer's score of it has moved by a
-        hundredth of the tolerance since: weights that lag behind by less than bfloat16's noise.
-    """
+        hundredth of the tolerance since: weights that lag behind by less than bfloat16's noise."""
     if not isinstance(engine, VllmEngine):
         return 0.0
-    limit = PROBE_TOLERANCE[dtype] if tolerance is None else tolerance
-    how = Sampling(8, min(16, engine.max_model_len - len(prompt_ids)))
+    limit, how = PROBE_TOLERANCE[dtype], Sampling(8, min(16, engine.max_model_len - len(prompt_ids)))
     out = engine.sample([prompt_ids], how, Generator(engine.device).manual_seed(0))
     trainer = policy(out)["logp"]  # (B, T)
     gap = (out.rollout_logp - trainer).abs()[out.mask]
@@ -1204,10 +1170,9 @@ class WarmStart:
 @cache
 def _train_prompts() -> tuple[Tensor, Tensor]:
     """(P, 6) token ids of all prompts, and the indices of the training problems."""
-    problems, _, _ = chain_solutions()
-    ids = {w: i for i, w in enumerate(VOCABULARY)}
-    prompts = torch.tensor([[ids[w] for w in p.prompt.split()] for p in problems])
-    return prompts, torch.tensor([i for i, p in enumerate(problems) if not _held_out(p)])
+    problems, train = chain_solutions()[0], set(chain_task().train)
+    prompts = torch.tensor([[VOCABULARY.index(w) for w in p.prompt.split()] for p in problems])
+    return prompts, torch.tensor([i for i, p in enumerate(problems) if p in train])
 
 
 def supervised(model: nn.Module, how: WarmStart, progress: Callable[..., Any] = iter) -> float:

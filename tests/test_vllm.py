@@ -306,14 +306,15 @@ def test_one_stale_matrix_is_caught(engine, policy):
 
 
 @needs_vllm
-def test_a_push_that_never_arrives_is_caught_below_the_tolerance(engine, policy):
+def test_a_push_that_never_arrives_is_caught_below_the_tolerance(engine, policy, monkeypatch):
     """Small steps in bfloat16 hide behind its rounding, but an engine that stands still is not rounding."""
-    assert check_push(engine, Policy(policy), PROMPTS[0], torch.float32, tolerance=5.0) <= 1e-5
+    monkeypatch.setitem(rollout.PROBE_TOLERANCE, torch.float32, 5.0)
+    assert check_push(engine, Policy(policy), PROMPTS[0], torch.float32) <= 1e-5
     worst = 0.0
     with pytest.raises(RuntimeError, match="does not arrive"):
         for _ in range(100):  # in one direction
             perturb(policy, 1, scale=1e-5)
-            worst = check_push(engine, Policy(policy), PROMPTS[0], torch.float32, tolerance=5.0)
+            worst = check_push(engine, Policy(policy), PROMPTS[0], torch.float32)
     assert 1e-5 < worst < 0.1  # at the last check that passed: several small steps add up
 
 
