@@ -208,9 +208,6 @@ class TinyModel:
 
 # ------------------------------------------------------------------------------------------------------------
 # 4. Other models, other problems
-#
-# The same code at scale: any causal language model of `transformers`, any problems whose answer can be
-# checked, from files or the hub.
 
 PROMPT_TEMPLATE = "{problem}\n\nReason step by step, and put the final answer in \\boxed{}."
 
@@ -290,7 +287,7 @@ def _check_policy(name: str, engine: TorchEngine) -> None:
     """Raise ValueError on a model whose log π we would compute wrongly: one whose logits are not the plain
     product of the last hidden state with the head (soft-capped, scaled), and one whose cache or padding
     changes its log π (recurrent layers need not honour the padding, nor every decoder the cache)."""
-    model, config, heads, gaps = engine.model, engine.model.config.get_text_config(), [], []
+    model, config, gaps = engine.model, engine.model.config.get_text_config(), []
     ids = (torch.arange(13) % config.vocab_size).tolist()
     try:
         for prompts in ([ids[:5]], [ids[:2], ids[2:]]):
@@ -299,14 +296,14 @@ def _check_policy(name: str, engine: TorchEngine) -> None:
             for i, (first, length) in enumerate(zip(out.start.tolist(), out.lengths.tolist())):
                 row = out.full_ids[i : i + 1, : first + length + 1]  # alone, without cache and padding
                 logits = model(row, use_cache=False).logits[0, first:-1].float()
-                hidden = model.get_decoder()(row, use_cache=False).last_hidden_state
-                product = model.get_output_embeddings()(hidden)[0, first:-1].float()
-                heads.append(((product - logits).abs() / (1 + logits.abs())).max())
                 own = logits.log_softmax(-1).gather(-1, row[0, first + 1 :, None])[:, 0]
                 gaps += [(own - x[i, :length]).abs().max() for x in (out.rollout_logp, scored)]
+        hidden = model.get_decoder()(row, use_cache=False).last_hidden_state[0, first:-1]
+        product = model.get_output_embeddings()(hidden).float()
     except Exception as error:  # no decoder, a cache of its own kind, NaN
         raise ValueError(f"{name}: cannot be sampled ({' '.join(str(error).split())[:200]})") from None
-    head, gap = (float(torch.stack(x).max()) for x in (heads, gaps))
+    head = float(((product - logits).abs() / (1 + logits.abs())).max())
+    gap = float(torch.stack(gaps).max())
     if not head <= 1e-2 or getattr(config, "final_logit_softcapping", None):
         why = "logits are not hidden state times output head (scaling or capping)"
     elif not gap <= (1e-2 if model.dtype == torch.float32 else 1.0):
@@ -639,11 +636,10 @@ def math_task(name: str, train: tuple[Problem, ...], test: tuple[Problem, ...], 
 
 
 def response_mask(ids: Tensor, stops: int | Sequence[int]) -> Tensor:
-    """(B, T) bool: True up to and including the first stop token (EOS), False after it.  (B, T) ids.
+    """(B, T) ids -> (B, T) bool: True up to and including the first stop token (EOS), False after it.
 
     The EOS itself is an action and is trained.  Built from the *position* of the first EOS, never from "is
-    not pad": a model whose pad token is its EOS loses nothing.  A row without EOS is True throughout.
-    """
+    not pad": a model whose pad token is its EOS loses nothing.  A row without EOS is True throughout."""
     ends = torch.isin(ids, torch.tensor(stops, device=ids.device))
     return ends.cumsum(-1) - ends.long() == 0  # no end before it
 
@@ -715,7 +711,7 @@ class Engine:
         text = nn.utils.rnn.pad_sequence(text, True, pad).to(device)[group]
         start = torch.tensor([len(p) - 1 for p in prompts], device=device)[group]
         column = start[:, None] + torch.arange(1, T + 1, device=device)
-        text.scatter_(1, column, torch.where(mask, ids, pad))
+        text.scatter_(1, column, ids)
         scoring = {"group": group, "truncated": ~ended, "full_ids": text, "start": start}
         return Tokens(ids, mask, logp, entropy=None if nats is None else nats[:, :T], **scoring)
 
