@@ -22,7 +22,6 @@ from __future__ import annotations
 import csv
 import gc
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -43,7 +42,6 @@ import torch
 import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
-from entropy_math import head_token_stats
 from grpo import LONGEST_ANSWER, Policy, Tokens, last_boxed, plain_answer, read_prompts, shared_grader
 
 # ------------------------------------------------------------------------------------------------------------
@@ -73,7 +71,6 @@ def hold_out(problems: Sequence[Problem], count: int) -> list[Problem]:
 class Task:
     """Problems with a verifier."""
 
-    name: str
     train: tuple[Problem, ...]
     test: tuple[Problem, ...]  # held out
     hard: tuple[Problem, ...]  # held out, fewest solutions
@@ -153,7 +150,6 @@ def chain_task(size: int = 96) -> Task:
     count = dict(zip(problems, start[:, -1] - start[:, 0]))
     held = {p for p in problems if _hash(p)[0] < 51}  # one in five, whatever the seed
     return Task(
-        name="chain",
         train=tuple(p for p in problems if p not in held),
         test=tuple(sorted(held, key=_hash)[:size]),
         hard=tuple(sorted(held, key=lambda p: (count[p], p.prompt))[:size]),
@@ -461,9 +457,7 @@ def _last_part(text: str) -> str:
     return last_boxed(text) or "" if "\\boxed" in text else text
 
 
-def render(
-    problems: Sequence[Problem], tokenizer: Any, template: str = PROMPT_TEMPLATE, chat: bool = True
-) -> list[Problem]:
+def render(problems: Sequence[Problem], tokenizer: Any, template: str, chat: bool) -> list[Problem]:
     """The problems as the policy reads them: `template` with {problem} filled in, as a user's turn where the
     tokenizer has a chat template and `chat` is true, else as plain text after the tokenizer's BOS."""
     texts = [template.replace("{problem}", p.prompt) for p in problems]  # LaTeX is full of braces: no format
@@ -549,9 +543,9 @@ def task_of_data(
             raise ValueError(f"--data {source}: {notes[-1]}")
     notes = [*notes, f"{len(kept[0])} problems to train on, {len(kept[1])} held out"]
     if own is None:
-        return math_task(Path(data).stem, *kept, max_new_tokens), notes
+        return math_task(*kept, max_new_tokens), notes
     verify = lambda texts, problems: list(map(own[0].verify, texts, problems))  # noqa: E731
-    return Task(data, *kept, (), verify, own[0].signature, max_new_tokens), notes
+    return Task(*kept, (), verify, own[0].signature, max_new_tokens), notes
 
 
 # Tasks for language models that are made in code: nothing to download, and verified without algebra.  The
@@ -623,12 +617,12 @@ def made(data: str) -> tuple[Made, int] | None:
     return MADE[name], int(largest or 20)
 
 
-def math_task(name: str, train: tuple[Problem, ...], test: tuple[Problem, ...], max_new_tokens: int) -> Task:
+def math_task(train: tuple[Problem, ...], test: tuple[Problem, ...], max_new_tokens: int) -> Task:
     """Rendered problems, graded in worker processes.  They have one right answer each: what the signature
     tells apart are right *solutions*."""
     grader = shared_grader()
     verify = lambda texts, problems: grader.grade_all(texts, [p.answer for p in problems])  # noqa: E731
-    return Task(name, train, test, (), verify, lambda text: " ".join(text.split()), max_new_tokens)
+    return Task(train, test, (), verify, lambda text: " ".join(text.split()), max_new_tokens)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -862,9 +856,7 @@ def _choose(
     if not isinstance(drawn, tuple):
         ids = sample_categorical(logprob, uniform) if drawn is None else drawn
         drawn = ids, logprob.gather(-1, ids[:, None])[:, 0]
-    nats = None
-    if how.entropy:
-        nats = -torch.where(logprob > -torch.inf, logprob.exp() * logprob, 0).sum(-1)
+    nats = -torch.where(logprob > -torch.inf, logprob.exp() * logprob, 0).sum(-1) if how.entropy else None
     return *drawn, nats
 
 
@@ -908,8 +900,9 @@ def outcomes(task: Task, problems: Sequence[Problem], texts: Sequence[str]) -> T
 # 7. Sampling with vLLM
 #
 # The engine for real models: paged attention, continuous batching, a prompt's prefix shared by its samples.
-# It lives in the trainer's process and on its device: a push is a copy there, and during an update the
-# engine's memory is the trainer's.  Its copy of the weights can be stale without any error: `check_push`.
+# It lives in the trainer's process and on its device: a push is a copy there, without files or CUDA IPC, and
+# during an update the engine's memory is the trainer's.  Its copy of the weights can be stale without any
+# error: `check_push`.
 
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.06, torch.bfloat16: 0.5}  # max |Δ log π|, nats
 
@@ -969,10 +962,8 @@ class VllmEngine(Engine):
     """`Engine` on vLLM 0.26 to 0.32, through its public interface only, for a model's folder or hub id.
 
     Weights are held in `dtype`, to which `push` converts; `gpu_memory` is the share of the device for weights
-    and KV cache (a CPU has 0.5 GiB).  With `sleeps` a GPU's engine gives all of it back during updates.
-
-    Of several ranks each has an engine of its own, in its own process, so that `push` needs neither files nor
-    CUDA IPC.  One engine at a time in a process: vLLM keeps its groups in globals."""
+    and KV cache (a CPU has 0.5 GiB).  With `sleeps` a GPU's engine gives all of it back during updates.  Each
+    rank has an engine of its own, and no process two at a time: vLLM keeps its groups in globals."""
 
     copies = True
 
@@ -992,8 +983,8 @@ class VllmEngine(Engine):
     ) -> None:
         from transformers import AutoConfig, GenerationConfig
 
-        self.tokenizer, self.device, self.max_model_len = tokenizer, torch.device(device), max_model_len
-        self.stop = stop
+        self.tokenizer, self.stop, self.max_model_len = tokenizer, stop, max_model_len
+        self.device = torch.device(device)
         cpu, vllm = self.device.type == "cpu", _import_vllm(self.device)
         self.ends_world = not dist.is_initialized()  # then vLLM starts a world of one rank; `close` ends it
         ranks = 1 if self.ends_world else dist.get_world_size()
@@ -1199,7 +1190,7 @@ def warm_policy(how: WarmStart = WarmStart(), progress: Callable[..., Any] = ite
     from safetensors.torch import load_model, save_model
 
     tokenizer = tiny_tokenizer()
-    code = [Path(inspect.getfile(x)).read_text() for x in (head_token_stats, Policy, warm_policy)]
+    code = [Path(__file__).with_name(x).read_text() for x in ("entropy_math.py", "grpo.py", "rollout.py")]
     versions = [torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability()]
     key = hashlib.sha256(repr([how, code, versions]).encode()).hexdigest()[:16]
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

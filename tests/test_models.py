@@ -467,13 +467,13 @@ def test_a_question_that_occurs_twice_is_never_in_both_splits(tmp_path):
 
 def test_prompts_are_a_users_turn_or_plain_text_after_bos():
     problem, tokenizer = [Problem("1 {x} 2", "3")], byte_tokenizer()
-    assert render(problem, tokenizer, "Q {problem} A") == [Problem("Q 1 {x} 2 A", "3")]
+    assert render(problem, tokenizer, "Q {problem} A", True) == [Problem("Q 1 {x} 2 A", "3")]
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<bot>"
-    assert render(problem, tokenizer, "{problem}")[0].prompt == "<user>1 {x} 2<bot>"
-    assert render(problem, tokenizer, "{problem}", chat=False)[0].prompt == "1 {x} 2"
+    assert render(problem, tokenizer, "{problem}", True)[0].prompt == "<user>1 {x} 2<bot>"
+    assert render(problem, tokenizer, "{problem}", False)[0].prompt == "1 {x} 2"
     tokenizer.chat_template = "{{ raise_exception('a system turn is needed') }}"
     with pytest.raises(ValueError, match="refuses a user's turn .a system turn is needed"):
-        render(problem, tokenizer, "{problem}")
+        render(problem, tokenizer, "{problem}", True)
 
 
 def test_a_prompt_is_as_long_as_what_is_sampled_from(tmp_path):
