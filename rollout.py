@@ -115,14 +115,15 @@ def chain_verify(response: str, problem: Problem) -> bool:
 
 @cache
 def chain_solutions() -> tuple[tuple[Problem, ...], np.ndarray, np.ndarray]:
-    """Every problem, every solution, by enumeration of all chains: the P problems, sorted;
-    solutions as (S, 11) token ids with EOS and padding; and (P, 4) offsets: solutions of problem p with k
-    operations are rows offset[p, k-1] : offset[p, k]."""
+    """Every problem, every solution, by enumeration of all chains: the P problems, sorted; solutions as
+    (S, 11) token ids with EOS and padding; and (P, 4) offsets: solutions of problem p with k operations are
+    rows offset[p, k-1] : offset[p, k]."""
     pad, eos, zero = map(VOCABULARY.index, (PAD, EOS, "0"))
     ops = np.array([VOCABULARY.index(o) for o in OPERATORS])
     subsets, found = np.array(list(combinations(NUMBERS, 4))), []
     for k in range(1, MAX_OPS + 1):
-        which, first, *steps = np.indices((len(subsets), 4, *(3, 4) * k)).reshape(2 + 2 * k, -1)
+        grid = np.indices((len(subsets), 4, *(3, 4) * k), dtype=np.int32)  # every choice of every token
+        which, first, *steps = grid.reshape(2 + 2 * k, -1)
         value = subsets[which, first]
         text, ok = [value + zero], True
         for op, pick in zip(steps[::2], steps[1::2]):
@@ -131,7 +132,8 @@ def chain_solutions() -> tuple[tuple[Problem, ...], np.ndarray, np.ndarray]:
             text += [ops[op], b + zero, value + zero]
             ok = ok & (value >= 0) & (value <= 99)
         ok &= np.isin(value, TARGETS)
-        rows = np.pad(np.stack(text, 1)[ok], ((0, 0), (0, 3 * (MAX_OPS - k) + 1)), constant_values=pad)
+        rows = np.full((ok.sum(), 3 * MAX_OPS + 2), pad)
+        rows[:, : len(text)] = np.stack([x[ok] for x in text], 1)
         rows[:, len(text)] = eos
         found.append((which[ok] * 400 + value[ok] * 4 + k, rows))
     rank, rows = (np.concatenate(x) for x in zip(*found))  # rank: by problem, then by length
