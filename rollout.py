@@ -1043,7 +1043,7 @@ class VllmEngine(Engine):
             flat_logprobs=True,  # one list instead of an object a token
             detokenize=False,
         )
-        self.llm.reset_prefix_cache()
+        self.llm.reset_prefix_cache()  # keys and values of other weights
         with _guarded(seed, self.device):
             done = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         drawn = [o for request in done for o in sorted(request.outputs, key=lambda o: o.index)]
@@ -1059,20 +1059,18 @@ class VllmEngine(Engine):
         second copy of the model.  Raises RuntimeError where the engine has a parameter that none filled."""
         if "weights" in self.asleep:
             self.llm.wake_up(tags=[self.asleep.pop(0)])
-        unset: set[str] = set()
 
-        def load(model: nn.Module) -> None:
+        def load(model: nn.Module) -> set[str]:
             own = set(dict(model.named_parameters()))
             # A tied head is the embedding, and has no parameter of its own in vLLM.
             tied = not any(name.endswith("lm_head.weight") for name in own)
             rest = (x for x in named if not (tied and x[0] == "lm_head.weight"))
-            unset.update(own ^ model.load_weights(rest))
+            return own ^ model.load_weights(rest)
 
         with torch.no_grad():
-            self.llm.apply_model(load)
+            (unset,) = self.llm.apply_model(load)
         if unset:
             raise RuntimeError(f"push left weights of the engine unset: {', '.join(sorted(unset)[:3])} ...")
-        self.llm.reset_prefix_cache()  # keys and values of the old weights
 
     def sleep(self) -> None:
         if self.sleeps and not self.asleep:
