@@ -527,7 +527,7 @@ def task_of_data(
     (problems, notes), (held, more) = read.values()
     test = hold_out(held, eval_problems)
     asked = {p.prompt for p in test}
-    train = [p for p in problems if p.prompt not in asked]  # none of what is asked twice is in both
+    train = [p for p in problems if p.prompt not in asked]  # a question may occur twice
     if eval_data:
         gone = len(problems) - len(train)
         notes = notes + more + [f"{gone} training problems left out: they are in {eval_data}"] * bool(gone)
@@ -699,7 +699,7 @@ class Engine:
         ends = torch.isin(ids, torch.tensor(self.stops, device=device))  # (B, T)
         if self.stop:
             ends |= torch.stack([self.completes_stop(ids[:, : t + 1], None) for t in range(ids.shape[1])], 1)
-        mask, ended = ends.cumsum(-1) - ends.long() == 0, ends.any(-1)  # the mask as in section 5
+        mask, ended = ends.cumsum(-1) - ends.long() == 0, ends.any(-1)  # as in `response_mask`
         T = int(mask.any(0).sum())  # of the longest response
         ids, mask, logp = torch.where(mask, ids, pad)[:, :T], mask[:, :T], logp[:, :T]
         group = torch.arange(len(prompts), device=device).repeat_interleave(len(ids) // len(prompts))
