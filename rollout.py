@@ -422,15 +422,14 @@ def _question(row: Any) -> tuple[str, str]:
     key, value = _field(row, PROBLEM_KEYS)
     if isinstance(value, str) and re.match(r"\s*\[\s*\{.*['\"]role['\"]", value):  # a CSV's cell
         raise ValueError(f"'{key}' is chat messages written as text; give them as JSON, in JSONL or parquet")
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
-        value = value[0].get("content") if value[0].get("role") == "user" else None
-    if not isinstance(value, str):
-        raise ValueError(
-            f"'{key}' is neither text nor one turn of a user; a system's text is --prompt-template's"
-        )
-    if not value.strip():
-        raise ValueError(f"'{key}' is empty")
-    return key, value.strip()
+    match value:
+        case str(text) | [{"role": "user", "content": str(text)}]:
+            if not text.strip():
+                raise ValueError(f"'{key}' is empty")
+            return key, text.strip()
+    raise ValueError(
+        f"'{key}' is neither text nor one turn of a user; a system's text is --prompt-template's"
+    )
 
 
 def _answer(row: Any) -> tuple[str, str]:
