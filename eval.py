@@ -1171,7 +1171,7 @@ def benchmark(o: Options) -> None:
     def ask(model: str, name: str) -> tuple[Engine, Task, list[Problem]]:
         engine = opened(model)
         prompts = rollout.render(problems[name], engine.tokenizer, o.template, not o.plain)
-        return engine, rollout.math_task(name, (), tuple(prompts), o.max_new_tokens), prompts
+        return engine, rollout.math_task((), tuple(prompts), o.max_new_tokens), prompts
 
     for name in o.model:
         inner, samples = Path(name).expanduser() / "checkpoint", {}

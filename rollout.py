@@ -19,11 +19,9 @@ Left out: responses of several turns, tools, code that is run to be judged, rewa
 
 from __future__ import annotations
 
-import codecs
 import csv
 import gc
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -44,7 +42,6 @@ import torch
 import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
-from entropy_math import head_token_stats
 from grpo import LONGEST_ANSWER, Policy, Tokens, last_boxed, plain_answer, read_prompts, shared_grader
 
 # ------------------------------------------------------------------------------------------------------------
@@ -59,11 +56,21 @@ class Problem:
     answer: str
 
 
+def _hash(problem: Problem) -> bytes:
+    return hashlib.sha256(problem.prompt.encode()).digest()
+
+
+def hold_out(problems: Sequence[Problem], count: int) -> list[Problem]:
+    """`count` problems for evaluation, those with the smallest hash of their text, so that the split depends
+    neither on a seed nor on the order."""
+    first = {p.prompt: p for p in reversed(problems)}
+    return sorted(first.values(), key=_hash)[:count]
+
+
 @dataclass(frozen=True)
 class Task:
     """Problems with a verifier."""
 
-    name: str
     train: tuple[Problem, ...]
     test: tuple[Problem, ...]  # held out
     hard: tuple[Problem, ...]  # held out, fewest solutions
@@ -108,29 +115,27 @@ def chain_verify(response: str, problem: Problem) -> bool:
 
 @cache
 def chain_solutions() -> tuple[tuple[Problem, ...], np.ndarray, np.ndarray]:
-    """Every problem, every solution, by enumeration of all chains (under a second): the P problems, sorted;
-    solutions as (S, 11) token ids with EOS and padding; and (P, 4) offsets: solutions of problem p with k
-    operations are rows offset[p, k-1] : offset[p, k]."""
-    num = VOCABULARY.index("0")
+    """Every problem, every solution, by enumeration of all chains: the P problems, sorted; solutions as
+    (S, 11) token ids with EOS and padding; and (P, 4) offsets: solutions of problem p with k operations are
+    rows offset[p, k-1] : offset[p, k]."""
+    pad, eos, zero = map(VOCABULARY.index, (PAD, EOS, "0"))
     ops = np.array([VOCABULARY.index(o) for o in OPERATORS])
-    subsets = np.array(list(combinations(NUMBERS, 4)))
-    which, value = np.repeat(np.arange(len(subsets)), 4), subsets.reshape(-1)
-    text = (value + num)[:, None]  # (n, tokens so far)
-    found = []
+    subsets, found = np.array(list(combinations(NUMBERS, 4))), []
     for k in range(1, MAX_OPS + 1):
-        n = len(which)
-        which, value, text = (np.repeat(x, 12, axis=0) for x in (which, value, text))
-        op, pick = np.tile(np.repeat(np.arange(3), 4), n), np.tile(np.arange(4), 3 * n)
-        b = subsets[which, pick]
-        value = np.select([op == 0, op == 1], [value + b, value - b], value * b)
-        text = np.concatenate([text, np.stack([ops[op], b + num, value + num], 1)], 1)
-        ok = (value >= 0) & (value <= 99)
-        which, value, text = which[ok], value[ok], text[ok]
-        hit = np.isin(value, TARGETS)
-        rows = np.full((hit.sum(), 3 * MAX_OPS + 2), VOCABULARY.index(PAD))
-        rows[:, : text.shape[1]] = text[hit]
-        rows[:, text.shape[1]] = VOCABULARY.index(EOS)
-        found.append((which[hit] * 400 + value[hit] * 4 + k, rows))
+        grid = np.indices((len(subsets), 4, *(3, 4) * k), dtype=np.int32)  # every choice of every token
+        which, first, *steps = grid.reshape(2 + 2 * k, -1)
+        value = subsets[which, first]
+        text, ok = [value + zero], True
+        for op, pick in zip(steps[::2], steps[1::2]):
+            b = subsets[which, pick]
+            value = np.select([op == 0, op == 1], [value + b, value - b], value * b)
+            text += [ops[op], b + zero, value + zero]
+            ok = ok & (value >= 0) & (value <= 99)
+        ok &= np.isin(value, TARGETS)
+        rows = np.full((ok.sum(), 3 * MAX_OPS + 2), pad)
+        rows[:, : len(text)] = np.stack([x[ok] for x in text], 1)
+        rows[:, len(text)] = eos
+        found.append((which[ok] * 400 + value[ok] * 4 + k, rows))
     rank, rows = (np.concatenate(x) for x in zip(*found))  # rank: by problem, then by length
     order = rank.argsort(kind="stable")
     names = np.unique(rank // 4)
@@ -140,25 +145,15 @@ def chain_solutions() -> tuple[tuple[Problem, ...], np.ndarray, np.ndarray]:
     return problems, rows[order], start
 
 
-def _hash(problem: Problem) -> bytes:
-    return hashlib.sha256(problem.prompt.encode()).digest()
-
-
-def _held_out(problem: Problem) -> bool:
-    """One problem in five, by a hash: the split does not depend on any seed."""
-    return _hash(problem)[0] < 51
-
-
 @cache
 def chain_task(size: int = 96) -> Task:
     """The embedded task: `size` test problems in the order of their hashes, `size` hard ones."""
     problems, _, start = chain_solutions()
     count = dict(zip(problems, start[:, -1] - start[:, 0]))
-    held = sorted(filter(_held_out, problems), key=_hash)
+    held = {p for p in problems if _hash(p)[0] < 51}  # one in five, whatever the seed
     return Task(
-        name="chain",
-        train=tuple(p for p in problems if not _held_out(p)),
-        test=tuple(held[:size]),
+        train=tuple(p for p in problems if p not in held),
+        test=tuple(sorted(held, key=_hash)[:size]),
         hard=tuple(sorted(held, key=lambda p: (count[p], p.prompt))[:size]),
         verify=lambda responses, problems: list(map(chain_verify, responses, problems)),
         signature=lambda response: " ".join(response.split()),
@@ -211,9 +206,6 @@ class TinyModel:
 
 # ------------------------------------------------------------------------------------------------------------
 # 4. Other models, other problems
-#
-# The same code at scale: any causal language model of `transformers`, any problems whose answer can be
-# checked, from files or the hub.
 
 PROMPT_TEMPLATE = "{problem}\n\nReason step by step, and put the final answer in \\boxed{}."
 
@@ -230,8 +222,7 @@ def load_model(
 
     A tokenizer without a pad token that the model knows pads with its EOS, which is safe because masks go by
     position (`response_mask`).  A model without sdpa attention gets eager attention, and a line says so.
-    Raises ValueError on anything that is not such a model, and on what `_check_policy` finds.
-    """
+    Raises ValueError on anything that is not such a model, and on what `_check_policy` finds."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -294,7 +285,7 @@ def _check_policy(name: str, engine: TorchEngine) -> None:
     """Raise ValueError on a model whose log π we would compute wrongly: one whose logits are not the plain
     product of the last hidden state with the head (soft-capped, scaled), and one whose cache or padding
     changes its log π (recurrent layers need not honour the padding, nor every decoder the cache)."""
-    model, config, heads, gaps = engine.model, engine.model.config.get_text_config(), [], []
+    model, config, gaps = engine.model, engine.model.config.get_text_config(), []
     ids = (torch.arange(13) % config.vocab_size).tolist()
     try:
         for prompts in ([ids[:5]], [ids[:2], ids[2:]]):
@@ -303,14 +294,14 @@ def _check_policy(name: str, engine: TorchEngine) -> None:
             for i, (first, length) in enumerate(zip(out.start.tolist(), out.lengths.tolist())):
                 row = out.full_ids[i : i + 1, : first + length + 1]  # alone, without cache and padding
                 logits = model(row, use_cache=False).logits[0, first:-1].float()
-                hidden = model.get_decoder()(row, use_cache=False).last_hidden_state
-                product = model.get_output_embeddings()(hidden)[0, first:-1].float()
-                heads.append(((product - logits).abs() / (1 + logits.abs())).max())
                 own = logits.log_softmax(-1).gather(-1, row[0, first + 1 :, None])[:, 0]
                 gaps += [(own - x[i, :length]).abs().max() for x in (out.rollout_logp, scored)]
+        hidden = model.get_decoder()(row, use_cache=False).last_hidden_state[0, first:-1]
+        product = model.get_output_embeddings()(hidden).float()
     except Exception as error:  # no decoder, a cache of its own kind, NaN
         raise ValueError(f"{name}: cannot be sampled ({' '.join(str(error).split())[:200]})") from None
-    head, gap = (float(torch.stack(x).max()) for x in (heads, gaps))
+    head = float(((product - logits).abs() / (1 + logits.abs())).max())
+    gap = float(torch.stack(gaps).max())
     if not head <= 1e-2 or getattr(config, "final_logit_softcapping", None):
         why = "logits are not hidden state times output head (scaling or capping)"
     elif not gap <= (1e-2 if model.dtype == torch.float32 else 1.0):
@@ -326,10 +317,8 @@ ANSWER_KEYS = ("answer", "final_answer", "expected_answer", "ground_truth", "rew
 
 
 def data_file(source: str) -> Path | None:
-    """The file that a source of problems names; None where it names a task made in code or the hub's.
-
-    Raises ValueError on a file that is not there: what looks like a path is never looked for on the hub.
-    """
+    """The file that a source of problems names; None where it names a task made in code or the hub's.  Raises
+    ValueError on a file that is not there: what looks like a path is never looked for on the hub."""
     if made(source):
         return None
     path, name = Path(source).expanduser(), re.split("[@:]", source)[0]
@@ -337,24 +326,20 @@ def data_file(source: str) -> Path | None:
         return path
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or re.search(r"\.[A-Za-z]{2,7}$", name):
         what = "is a folder" if path.is_dir() else "no such file"
-        raise ValueError(
-            f"{source}: {what}; give a .jsonl, .json, .csv or .parquet file of problems and answers, or a "
-            f"task made in code ({', '.join(MADE)})"
-        )
+        files = "a .jsonl, .json, .csv or .parquet file of problems and answers"
+        raise ValueError(f"{source}: {what}; give {files}, or a task made in code ({', '.join(MADE)})")
     return None
 
 
 def read_problems(source: str) -> tuple[list[Problem], list[str]]:
-    """Problems with answers, in file order, and what a user should know about them.
+    """Problems with answers, in file order; and what a user should know: which fields were taken, and how
+    many rows could not be used, with the reasons.
 
-    `source` is a file (.csv, .parquet, .json with an array, else JSONL) or a hub data set
-    `owner/name[@config][:split]` (split train), read by the package `datasets`.  A row needs a question (text
-    or the one turn of a chat) and an answer under a usual name.  An answer may be {"ground_truth": ...}, a
-    flat list (joined by commas), GSM8K's "#### 18", a solution that ends in \\boxed{...}.  Where a question
-    has two answers nobody knows which is right, and none of its rows is used.  The second value says which
-    fields were taken, and how many rows could not be used, with the reasons.
-    Raises ValueError where there is no such file, or not one usable row.
-    """
+    `source` is a task made in code, a file (.csv, .parquet, .json with an array, else JSONL) or a data set of
+    the hub, `owner/name[@config][:split]` (split train).  A row needs a question (text or the one turn of a
+    chat) and an answer under a usual name.  An answer may be {"ground_truth": ...}, a flat list (joined by
+    commas), GSM8K's "#### 18", a solution that ends in \\boxed{...}.  Where a question has two answers nobody
+    knows which is right, and none of its rows is used.  Raises ValueError where not one row is usable."""
     if own := made(source):
         problems = own[0].problems(own[1])
         return problems, [f"{source}: {len(problems)} problems, made in code"]
@@ -382,7 +367,7 @@ def read_problems(source: str) -> tuple[list[Problem], list[str]]:
 
 
 def _rows(source: str) -> list[tuple[str, Any]]:
-    """(place, row) of a file or of a hub data set; a line that is not JSON gives its bytes."""
+    """(place, row) of a file or of a hub data set; None for a line that is not JSON."""
     path = data_file(source)
     kind = path.suffix.lower() if path else "hub"
     try:
@@ -399,7 +384,7 @@ def _rows(source: str) -> list[tuple[str, Any]]:
             from pyarrow.parquet import ParquetFile
 
             rows = ParquetFile(path).read().to_pylist()
-        elif kind == ".json" and path.read_bytes().removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+        elif kind == ".json" and path.read_text("utf-8-sig", "replace").lstrip()[:1] == "[":
             rows = json.loads(path.read_text(encoding="utf-8-sig"))
         else:  # str.splitlines would also split inside strings, at U+2028
             lines = enumerate(path.read_bytes().split(b"\n"), 1)
@@ -415,10 +400,8 @@ def _rows(source: str) -> list[tuple[str, Any]]:
 
 
 def _line(data: bytes) -> Any:
-    try:
+    with suppress(ValueError):  # UnicodeDecodeError is one too
         return json.loads(data)
-    except ValueError:  # UnicodeDecodeError is one too
-        return data
 
 
 def _field(row: Any, keys: Sequence[str]) -> tuple[str, Any]:
@@ -439,15 +422,14 @@ def _question(row: Any) -> tuple[str, str]:
     key, value = _field(row, PROBLEM_KEYS)
     if isinstance(value, str) and re.match(r"\s*\[\s*\{.*['\"]role['\"]", value):  # a CSV's cell
         raise ValueError(f"'{key}' is chat messages written as text; give them as JSON, in JSONL or parquet")
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
-        value = value[0].get("content") if value[0].get("role") == "user" else None
-    if not isinstance(value, str):
-        raise ValueError(
-            f"'{key}' is neither text nor one turn of a user; a system's text is --prompt-template's"
-        )
-    if not value.strip():
-        raise ValueError(f"'{key}' is empty")
-    return key, value.strip()
+    match value:
+        case str(text) | [{"role": "user", "content": str(text)}]:
+            if not text.strip():
+                raise ValueError(f"'{key}' is empty")
+            return key, text.strip()
+    raise ValueError(
+        f"'{key}' is neither text nor one turn of a user; a system's text is --prompt-template's"
+    )
 
 
 def _answer(row: Any) -> tuple[str, str]:
@@ -476,28 +458,20 @@ def _last_part(text: str) -> str:
     return last_boxed(text) or "" if "\\boxed" in text else text
 
 
-def render(
-    problems: Sequence[Problem], tokenizer: Any, template: str = PROMPT_TEMPLATE, chat: bool = True
-) -> list[Problem]:
+def render(problems: Sequence[Problem], tokenizer: Any, template: str, chat: bool) -> list[Problem]:
     """The problems as the policy reads them: `template` with {problem} filled in, as a user's turn where the
     tokenizer has a chat template and `chat` is true, else as plain text after the tokenizer's BOS."""
-    bos, out = tokenizer.bos_token_id, []
-    begin = tokenizer.bos_token if bos is not None and tokenizer("x")["input_ids"][:1] == [bos] else ""
-    for p in problems:
-        text = template.replace("{problem}", p.prompt)  # LaTeX is full of braces: no format
-        if chat and tokenizer.chat_template:
-            turn = [{"role": "user", "content": text}]
-            try:
-                text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-            except Exception as error:  # whatever a template raises
-                reason = " ".join(str(error).split())[:200]
-                raise ValueError(
-                    f"the chat template refuses a user's turn ({reason}); --chat off (eval.py: --plain)"
-                ) from None
-        else:
-            text = begin + text
-        out.append(Problem(text, p.answer))
-    return out
+    texts = [template.replace("{problem}", p.prompt) for p in problems]  # LaTeX is full of braces: no format
+    if chat and tokenizer.chat_template:
+        turns = [[{"role": "user", "content": text}] for text in texts]
+        try:
+            texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # whatever a template raises
+            why = f"the chat template refuses a user's turn ({' '.join(str(error).split())[:200]})"
+            raise ValueError(f"{why}; --chat off (eval.py: --plain)") from None
+    elif tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        texts = [tokenizer.bos_token + text for text in texts]
+    return [Problem(text, p.answer) for text, p in zip(texts, problems)]
 
 
 def longest_prompt(
@@ -536,17 +510,13 @@ def task_of_data(
     """Problems to train on and held out, rendered; and what a user should know about them.
 
     `eval_problems` are held out by the hash of their text, from `eval_data` where given; they then leave the
-    training problems, too.  Prompts above `max_prompt_tokens` are left out.  Raises ValueError naming the
-    flag.
-    """
+    training problems, too.  Raises ValueError naming the flag."""
     own = made(data)
     template = template or ("{problem}" if own else PROMPT_TEMPLATE)
     if "{problem}" not in template:
         raise ValueError(f"--prompt-template {template!r}: needs {{problem}}, where the question goes")
     if own and eval_data:
-        raise ValueError(
-            f"--eval-data {eval_data}: --data {data} holds out problems of its own; leave it out"
-        )
+        raise ValueError(f"--eval-data {eval_data}: leave it out; --data {data} holds out its own problems")
     read = {}
     for flag, source in {"--data": data, "--eval-data": eval_data}.items():
         try:
@@ -554,30 +524,29 @@ def task_of_data(
         except ValueError as error:
             raise ValueError(f"{flag} {error}") from None
     (problems, notes), (held, more) = read.values()
-    test = hold_out(held, eval_problems)[1]
+    test = hold_out(held, eval_problems)
     asked = {p.prompt for p in test}
-    train = [p for p in problems if p.prompt not in asked]
+    train = [p for p in problems if p.prompt not in asked]  # a question may occur twice
     if eval_data:
         gone = len(problems) - len(train)
         notes = notes + more + [f"{gone} training problems left out: they are in {eval_data}"] * bool(gone)
     kept = []
     for what, source, found in (("training", data, train), ("evaluation", eval_data or data, test)):
-        texts = render(found, tokenizer, template, chat)
-        short = [p for p in texts if longest_prompt([p], tokenizer) <= max_prompt_tokens]
-        gone = f"{len(found) - len(short)} {what} problems left out"
-        gone += f": their prompts have more than --max-prompt-tokens {max_prompt_tokens}"
         if not found:
             gone = f"--eval-problems {eval_problems} leave no {what} problem of {len(problems)}"
-        if not short:
             raise ValueError(f"--data {source}: {gone}")
-        notes = notes + [gone] * (len(found) > len(short))
-        kept.append(short)
+        texts = render(found, tokenizer, template, chat)
+        kept.append(tuple(p for p in texts if longest_prompt([p], tokenizer) <= max_prompt_tokens))
+        if n := len(found) - len(kept[-1]):
+            gone = f"{n} {what} problems left out: their prompts have more than --max-prompt-tokens"
+            notes = [*notes, f"{gone} {max_prompt_tokens}"]
+        if not kept[-1]:
+            raise ValueError(f"--data {source}: {notes[-1]}")
     notes = [*notes, f"{len(kept[0])} problems to train on, {len(kept[1])} held out"]
     if own is None:
-        return math_task(Path(data).stem, *kept, max_new_tokens), notes
+        return math_task(*kept, max_new_tokens), notes
     verify = lambda texts, problems: list(map(own[0].verify, texts, problems))  # noqa: E731
-    train, test = map(tuple, kept)
-    return Task(data, train, test, (), verify, own[0].signature, max_new_tokens), notes
+    return Task(*kept, (), verify, own[0].signature, max_new_tokens), notes
 
 
 # Tasks for language models that are made in code: nothing to download, and verified without algebra.  The
@@ -589,8 +558,7 @@ class Made:
     """A task made in code.  A problem's values occur in one problem only, so that what is held out is never
     trained on in another order or wording."""
 
-    largest: int  # of the numbers in its problems, unless --data NAME:NUMBER says otherwise
-    problems: Callable[[int], list[Problem]]
+    problems: Callable[[int], list[Problem]]  # with numbers up to the one given
     verify: Callable[[str, Problem], bool]
     signature: Callable[[str], str]
 
@@ -631,48 +599,31 @@ def pair_verify(text: str, problem: Problem) -> bool:
 
 MADE = {
     "arithmetic": Made(
-        20,
         arithmetic_problems,
         lambda text, p: whole_numbers(text)[-1:] == [int(p.answer)],
         lambda text: str(whole_numbers(text)[-1:]),
     ),
-    "pairs": Made(20, pair_problems, pair_verify, lambda text: str(named_pair(text))),
+    "pairs": Made(pair_problems, pair_verify, lambda text: str(named_pair(text))),
 }
 
 
 def made(data: str) -> tuple[Made, int] | None:
-    """What `--data NAME` or `--data NAME:LARGEST` names; None where it names a file or a data set."""
+    """The task that `--data NAME` or `--data NAME:LARGEST` names, and the largest number in its problems;
+    None where it names a file or a data set."""
     name, _, largest = data.partition(":")
     if name not in MADE:
         return None
     if largest and not (largest.isdigit() and 5 <= int(largest) <= 10_000):
-        raise ValueError(
-            f"{data}: the largest number must lie between 5 and 10000, as in {name}:{MADE[name].largest}"
-        )
-    return MADE[name], int(largest or MADE[name].largest)
+        raise ValueError(f"{data}: the largest number must lie between 5 and 10000, as in {name}:20")
+    return MADE[name], int(largest or 20)
 
 
-def math_task(name: str, train: Sequence[Problem], test: Sequence[Problem], max_new_tokens: int) -> Task:
-    """Rendered problems, graded by `grade` in worker processes."""
+def math_task(train: tuple[Problem, ...], test: tuple[Problem, ...], max_new_tokens: int) -> Task:
+    """Rendered problems, graded in worker processes.  They have one right answer each: what the signature
+    tells apart are right *solutions*."""
     grader = shared_grader()
-    return Task(
-        name=name,
-        train=tuple(train),
-        test=tuple(test),
-        hard=(),
-        verify=lambda texts, problems: grader.grade_all(list(texts), [p.answer for p in problems]),
-        signature=lambda response: " ".join(response.split()),  # one right answer: count right *solutions*
-        max_new_tokens=max_new_tokens,
-    )
-
-
-def hold_out(problems: Sequence[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
-    """(train, test): `count` problems for evaluation, those with the smallest hash of their text, so that the
-    split depends neither on a seed nor on the order; a question that occurs twice is never in both."""
-    first = {p.prompt: p for p in reversed(problems)}
-    test = sorted(first.values(), key=_hash)[:count]
-    held = {p.prompt for p in test}
-    return [p for p in problems if p.prompt not in held], test
+    verify = lambda texts, problems: grader.grade_all(texts, [p.answer for p in problems])  # noqa: E731
+    return Task(train, test, (), verify, lambda text: " ".join(text.split()), max_new_tokens)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -680,18 +631,12 @@ def hold_out(problems: Sequence[Problem], count: int) -> tuple[list[Problem], li
 
 
 def response_mask(ids: Tensor, stops: int | Sequence[int]) -> Tensor:
-    """(B, T) bool: True up to and including the first stop token (EOS), False after it.  (B, T) ids.
+    """(B, T) ids -> (B, T) bool: True up to and including the first stop token (EOS), False after it.
 
     The EOS itself is an action and is trained.  Built from the *position* of the first EOS, never from "is
-    not pad": a model whose pad token is its EOS loses nothing.  A row without EOS is True throughout.
-    """
-    stops = torch.tensor([stops] if isinstance(stops, int) else list(stops), device=ids.device)
-    return up_to_first(torch.isin(ids, stops))
-
-
-def up_to_first(ends: Tensor) -> Tensor:
-    """(B, T) bool -> (B, T) bool: True up to and including the first True of each row."""
-    return ends.cumsum(-1) - ends.long() == 0
+    not pad": a model whose pad token is its EOS loses nothing.  A row without EOS is True throughout."""
+    ends = torch.isin(ids, torch.tensor(stops, device=ids.device))
+    return ends.cumsum(-1) - ends.long() == 0  # no end before it
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -753,7 +698,7 @@ class Engine:
         ends = torch.isin(ids, torch.tensor(self.stops, device=device))  # (B, T)
         if self.stop:
             ends |= torch.stack([self.completes_stop(ids[:, : t + 1], None) for t in range(ids.shape[1])], 1)
-        mask, ended = up_to_first(ends), ends.any(-1)
+        mask, ended = ends.cumsum(-1) - ends.long() == 0, ends.any(-1)  # as in `response_mask`
         T = int(mask.any(0).sum())  # of the longest response
         ids, mask, logp = torch.where(mask, ids, pad)[:, :T], mask[:, :T], logp[:, :T]
         group = torch.arange(len(prompts), device=device).repeat_interleave(len(ids) // len(prompts))
@@ -761,7 +706,7 @@ class Engine:
         text = nn.utils.rnn.pad_sequence(text, True, pad).to(device)[group]
         start = torch.tensor([len(p) - 1 for p in prompts], device=device)[group]
         column = start[:, None] + torch.arange(1, T + 1, device=device)
-        text.scatter_(1, column, torch.where(mask, ids, pad))
+        text.scatter_(1, column, ids)
         scoring = {"group": group, "truncated": ~ended, "full_ids": text, "start": start}
         return Tokens(ids, mask, logp, entropy=None if nats is None else nats[:, :T], **scoring)
 
@@ -868,9 +813,7 @@ def reserve(past: Any, length: int) -> None:
     class Reserved(DynamicLayer):
         wide: tuple[Tensor, Tensor] | None = None  # of which `keys` and `values` are the first columns
 
-        def update(
-            self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
-        ) -> tuple[Tensor, Tensor]:
+        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
             known, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
             if self.wide is None:
                 free = (0, 0, 0, length - known)
@@ -914,9 +857,7 @@ def _choose(
     if not isinstance(drawn, tuple):
         ids = sample_categorical(logprob, uniform) if drawn is None else drawn
         drawn = ids, logprob.gather(-1, ids[:, None])[:, 0]
-    nats = None
-    if how.entropy:
-        nats = -torch.where(logprob > -torch.inf, logprob.exp() * logprob, 0).sum(-1)
+    nats = -torch.where(logprob > -torch.inf, logprob.exp() * logprob, 0).sum(-1) if how.entropy else None
     return *drawn, nats
 
 
@@ -960,14 +901,10 @@ def outcomes(task: Task, problems: Sequence[Problem], texts: Sequence[str]) -> T
 # 7. Sampling with vLLM
 #
 # The engine for real models: paged attention, continuous batching, a prompt's prefix shared by its samples.
-# It lives in the trainer's process and on its device: a push is a copy there, and during an update the
-# engine's memory is the trainer's.  Its copy of the weights can be stale without any error: `check_push`.
+# It lives in the trainer's process and on its device: a push is a copy there, without files or CUDA IPC, and
+# during an update the engine's memory is the trainer's.  Its copy of the weights can be stale without any
+# error: `check_push`.
 
-ENVIRONMENT = {  # what vLLM reads from the environment; a value that is set already stays
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it cannot report processed log-probabilities, and compiles at start
-    "VLLM_NO_USAGE_STATS": "1",  # training reports to nobody
-    "VLLM_LOGGING_LEVEL": "ERROR",  # a hundred lines of its settings would hide ours
-}
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.06, torch.bfloat16: 0.5}  # max |Δ log π|, nats
 
 
@@ -1005,7 +942,9 @@ def _guarded(seed: int, device: torch.device) -> Iterator[None]:
 
 def _import_vllm(device: torch.device) -> Any:
     """The module, or ImportError that says what to install."""
-    os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # no processed log-probs, compiles at start
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # training reports to nobody
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # a hundred lines of its settings would hide ours
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a process of its own would need weights sent to it
     try:
         import vllm
@@ -1024,10 +963,8 @@ class VllmEngine(Engine):
     """`Engine` on vLLM 0.26 to 0.32, through its public interface only, for a model's folder or hub id.
 
     Weights are held in `dtype`, to which `push` converts; `gpu_memory` is the share of the device for weights
-    and KV cache (a CPU has 0.5 GiB).  With `sleeps` a GPU's engine gives all of it back during updates.
-
-    Of several ranks each has an engine of its own, in its own process, so that `push` needs neither files nor
-    CUDA IPC.  One engine at a time in a process: vLLM keeps its groups in globals."""
+    and KV cache (a CPU has 0.5 GiB).  With `sleeps` a GPU's engine gives all of it back during updates.  Each
+    rank has an engine of its own, and no process two at a time: vLLM keeps its groups in globals."""
 
     copies = True
 
@@ -1047,8 +984,8 @@ class VllmEngine(Engine):
     ) -> None:
         from transformers import AutoConfig, GenerationConfig
 
-        self.tokenizer, self.device, self.max_model_len = tokenizer, torch.device(device), max_model_len
-        self.stop = stop
+        self.tokenizer, self.stop, self.max_model_len = tokenizer, stop, max_model_len
+        self.device = torch.device(device)
         cpu, vllm = self.device.type == "cpu", _import_vllm(self.device)
         self.ends_world = not dist.is_initialized()  # then vLLM starts a world of one rank; `close` ends it
         ranks = 1 if self.ends_world else dist.get_world_size()
@@ -1105,7 +1042,7 @@ class VllmEngine(Engine):
             flat_logprobs=True,  # one list instead of an object a token
             detokenize=False,
         )
-        self.llm.reset_prefix_cache()
+        self.llm.reset_prefix_cache()  # keys and values of other weights
         with _guarded(seed, self.device):
             done = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         drawn = [o for request in done for o in sorted(request.outputs, key=lambda o: o.index)]
@@ -1121,20 +1058,18 @@ class VllmEngine(Engine):
         second copy of the model.  Raises RuntimeError where the engine has a parameter that none filled."""
         if "weights" in self.asleep:
             self.llm.wake_up(tags=[self.asleep.pop(0)])
-        unset: set[str] = set()
 
-        def load(model: nn.Module) -> None:
+        def load(model: nn.Module) -> set[str]:
             own = set(dict(model.named_parameters()))
             # A tied head is the embedding, and has no parameter of its own in vLLM.
             tied = not any(name.endswith("lm_head.weight") for name in own)
             rest = (x for x in named if not (tied and x[0] == "lm_head.weight"))
-            unset.update(own ^ model.load_weights(rest))
+            return own ^ model.load_weights(rest)
 
         with torch.no_grad():
-            self.llm.apply_model(load)
+            (unset,) = self.llm.apply_model(load)
         if unset:
             raise RuntimeError(f"push left weights of the engine unset: {', '.join(sorted(unset)[:3])} ...")
-        self.llm.reset_prefix_cache()  # keys and values of the old weights
 
     def sleep(self) -> None:
         if self.sleeps and not self.asleep:
@@ -1162,22 +1097,18 @@ class VllmEngine(Engine):
 
 
 @torch.no_grad()
-def check_push(
-    engine: Engine, policy: Policy, prompt_ids: list[int], dtype: torch.dtype, tolerance: float | None = None
-) -> float:
+def check_push(engine: Engine, policy: Policy, prompt_ids: list[int], dtype: torch.dtype) -> float:
     """After a push: do engine and trainer hold the same policy?  Returns max |Δ log π| over eight answers of
     the engine to one prompt, always under the same seed; 0 for any other engine.  Raises RuntimeError
-      - where one token differs by more than `tolerance` nats, or the mean by more than a fifth of it.  With
+      - where one token differs by more than PROBE_TOLERANCE, or the mean by more than a fifth of it.  With
         the same weights float32 agrees to 2e-6.  In bfloat16, where a logit between 16 and 32 is a multiple
-        of 1/8, 12 random layers differ by 0.13 at most and 0.03 on average, and 24 with logits of standard
-        deviation 7 by 1.1 and 0.13, which need a larger `tolerance`;
+        of 1/8, 12 random layers differ by 0.13 at most and 0.03 on average (24 with logits of standard
+        deviation 7, by 1.1 and 0.13, are refused);
       - where the engine repeats its last answer bit for bit while the trainer's score of it has moved by a
-        hundredth of the tolerance since: weights that lag behind by less than bfloat16's noise.
-    """
+        hundredth of the tolerance since: weights that lag behind by less than bfloat16's noise."""
     if not isinstance(engine, VllmEngine):
         return 0.0
-    limit = PROBE_TOLERANCE[dtype] if tolerance is None else tolerance
-    how = Sampling(8, min(16, engine.max_model_len - len(prompt_ids)))
+    limit, how = PROBE_TOLERANCE[dtype], Sampling(8, min(16, engine.max_model_len - len(prompt_ids)))
     out = engine.sample([prompt_ids], how, Generator(engine.device).manual_seed(0))
     trainer = policy(out)["logp"]  # (B, T)
     gap = (out.rollout_logp - trainer).abs()[out.mask]
@@ -1225,10 +1156,9 @@ class WarmStart:
 @cache
 def _train_prompts() -> tuple[Tensor, Tensor]:
     """(P, 6) token ids of all prompts, and the indices of the training problems."""
-    problems, _, _ = chain_solutions()
-    ids = {w: i for i, w in enumerate(VOCABULARY)}
-    prompts = torch.tensor([[ids[w] for w in p.prompt.split()] for p in problems])
-    return prompts, torch.tensor([i for i, p in enumerate(problems) if not _held_out(p)])
+    problems, train = chain_solutions()[0], set(chain_task().train)
+    prompts = torch.tensor([[VOCABULARY.index(w) for w in p.prompt.split()] for p in problems])
+    return prompts, torch.tensor([i for i, p in enumerate(problems) if p in train])
 
 
 def supervised(model: nn.Module, how: WarmStart, progress: Callable[..., Any] = iter) -> float:
@@ -1251,26 +1181,20 @@ def supervised(model: nn.Module, how: WarmStart, progress: Callable[..., Any] = 
     return float(loss.detach())
 
 
-def cache_folder() -> Path:
-    """Where warm starts are kept: $ENTROPY_FLOW_CACHE, else entropy-flow in $XDG_CACHE_HOME or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("ENTROPY_FLOW_CACHE") or Path(base) / "entropy-flow")
-
-
-def warm_policy(
-    how: WarmStart = WarmStart(), folder: Path | None = None, progress: Callable[..., Any] = iter
-) -> tuple[nn.Module, Any]:
+def warm_policy(how: WarmStart = WarmStart(), progress: Callable[..., Any] = iter) -> tuple[nn.Module, Any]:
     """The embedded policy after its warm start, float32 on the CPU, and its tokenizer.  Made once, then read
-    from a cache, whose key is a hash of the settings, the files with the code, and the versions.
-    It trains with one thread, since their number changes rounding."""
+    from a cache ($ENTROPY_FLOW_CACHE, else entropy-flow in $XDG_CACHE_HOME or ~/.cache), whose key is a hash
+    of the settings, the files with the code, and the versions."""
     import transformers
     from safetensors.torch import load_model, save_model
 
     tokenizer = tiny_tokenizer()
-    code = [Path(inspect.getfile(x)).read_text() for x in (head_token_stats, Policy, warm_policy)]
+    code = [Path(__file__).with_name(x).read_text() for x in ("entropy_math.py", "grpo.py", "rollout.py")]
     versions = [torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability()]
     key = hashlib.sha256(repr([how, code, versions]).encode()).hexdigest()[:16]
-    path = (folder or cache_folder()) / f"warm-{key}.safetensors"
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(os.environ.get("ENTROPY_FLOW_CACHE") or base / "entropy-flow")
+    path = folder / f"warm-{key}.safetensors"
     model = TinyModel().build(tokenizer, how.seed).eval()
     if path.exists():
         try:
@@ -1280,19 +1204,19 @@ def warm_policy(
             print(f"warm start: {path} cannot be read ({error}); making it anew", file=sys.stderr)
             model = TinyModel().build(tokenizer, how.seed).eval()  # without what was loaded
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # their number changes rounding
     try:
         supervised(model, how, progress)
     finally:
         torch.set_num_threads(threads)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
         save_model(model, str(part))
         part.replace(path)
     except Exception as error:  # OSError, or safetensors' own class
         hint = "set ENTROPY_FLOW_CACHE to a writable folder"
-        print(f"warm start: not cached in {path.parent} ({error}); {hint}", file=sys.stderr)
+        print(f"warm start: not cached in {folder} ({error}); {hint}", file=sys.stderr)
     return model, tokenizer
 
 

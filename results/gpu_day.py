@@ -215,7 +215,7 @@ def canned_run(
 
     problems = tuple(Problem(" ".join(["5 7"] * 16), str(i)) for i in range(64))
     right = lambda texts, _: [hash(t) % 2 == 0 for t in texts]  # noqa: E731
-    task = Task("canned", problems, problems[:1], problems[:1], right, str, length)
+    task = Task(problems, problems[:1], problems[:1], right, str, length)
     settings = Settings(
         model="random", data="canned", prompts=prompts, group_size=8, steps=10**6, eval_every=10**6,
         max_new_tokens=length, tokens_per_micro_batch=budget, ledger="off", lr=1e-6, dtype="bfloat16", **more,

@@ -66,7 +66,8 @@ def warm_cache(tmp_path_factory):
     folder, real = tmp_path_factory.mktemp("warm"), rollout.supervised
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rollout, "supervised", lambda m, _, progress=iter: real(m, how, progress))
-        rollout.warm_policy(rollout.WarmStart(seed=0), folder=folder)
+        patch.setenv("ENTROPY_FLOW_CACHE", str(folder))
+        rollout.warm_policy(rollout.WarmStart(seed=0))
     return folder
 
 

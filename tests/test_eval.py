@@ -130,7 +130,7 @@ def scripted(monkeypatch, correct, lengths):
     monkeypatch.setattr(chapter, "answer", fake)
     problems = tuple(Problem(str(i), "a") for i in range(3))
     verify = lambda texts, problems: [True] * len(texts)  # noqa: E731
-    return Task("scripted", problems, problems[:2], problems[2:], verify, lambda t: t, 9), asked
+    return Task(problems, problems[:2], problems[2:], verify, lambda t: t, 9), asked
 
 
 @pytest.mark.parametrize("rows", [1, 4, 1000])

@@ -449,23 +449,31 @@ def test_what_is_evaluated_is_not_trained_on(tmp_path):
 @given(st.lists(st.integers(0, 30), min_size=2, max_size=60), st.integers(1, 20), st.randoms())
 def test_the_split_depends_on_the_problems_only(names, count, rng):
     problems = [Problem(str(i), "1") for i in names]
-    train_set, test_set = hold_out(problems, count)
-    assert len(test_set) == min(count, len(set(names)))
-    assert not {p.prompt for p in train_set} & {p.prompt for p in test_set}
-    assert len(train_set) + sum(names.count(int(p.prompt)) for p in test_set) == len(names)
+    test_set = hold_out(problems, count)
+    assert len(test_set) == len({p.prompt for p in test_set}) == min(count, len(set(names)))
+    assert set(test_set) <= set(problems)
     rng.shuffle(problems)
-    assert hold_out(problems, count)[1] == test_set
+    assert hold_out(problems, count) == test_set
+
+
+def test_a_question_that_occurs_twice_is_never_in_both_splits(tmp_path):
+    numbers = [*range(30), *range(20), *range(10)]
+    data = lines_of(tmp_path / "a.jsonl", [{"problem": f"{i}?", "answer": str(i)} for i in numbers])
+    task, _ = task_of_data(byte_tokenizer(), data, "", 12, "{problem}", False, 100, 8)
+    held = {int(p.answer) for p in task.test}
+    assert len(task.test) == len(held) == 12
+    assert [int(p.answer) for p in task.train] == [i for i in numbers if i not in held]
 
 
 def test_prompts_are_a_users_turn_or_plain_text_after_bos():
     problem, tokenizer = [Problem("1 {x} 2", "3")], byte_tokenizer()
-    assert render(problem, tokenizer, "Q {problem} A") == [Problem("Q 1 {x} 2 A", "3")]
+    assert render(problem, tokenizer, "Q {problem} A", True) == [Problem("Q 1 {x} 2 A", "3")]
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<bot>"
-    assert render(problem, tokenizer, "{problem}")[0].prompt == "<user>1 {x} 2<bot>"
-    assert render(problem, tokenizer, "{problem}", chat=False)[0].prompt == "1 {x} 2"
+    assert render(problem, tokenizer, "{problem}", True)[0].prompt == "<user>1 {x} 2<bot>"
+    assert render(problem, tokenizer, "{problem}", False)[0].prompt == "1 {x} 2"
     tokenizer.chat_template = "{{ raise_exception('a system turn is needed') }}"
     with pytest.raises(ValueError, match="refuses a user's turn .a system turn is needed"):
-        render(problem, tokenizer, "{problem}")
+        render(problem, tokenizer, "{problem}", True)
 
 
 def test_a_prompt_is_as_long_as_what_is_sampled_from(tmp_path):
@@ -522,8 +530,7 @@ def test_a_task_made_in_code_holds_out_values_and_knows_what_is_right():
         problems = own.problems(n)
         values = [tuple(sorted(re.findall(r"\d+", p.prompt))) + ("times" in p.prompt,) for p in problems]
         assert n == largest and len(set(values)) == len(problems) > 300, "a value stands in one problem only"
-        train_set, test_set = hold_out(problems, 24)
-        assert len(test_set) == 24 and not set(train_set) & set(test_set)
+        assert len(hold_out(problems, 24)) == 24
     assert rollout.made("arithmetic")[1] == 20 and rollout.made("a.jsonl") is None
     right = rollout.MADE["arithmetic"].verify
     for text, ok in (("12", 1), ("5 + 7 = 12.", 1), ("12 is 5 + 7", 0), ("", 0), ("twelve", 0), ("1,012", 0)):

@@ -651,6 +651,13 @@ def test_answer_grades_the_text_that_the_policy_wrote():
 
 
 @pytest.fixture()
+def cache(monkeypatch, tmp_path):
+    """The folder of warm starts, which the environment names; it is not there yet."""
+    monkeypatch.setenv("ENTROPY_FLOW_CACHE", str(tmp_path / "deep" / "cache"))
+    return tmp_path / "deep" / "cache"
+
+
+@pytest.fixture()
 def training(monkeypatch):
     """Training replaced by something quick that is recorded: it adds 1 to every norm weight."""
     calls = []
@@ -671,34 +678,34 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
 
 
-def test_a_second_call_reads_the_cache(training, tmp_path, capsys):
-    a, _ = warm_policy(folder=tmp_path / "deep" / "cache")
-    b, _ = warm_policy(folder=tmp_path / "deep" / "cache")
+def test_a_second_call_reads_the_cache(training, cache, capsys):
+    a, _ = warm_policy()
+    b, _ = warm_policy()
     assert len(training) == 1 and same(a, b)
-    assert [p.suffix for p in (tmp_path / "deep" / "cache").iterdir()] == [".safetensors"]
+    assert [p.suffix for p in cache.iterdir()] == [".safetensors"]
     assert capsys.readouterr().err == ""
     assert not a.training and not b.training
 
 
-def test_the_cache_key_holds_everything_that_determines_the_weights(training, tmp_path, monkeypatch):
+def test_the_cache_key_holds_everything_that_determines_the_weights(training, cache, monkeypatch):
     for how in (WarmStart(), WarmStart(seed=1), WarmStart(lr=1e-3)):
-        warm_policy(how, tmp_path)
+        warm_policy(how)
     read = Path.read_text
     for changed in ("rollout.py", "grpo.py", "entropy_math.py"):  # the code of the policy and of its loss
         edited = lambda path, name=changed: read(path) + "#" * (path.name == name)  # noqa: E731
         monkeypatch.setattr(Path, "read_text", edited)
-        warm_policy(folder=tmp_path)
-    assert len(training) == 6 == len(list(tmp_path.iterdir()))
+        warm_policy()
+    assert len(training) == 6 == len(list(cache.iterdir()))
 
 
-def test_the_warm_start_has_one_thread_whoever_asks(monkeypatch, tmp_path):
+def test_the_warm_start_has_one_thread_whoever_asks(monkeypatch, cache):
     """Their number changes rounding, and would change where a run starts."""
     threads, seen = torch.get_num_threads(), []
     monkeypatch.setattr(rollout, "supervised", lambda *_: seen.append(torch.get_num_threads()))
     try:
         for n in (2, 3):
             torch.set_num_threads(n)
-            warm_policy(folder=tmp_path)
+            warm_policy()
             assert torch.get_num_threads() == n
     finally:
         torch.set_num_threads(threads)
@@ -706,11 +713,11 @@ def test_the_warm_start_has_one_thread_whoever_asks(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "a tensor missing", "wrong shape"])
-def test_a_damaged_cache_file_is_made_anew(training, tmp_path, capsys, damage):
+def test_a_damaged_cache_file_is_made_anew(training, cache, capsys, damage):
     from safetensors.torch import load_file, save_file
 
-    good, _ = warm_policy(folder=tmp_path)
-    (path,) = tmp_path.iterdir()
+    good, _ = warm_policy()
+    (path,) = cache.iterdir()
     weights = load_file(path)
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-1000])
@@ -720,16 +727,16 @@ def test_a_damaged_cache_file_is_made_anew(training, tmp_path, capsys, damage):
         save_file(dict(list(weights.items())[1:]), path)
     else:
         save_file({k: v[:1].clone() for k, v in weights.items()}, path)
-    again, _ = warm_policy(folder=tmp_path)
+    again, _ = warm_policy()
     assert len(training) == 2 and same(good, again)
     err = capsys.readouterr().err
     assert str(path) in err and "anew" in err
-    warm_policy(folder=tmp_path)
+    warm_policy()
     assert len(training) == 2, "the file made anew is read"
 
 
 @pytest.mark.parametrize("why", ["a file in the way", "a full disk"])
-def test_an_unwritable_cache_is_reported_and_not_fatal(training, tmp_path, capsys, monkeypatch, why):
+def test_an_unwritable_cache_is_reported_and_not_fatal(training, cache, capsys, monkeypatch, why):
     import safetensors.torch
 
     def full(*_, **__):  # a class of safetensors' own, which is no OSError
@@ -738,19 +745,22 @@ def test_an_unwritable_cache_is_reported_and_not_fatal(training, tmp_path, capsy
     if why == "a full disk":
         monkeypatch.setattr(safetensors.torch, "save_file", full)
     else:
-        (tmp_path / "cache").write_text("in the way")
-    model, _ = warm_policy(folder=tmp_path / "cache")
+        cache.parent.mkdir()
+        cache.write_text("in the way")
+    model, _ = warm_policy()
     assert len(training) == 1 and not model.training
     err = capsys.readouterr().err
     assert "not cached" in err and "ENTROPY_FLOW_CACHE" in err and len(err.splitlines()) <= 2
 
 
-def test_the_cache_folder_obeys_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("ENTROPY_FLOW_CACHE", str(tmp_path / "a"))
-    assert rollout.cache_folder() == tmp_path / "a"
-    monkeypatch.delenv("ENTROPY_FLOW_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert rollout.cache_folder() == tmp_path / "entropy-flow"
+def test_without_a_folder_of_its_own_the_cache_is_the_users(training, monkeypatch, tmp_path):
+    monkeypatch.delenv("ENTROPY_FLOW_CACHE", raising=False)
+    for name, below in (("XDG_CACHE_HOME", "entropy-flow"), ("HOME", ".cache/entropy-flow")):
+        monkeypatch.setenv(name, str(tmp_path / name))
+        warm_policy()
+        assert len(list((tmp_path / name / below).glob("*.safetensors"))) == 1
+        monkeypatch.delenv(name)
+    assert len(training) == 2
 
 
 def test_supervised_learning_lowers_the_loss_and_leaves_global_randomness_alone():
@@ -765,12 +775,12 @@ def test_supervised_learning_lowers_the_loss_and_leaves_global_randomness_alone(
 
 
 @pytest.mark.slow
-def test_the_warm_policy_is_broad(tmp_path):
+def test_the_warm_policy_is_broad(cache):
     """The acceptance numbers: often wrong, almost everything solved by some of 32 samples."""
     from eval import evaluate
 
     for seed in (0, 1):
-        model, tokenizer = warm_policy(WarmStart(seed=seed), folder=tmp_path)
+        model, tokenizer = warm_policy(WarmStart(seed=seed))
         got = evaluate(TorchEngine(model, tokenizer), chain_task(), 32)
         assert 0.15 <= got["pass@1"] <= 0.35, got["pass@1"]
         assert got["pass@k"] >= 0.85, got["pass@k"]
