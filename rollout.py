@@ -587,7 +587,8 @@ def pair_problems(largest: int) -> list[Problem]:
 
 
 def named_pair(text: str, bounds: Sequence[int] = ()) -> list[int]:
-    """The first two numbers of a response, in order of size; its own bounds, repeated, do not count."""
+    """The first two numbers of a response, in order of size; its own bounds, repeated, do not count. A
+    signature does not know them: right answers that begin with the bounds are one answer to it."""
     return sorted([x for x in whole_numbers(text) if x not in bounds][:2])
 
 
