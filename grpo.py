@@ -28,6 +28,7 @@ a micro-batch or a rank. `plan_update` sees all tokens, detached, and makes one 
 from __future__ import annotations
 
 import atexit
+import copy
 import importlib.util
 import inspect
 import json
@@ -48,7 +49,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, dataclass_transform, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad as pad_right
 
@@ -383,7 +384,7 @@ def length_penalty(correct: Tensor, length: Tensor, longest: int, generator: Any
     return correct.float() + overlong_penalty(length, longest, max(1, longest // 5))
 
 
-def random_reward(correct: Tensor, length: Tensor, longest: int, generator: torch.Generator) -> Tensor:
+def random_reward(correct: Tensor, length: Tensor, longest: int, generator: Generator) -> Tensor:
     """1 with probability one half, whatever the answer: a method without any signal (2506.10947)."""
     return (torch.rand(len(correct), generator=generator) < 0.5).float().to(correct.device)
 
@@ -559,6 +560,8 @@ AtLeastOne = Annotated[float, (1, math.inf)]
 DualClip = Annotated[float, (1 + 1e-9, math.inf)]  # at c = 1 every token with A < 0 would stand on the edge
 Count = Annotated[int, (1, math.inf)]
 
+Drawn = tuple[Tensor, Tensor]  # (B,) token ids, and their log-probabilities where they were drawn from
+
 
 @dataclass
 class Progress:
@@ -571,9 +574,9 @@ class Progress:
     temperature: float = 1.0  # of the rollouts
     stops: tuple[int, ...] = ()  # tokens that end a response
 
-    def generator(self) -> torch.Generator:
+    def generator(self) -> Generator:
         """A generator that depends on (seed, step) only."""
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + self.step) % 2**63)
+        return Generator().manual_seed((self.seed * 1_000_003 + self.step) % 2**63)
 
 
 @dataclass
@@ -641,14 +644,11 @@ class Method:
     def __post_init__(self) -> None:
         self.progress = Progress()
         for name, start in self.state.items():
-            setattr(self, name, getattr(self, start) if isinstance(start, str) else start)
+            setattr(self, name, getattr(self, start) if isinstance(start, str) else copy.copy(start))
 
-    def sample(
-        self, logits: Tensor, position: int, rows: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """Place 1. Next-token ids (B,) and their log-probabilities under the distribution that they were
-        drawn from, for temperature-scaled logits (B, V); None leaves sampling alone. `rows` (B,): each row's
-        number among its prompt's responses."""
+    def sample(self, logits: Tensor, position: int, rows: Tensor, chance: Generator | None) -> Drawn | None:
+        """Place 1. The next tokens, for temperature-scaled logits (B, V); None leaves sampling alone. `rows`
+        (B,): each row's number among its prompt's responses."""
 
     def select(self, tk: Tokens) -> Tensor | None:
         """Place 2. (B,) bool: the responses that enter the update; None: all."""

@@ -32,13 +32,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from entropy_math import entropy_change, set_point_lambda, token_stats
 
 # isort: off
 from grpo import (
-    Above, Aggregation, AtLeastOne, Count, DualClip, Method, Plan, Policy, Positive, Progress, Share,
+    Above, Aggregation, AtLeastOne, Count, Drawn, DualClip, Method, Plan, Policy, Positive, Progress, Share,
     Tokens, batch_loss, clip_factor, clipped_surrogate, group_advantages, group_index, group_mean, group_std,
     kl_penalty, log_ratio, masked_mean, mismatch_weight, overlong_penalty, plan_update, policy_loss,
     token_flow, weighted_sum,
@@ -46,6 +46,7 @@ from grpo import (
 
 ENTROPY = ("logp", "entropy")
 FLOW = (*ENTROPY, "p2", "p2logp")  # what the exact entropy change needs
+GROUPED = ("logp", "reward", "group")  # what a comparison with siblings needs
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. What the methods share
@@ -120,15 +121,31 @@ def flow(tk: Tokens, force: Tensor, form: str) -> Tensor:
 # 2. Sampling and selection: what is drawn, and which responses enter the update
 
 
-def behaviour_ratio(tk: Tokens, high: float = math.inf) -> Tensor:
-    """(B, T): the policy over the distribution that a method drew from instead, grpo (2.17) and (2.18)."""
-    return mismatch_weight(tk.logp_before, tk.rollout_logp, "tis", high=high)
+class Behaviour(Method):
+    """A method that draws from another distribution than the policy's, and may weigh that away by the ratio
+    of the two, grpo (2.17) and (2.18). It then refuses Tokens.mismatch, which would do so again."""
+
+    correct: bool = False
+    """weight tokens by min(policy / behaviour, 2)"""
+
+    metric, largest = "behaviour_ratio", math.inf  # of the ratio
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("logp", "rollout_logp") if self.correct else ("logp",)
+
+    def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor | None:
+        if tk.rollout_logp is None:
+            return None
+        ratio = mismatch_weight(tk.logp_before, tk.rollout_logp, "tis", high=self.largest)
+        metrics[self.metric] = float(masked_mean(ratio, tk.mask))
+        return ratio.clamp(max=2) if self.correct else None
 
 
-class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
+class MixedCUTS(Behaviour, key="mixed_cuts", place="sampling", paper="2604.18493"):
     """Half of each group samples uniformly among the likely tokens, the rest as usual. [second-hand]. p is at
     temperature 1, whatever the rollout's. The loss is GRPO's, though a token's true ratio is p_y |S|: the
-    paper accepts the bias, `correct` weighs it away and so refuses Tokens.mismatch.
+    paper accepts the bias, `correct` weighs it away.
 
         S = {v in TopK(p) : p_v > delta};  y ~ uniform(S);  the first `warm` tokens as usual            (3.26)
     """
@@ -143,13 +160,6 @@ class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
     """share of each group that explores; 0 is plain GRPO"""
     empty: Literal["topk", "argmax"] = "topk"
     """when no token exceeds delta: topk (uniform on the K), argmax (so one of the notes)"""
-    correct: bool = False
-    """weight tokens by min(policy / behaviour, 2)"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.correct:
-            self.needs = ("logp", "rollout_logp")
 
     def exploring(self, rows: Tensor) -> Tensor:
         """(B,) bool: which of a prompt's responses explore: `share` of them, evenly spread."""
@@ -168,21 +178,12 @@ class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
         cuts = torch.zeros_like(p).scatter(-1, index, uniform)  # (3.26)
         return torch.where(self.exploring(rows)[:, None], cuts, p)
 
-    def sample(
-        self, logits: Tensor, position: int, rows: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor] | None:
+    def sample(self, logits: Tensor, position: int, rows: Tensor, chance: Generator | None) -> Drawn | None:
         if position < self.warm or self.share == 0:
             return None
         q = self.behaviour(logits, position, rows)
-        ids = torch.multinomial(q, 1, generator=generator)
+        ids = torch.multinomial(q, 1, generator=chance)
         return ids[:, 0], q.gather(-1, ids)[:, 0].log()
-
-    def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor | None:
-        if tk.rollout_logp is None:
-            return None
-        ratio = behaviour_ratio(tk)
-        metrics["behaviour_ratio"] = float(masked_mean(ratio, tk.mask))
-        return ratio.clamp(max=2) if self.correct else None
 
 
 class ReFT(Method, key="reft", place="sampling", paper="2605.28295"):
@@ -204,20 +205,16 @@ class ReFT(Method, key="reft", place="sampling", paper="2605.28295"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.openers > self.pool:
-            raise ValueError(
-                f"reft: openers={self.openers}, pool={self.pool}: give a pool as large as openers"
-            )
+            raise ValueError(f"reft: openers={self.openers}, pool={self.pool}: give a pool as large")
 
-    def sample(
-        self, logits: Tensor, position: int, rows: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor] | None:
+    def sample(self, logits: Tensor, position: int, rows: Tensor, chance: Generator | None) -> Drawn | None:
         if position:
             return None
         size, pool = int(rows.max()) + 1, min(self.pool, logits.shape[-1])
         if size % self.openers or self.openers > pool:
             text = f"reft: openers={self.openers} must divide the group size {size}"
             raise ValueError(f"{text} and be at most the {pool} tokens of its pool")
-        ranks = torch.randperm(pool, generator=generator, device=logits.device)[: self.openers]
+        ranks = torch.randperm(pool, generator=chance, device=logits.device)[: self.openers]
         rank = ranks[rows * self.openers // size]  # (3.46)
         ids = logits.topk(pool, -1).indices.gather(-1, rank[:, None])[:, 0]
         return ids, logits.new_full(ids.shape, -math.log(pool))
@@ -231,7 +228,7 @@ class ReFT(Method, key="reft", place="sampling", paper="2605.28295"):
         return None if self.first == "train" else torch.arange(tk.mask.shape[1], device=tk.mask.device) > 0
 
 
-class VocabDropout(Method, key="vocab_dropout", place="sampling", paper="2604.03472"):
+class VocabDropout(Behaviour, key="vocab_dropout", place="sampling", paper="2604.03472"):
     """Sample from a random part of the vocabulary, a new one each step. [reconstruction]: the paper masks the
     proposer of a self-play pair, in sampling and in the loss; here one policy, whose loss is of the whole
     softmax. If the only right token is dropped the reward is noise: small vocabularies need a share near 1.
@@ -242,13 +239,8 @@ class VocabDropout(Method, key="vocab_dropout", place="sampling", paper="2604.03
 
     share: Share = 0.85
     """probability that a token is kept; the paper has .75 and .85; 1 is plain GRPO"""
-    correct: bool = False
-    """weight tokens by policy / behaviour, the kept mass"""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.correct:
-            self.needs = ("logp", "rollout_logp")
+    metric, largest = "kept_mass", 1.0
 
     def kept(self, size: int, device: torch.device) -> Tensor:
         """(V,) bool: the vocabulary of this step, the same for all rows and positions."""
@@ -256,29 +248,18 @@ class VocabDropout(Method, key="vocab_dropout", place="sampling", paper="2604.03
         kept[[i for i in self.progress.stops if i < size]] = True
         return kept.to(device)
 
-    def sample(
-        self, logits: Tensor, position: int, rows: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor] | None:
+    def sample(self, logits: Tensor, position: int, rows: Tensor, chance: Generator | None) -> Drawn | None:
         if self.share == 1:
             return None
         kept = self.kept(logits.shape[-1], logits.device)
         if not kept.any():
-            kept = torch.zeros_like(logits, dtype=torch.bool).scatter(
-                -1, logits.argmax(-1, keepdim=True), True
-            )
+            kept = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).bool()
         logq = torch.where(kept, logits, -math.inf).log_softmax(-1)
-        ids = torch.multinomial(logq.exp(), 1, generator=generator)
+        ids = torch.multinomial(logq.exp(), 1, generator=chance)
         return ids[:, 0], logq.gather(-1, ids)[:, 0]
 
-    def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor | None:
-        if tk.rollout_logp is None:
-            return None
-        mass = behaviour_ratio(tk, high=1)
-        metrics["kept_mass"] = float(masked_mean(mass, tk.mask))
-        return mass if self.correct else None
 
-
-class DAPO(Method, key="dapo", place="selection", paper="2503.14476", needs=("logp", "reward", "group")):
+class DAPO(Method, key="dapo", place="selection", paper="2503.14476"):
     """Drop prompts without a contrast, raise the upper clip, punish over-long responses. [paper] §3; [code].
     Accuracy decides: a length penalty rescues no group. No usable group: loss 0. verl's shaping has no floor
     at -1 and no `overlong_filter`. At shorter limits than the paper's set both lengths.
@@ -307,8 +288,10 @@ class DAPO(Method, key="dapo", place="selection", paper="2503.14476", needs=("lo
         if self.overlong and self.overlong_cache > self.overlong_max:
             who = f"overlong_cache={self.overlong_cache} is above overlong_max={self.overlong_max}"
             raise ValueError(f"dapo: {who}: give a smaller overlong_cache, or overlong=false")
-        if self.overlong_filter:
-            self.needs = (*self.needs, "truncated")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (*GROUPED, "truncated") if self.overlong_filter else GROUPED
 
     def select(self, tk: Tokens) -> Tensor | None:
         keep = torch.ones(tk.mask.shape[0], dtype=torch.bool, device=tk.mask.device)
@@ -323,7 +306,7 @@ class DAPO(Method, key="dapo", place="selection", paper="2503.14476", needs=("lo
         return tk.reward + overlong_penalty(tk.lengths, self.overlong_max, self.overlong_cache)
 
 
-class Entrocraft(Method, key="entrocraft", place="selection", paper="2604.26326", needs=ENTROPY):
+class Entrocraft(Method, key="entrocraft", place="selection", paper="2604.26326"):
     """Outside an entropy band, keep only the responses that push entropy back into it. [paper] Alg. 1: (.6,
     .7) -> (.1, .2); [code]. H low: only A <= 0 teaches, which on balance raises it. In the band, or on an
     edge, GRPO.
@@ -344,10 +327,9 @@ class Entrocraft(Method, key="entrocraft", place="selection", paper="2604.26326"
     variant: Literal["paper", "released"] = "paper"
     """paper (drop responses), released (other advantages)"""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.variant == "released":
-            self.needs = (*ENTROPY, "reward")
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (*ENTROPY, "reward") if self.variant == "released" else ENTROPY
 
     def overrides(self, hook: str) -> bool:
         return super().overrides(hook) and (hook != "advantage" or self.variant == "released")
@@ -453,9 +435,9 @@ class Darling(DrGRPO, key="darling", paper="2509.02534"):
 
     without = ("norm",)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.needs = ("logp", "reward", "group", *(["outcome"] if self.diversity == "partition" else []))
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (*GROUPED, "outcome") if self.diversity == "partition" else GROUPED
 
     def complaint(self, settings: Any) -> str:
         if settings.reward != "length_penalty":
@@ -495,10 +477,7 @@ def alike(tk: Tokens) -> Tensor:
     return count[index].double()
 
 
-class OutcomeExploration(
-    Method, key="outcome_exploration", place="weight", paper="2509.06941",
-    needs=("logp", "reward", "group", "outcome"),
-):  # fmt: skip
+class OutcomeExploration(Method, key="outcome_exploration", place="weight", paper="2509.06941"):
     """A bonus for answers that are rare in the group, or have been so far. [second-hand] a summary with the
     equations; b0 = .5 is its example, the coefficient is not public: .2 is ours. The means of batch and
     ucb_con are not 0: where all are right with one answer, all go down, and entropy rises by unlearning.
@@ -515,11 +494,8 @@ class OutcomeExploration(
     b0: float = 0.5
     """what ucb_con subtracts: answers seen more than b0^-2 times lose"""
 
-    state = {"counts": {}}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.counts = {}  # of its own; answer -> times seen
+    needs = (*GROUPED, "outcome")
+    state = {"counts": {}}  # answer -> times seen
 
     def bonus(self, tk: Tokens) -> Tensor:
         """(B,) float64."""
@@ -553,7 +529,7 @@ def cosines(rows: list[list[int]]) -> Tensor:
     return K / (K.diagonal() * K.diagonal()[:, None]).sqrt()
 
 
-def shapley(M: Tensor, generator: torch.Generator) -> Tensor:
+def shapley(M: Tensor, generator: Generator) -> Tensor:
     """(c,) Shapley values of F(S) = log det(I + M_SS), M (c, c) float64 and positive semi-definite; the same
     for rows that are alike. From all 2^c subsets, or from random orders with all their rotations."""
     c, i, eye, own = len(M), torch.arange(len(M)), torch.eye(len(M)).to(M), M.diagonal()
@@ -572,7 +548,7 @@ def shapley(M: Tensor, generator: torch.Generator) -> Tensor:
     return (alike @ phi / alike.sum(1)).round(decimals=12)
 
 
-class GCPO(Method, key="gcpo", place="weight", paper="2605.11461", needs=("logp", "reward", "group")):
+class GCPO(Method, key="gcpo", place="weight", paper="2605.11461", needs=GROUPED):
     """Reconstruction: pay a right response for what it adds to the variety of its group. [paper], abstract
     only: the volume of embeddings weighted by reward, shared by average marginal contribution; the formula is
     a [reconstruction]. They embed the meaning; our n-grams of ids pay other words for the same solution too.
@@ -623,7 +599,7 @@ def group_quantile(reward: Tensor, group: Tensor, K: float, interpolation: str =
     return (low + (high - low) * (x - x.floor()).to(low.dtype))[index]
 
 
-class QAE(Method, key="qae", place="weight", paper="2509.22611", needs=("logp", "reward", "group")):
+class QAE(Method, key="qae", place="weight", paper="2509.22611", needs=GROUPED):
     """Quantile baseline: on hard prompts only successes teach, on easy ones only failures. [paper] §3-5; K =
     .4 with clip-higher, .6 when entropy collapses. Its README interpolates. A does not sum to 0.
 
@@ -642,9 +618,7 @@ class QAE(Method, key="qae", place="weight", paper="2509.22611", needs=("logp", 
         return (gap / (group_std(r, tk.group) + 1e-6))[:, None].expand(tk.mask.shape)  # (3.23)
 
 
-class AsymGRPO(
-    Method, key="asym_grpo", place="weight", paper="2604.04894", needs=("logp", "reward", "group")
-):
+class AsymGRPO(Method, key="asym_grpo", place="weight", paper="2604.04894", needs=GROUPED):
     """Successes and failures by different powers of the odds of success. [second-hand, two agreeing notes];
     the exponents stand in one of them. p is the share of right responses in the group.
 
@@ -666,7 +640,7 @@ class AsymGRPO(
         return torch.where((p > 0) & (p < 1), a, 0)[:, None].expand(tk.mask.shape)
 
 
-class MaxRL(Method, key="maxrl", place="weight", paper="2602.02710", needs=("logp", "reward", "group")):
+class MaxRL(Method, key="maxrl", place="weight", paper="2602.02710", needs=GROUPED):
     """Divide by the group's mean reward: the gradient of the logarithm of the pass rate, as a series. [code]
     tajwarfahim/maxrl. The mean of ∇log π over the right responses, minus that over all (a control variate):
 
@@ -696,7 +670,7 @@ def miss(wrong: Tensor, size: Tensor, k: int) -> Tensor:
     return out
 
 
-class PassK(Method, key="passk", place="weight", paper="2508.10751", needs=("logp", "reward", "group")):
+class PassK(Method, key="passk", place="weight", paper="2508.10751", needs=GROUPED):
     """Advantages of pass@k instead of pass@1. [code] RUCAIBox/Passk_Training; pkpo (2505.15201) [second-hand,
     five agreeing re-implementations]; best (2503.19595) [code] verl `grpo_passk`. c right of G, k <= G.
 
@@ -758,7 +732,7 @@ def mean_logp(tk: Tokens, normalize: bool) -> Tensor:
     return logp / tk.lengths.clamp(min=1) if normalize else logp
 
 
-class Unlikely(Method, key="unlikely", place="weight", paper="2506.02355", needs=("logp", "reward", "group")):
+class Unlikely(Method, key="unlikely", place="weight", paper="2506.02355", needs=GROUPED):
     """A likely right response earns less than an unlikely one. [code] rewarding-unlikely-release. Groups of
     one reward are left alone: after shaping they would have a variance, and dividing by it hides b.
 
@@ -781,7 +755,7 @@ class Unlikely(Method, key="unlikely", place="weight", paper="2506.02355", needs
         )
 
 
-class UCPO(Method, key="ucpo", place="weight", paper="2605.00365", needs=("logp", "reward", "group")):
+class UCPO(Method, key="ucpo", place="weight", paper="2605.00365", needs=GROUPED):
     """Move weight among a group's right responses from the likely to the unlikely. [code] AnamikaLochab/UCPO
     `iq`. The wrong ones and the sum over the right ones stay as they are. Per token, q is nearly uniform.
 
@@ -808,7 +782,7 @@ class UCPO(Method, key="ucpo", place="weight", paper="2605.00365", needs=("logp"
         return w[:, None].expand(tk.mask.shape)
 
 
-class MCPO(Method, key="mcpo", place="weight", paper="2604.16972", needs=("logp", "reward", "group")):
+class MCPO(Method, key="mcpo", place="weight", paper="2604.16972", needs=GROUPED):
     """Equal weight for all easy prompts, and an anchor for the mastered ones. [second-hand, two agreeing
     readings]. The anchor is π_old: with one update per rollout only the scale acts. Consolidates rather than
     explores. Dynamic sampling would remove what it anchors.
@@ -968,7 +942,7 @@ class EntropyAdvantage(Method, key="entropy_advantage", place="weight", paper="2
         return torch.where(adv == 0, 1, 1 + bonus / torch.where(adv == 0, 1, adv))
 
 
-class STEER(Method, key="steer", place="weight", paper="2510.10150", needs=ENTROPY):
+class STEER(Method, key="steer", place="weight", paper="2510.10150"):
     """The more a token would move entropy, the smaller its weight. [second-hand] eq. 6-9; [code] STEER:
     max(max M, .02) over micro-batches of 8 responses, H of the old policy, the linear map by default. One
     outlier as the maximum leaves most weights within 1 % of 1: watch weight_std.
@@ -988,10 +962,9 @@ class STEER(Method, key="steer", place="weight", paper="2510.10150", needs=ENTRO
     w_max: AtLeastOne = 1.2
     """the largest weight of the linear map"""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.form == "exact":
-            self.needs = FLOW
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return FLOW if self.form == "exact" else ENTROPY
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
         released = self.form == "released"  # A/π_old · p (1-p) u = r A (1-p) u, without the clip
@@ -1008,7 +981,7 @@ class STEER(Method, key="steer", place="weight", paper="2510.10150", needs=ENTRO
         return self.w_max - (omega - low) / (high - low) * (self.w_max - lowest)
 
 
-class OPEFO(Method, key="opefo", place="weight", paper="2605.11491", needs=FLOW):
+class OPEFO(Method, key="opefo", place="weight", paper="2605.11491"):
     """Weight entropy-raising and entropy-lowering tokens so that their flows cancel, or hold a target.
     [second-hand] eq. 6-9, read per token (inferred; no code is released).
 
@@ -1047,8 +1020,10 @@ class OPEFO(Method, key="opefo", place="weight", paper="2605.11491", needs=FLOW)
         if self.integral and (self.target_entropy is None or self.gain == 0):
             who = f"integral={self.integral}, target_entropy={self.target_entropy}, gain={self.gain}"
             raise ValueError(f"opefo: {who}: give a target_entropy and a gain above 0, or integral=0")
-        if self.form != "exact":
-            self.needs = ENTROPY
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return FLOW if self.form == "exact" else ENTROPY
 
     def _lambda(self, f: Tensor, entropy: float) -> float:
         if self.lam is not None:
@@ -1113,14 +1088,12 @@ class PAPO(Method, key="papo", place="weight", paper="2605.11775", needs=FLOW):
             self.e_ref = plan.entropy if self.e_ref is None else 0.9 * self.e_ref + 0.1 * plan.entropy
 
 
-class CWGRPO(
-    Method, key="cw_grpo", place="weight", paper="2605.11538", needs=("logp", "group"),
-    idea="Gaussian weight around zero covariance of advantage and log-prob, mean weight 1",
-):  # fmt: skip
-    """A Gaussian kernel on the covariance. [second-hand, two agreeing notes]; [code] WangCheng0116/CW-GRPO,
-    whose README names no paper. In words the paper's one group is its batch, so the scope is ambiguous; the
-    code has one group a micro-batch, a mean of log p for each response, padding in the normaliser, and does
-    not detach w: the loss is then -A w(log p), and its gradient runs through w, means and σ as well.
+class CWGRPO(Method, key="cw_grpo", place="weight", paper="2605.11538", needs=("logp", "group")):
+    """A Gaussian weight around zero covariance of advantage and log-prob, mean weight 1. [second-hand, two
+    agreeing notes]; [code] WangCheng0116/CW-GRPO, whose README names no paper. In words the paper's one group
+    is its batch, so the scope is ambiguous; the code has one group a micro-batch, a mean of log p for each
+    response, padding in the normaliser, and does not detach w: the loss is then -A w(log p), and its gradient
+    runs through w, means and σ as well.
 
         c = (log p - mean log p)(A - mean A);   w = exp(-c²/(2 σ²)),  σ = std of c;   w <- w N / Σ w    (3.16)
         released: per group; mean log p of the response, mean A of responses; N = rows · longest response
@@ -1345,7 +1318,7 @@ class AR(Method, key="ar", place="weight", paper="2505.12929", needs=("logp",)):
         return 1 - self.alpha + self.alpha * tk.logp_before.exp()
 
 
-def asked_again(tokens: Tokens, chance: torch.Generator, room: float = math.inf) -> tuple[Tensor, Tokens]:
+def asked_again(tokens: Tokens, chance: Generator, room: float = math.inf) -> tuple[Tensor, Tokens]:
     """Right responses behind a longer prompt: the prompt, another right response to it, the prompt again, all
     in token ids. The other one is drawn from the group, among those with which the row has at most `room`
     tokens. (N,) the rows for which there is one, and these N responses."""
@@ -1364,9 +1337,7 @@ def asked_again(tokens: Tokens, chance: torch.Generator, room: float = math.inf)
     return rows, replace(own, full_ids=tokens.full_ids[row, place], start=own.start + end[other])
 
 
-class RLRT(
-    Method, key="rlrt", place="weight", paper="2605.10781", needs=("logp", "teacher_logp", "reward", "group")
-):
+class RLRT(Method, key="rlrt", place="weight", paper="2605.10781", needs=(*GROUPED, "teacher_logp")):
     """Weigh tokens of right responses by how much less likely another right one, read first, makes them.
     [second-hand], two notes with equations; the teacher's prompt is not public and a [reconstruction]
     (`asked_again`): the prompt, another right response of the group with its EOS, the prompt again.
@@ -1481,10 +1452,7 @@ class GSPO(Method, key="gspo", place="ratio", paper="2507.18071", on_policy=Fals
         return clipped_surrogate(s, torch.zeros_like(s), plan.adv, self.eps_low, self.eps_high)
 
 
-class SAPO(
-    FromFactor, key="sapo", place="ratio", paper="2511.20347", on_policy=False,
-    without=("dual_clip", "eps_low", "eps_high"),
-):  # fmt: skip
+class SAPO(FromFactor, key="sapo", place="ratio", paper="2511.20347", on_policy=False):
     """A sigmoid instead of the clip: far ratios fade out, none is cut off. [code] verl, TRL, SkyRL agree.
     On-policy only the aggregation differs from GRPO.
 
@@ -1498,20 +1466,15 @@ class SAPO(
     """steepness for A < 0"""
     aggregation: Aggregation = "seq_mean_token_mean"
 
+    without = ("dual_clip", "eps_low", "eps_high")
+
     def factor(self, tk: Tokens, adv: Tensor, marks: dict[str, Tensor] | None = None) -> Tensor:
         r = log_ratio(tk.logp, tk.old_logp).exp().detach()
         s = (torch.where(adv > 0, self.t_plus, self.t_minus) * (r - 1)).sigmoid()
         return 4 * s * (1 - s) * r
 
 
-class BAPO(
-    FromFactor,
-    key="bapo",
-    place="ratio",
-    paper="2510.18927",
-    on_policy=False,
-    without=("eps_low", "eps_high"),
-):
+class BAPO(FromFactor, key="bapo", place="ratio", paper="2510.18927", on_policy=False):
     """Widen the clip until successes carry enough of the loss. [code] WooooDyy/BAPO, per micro-batch; ours
     per update batch. A higher lower bound drops punished tokens that are rare by now, a higher upper one
     admits rare successes. The paper compares with the whole loss, the code with the failures: 1 here is .5
@@ -1532,6 +1495,8 @@ class BAPO(
     hi_max: AtLeastOne = 2.0
     """highest upper bound"""
     dual_clip: DualClip | None = 3.0
+
+    without = ("eps_low", "eps_high")
 
     def bounds(self, tk: Tokens, adv: Tensor) -> tuple[float, float]:
         """(lo, hi) after the search over the whole batch."""
@@ -1559,10 +1524,7 @@ class BAPO(
         return dual_clip_factor(torch.where(clipped, 0, r), adv, self.dual_clip)
 
 
-class SimKO(
-    Method, key="simko", place="ratio", paper="2510.14807",
-    needs=(*ENTROPY, "topk_logp", "reward", "group"),
-):  # fmt: skip
+class SimKO(Method, key="simko", place="ratio", paper="2510.14807"):
     """Share the push on a right token with the most likely ones, and punish a wrong favourite more. [code]
     CLR-Lab/SimKO, `compute_policy_loss`; active on-policy, and the only method that pushes tokens that nobody
     drew. Only where a response is unsure: H above its tau-quantile in the response.
@@ -1583,6 +1545,8 @@ class SimKO(
     """quantile of the entropies of a response above which its tokens count as unsure"""
     lam: AtLeastOne = 1.1
     """factor on the advantage of a wrong most likely token"""
+
+    needs = (*GROUPED, "entropy", "topk_logp")
 
     @property
     def topk(self) -> int:
@@ -1640,7 +1604,7 @@ def dual_clip_factor(f: Tensor, adv: Tensor, c: float | None) -> Tensor:
     return f if c is None else torch.where((adv < 0) & (f > c), 0, f)
 
 
-class HTPO(FromFactor, key="htpo", place="ratio", paper="2605.08283", needs=(*ENTROPY, "reward", "group")):
+class HTPO(FromFactor, key="htpo", place="ratio", paper="2605.08283", needs=(*GROUPED, "entropy")):
     """Other clip rules by difficulty of the prompt, correctness and entropy of the token. [code] xcyao00/HTPO
     `core_algos.py`. Prompt hard iff group accuracy < hard; token high iff H >= the max(⌊high · len⌋, 1)-th
     largest of its own response; id = exp(log π - sg log π).                                           (3.24)
@@ -2188,19 +2152,7 @@ def build(name: str, **hyperparameter: Any) -> Method:
 # ------------------------------------------------------------------------------------------------------------
 # 8. Inside other trainers: verl and TRL
 
-VERL = (
-    "grpo",
-    "clip_higher",
-    "clip_cov",
-    "kl_cov",
-    "rand_pos_clip",
-    "cispo",
-    "gspo",
-    "ce_gppo",
-    "ar",
-    "sapo",
-    "bapo",
-)
+VERL = tuple("grpo clip_higher clip_cov kl_cov rand_pos_clip cispo gspo ce_gppo ar sapo bapo".split())
 VERL_CLIP = {"eps_low": ("low", 0.2), "eps_high": ("high", 0.2), "dual_clip": ("c", 3.0)}  # clip_ratio_...
 
 
@@ -2246,23 +2198,16 @@ def check_verl(method: Method) -> None:
 
 
 def verl_loss(
-    method: Method,
-    agg_loss: Callable[..., Tensor],
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: Any = None,
+    method: Method, agg_loss: Callable[..., Tensor], old_log_prob: Tensor, log_prob: Tensor,
+    advantages: Tensor, response_mask: Tensor, loss_agg_mode: str = "token-mean", config: Any = None,
     rollout_is_weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
     """A method's loss on one micro-batch, as verl's registry wants it: tensors (B, T) -> scalar, metrics."""
     for ours, (name, default) in VERL_CLIP.items():
         value = config.get(f"clip_ratio_{name}", default)
         if value not in (default, None, getattr(method, ours)):
-            raise ValueError(
-                f"actor.clip_ratio_{name}={value} is overruled: write {method.key}:{ours}={value}"
-            )
+            text = f"actor.clip_ratio_{name}={value} is overruled"
+            raise ValueError(f"{text}: write {method.key}:{ours}={value}")
     ids = old_log_prob.float().contiguous().view(torch.int32)  # order the rows of a draw: verl keeps its ids
     tokens = Tokens(ids, response_mask.bool(), logp=log_prob, old_logp=old_log_prob, adv=advantages)
     tokens.mismatch = rollout_is_weights
@@ -2496,7 +2441,7 @@ def draw(tokens: Tokens, adv: Tensor, weights: dict[str, tuple[Tensor, Tensor]],
     """Tokens on the plane (log p, A), a panel per method: dark by weight, large where it touches them."""
     from matplotlib.figure import Figure
 
-    adv = adv + 0.3 * torch.rand(adv.shape, generator=torch.Generator().manual_seed(0)).to(adv)  # jitter
+    adv = adv + 0.3 * torch.rand(adv.shape, generator=Generator().manual_seed(0)).to(adv)  # jitter
     fig = Figure(figsize=(15, 16), layout="constrained")
     axes = fig.subplots(-(-len(weights) // 4), 4, sharex=True)
     for axis in axes.flat[len(weights) :]:
@@ -2518,7 +2463,7 @@ def embedded_batches() -> list[tuple[Tokens, Tensor]]:
     from rollout import Sampling, TorchEngine, WarmStart, answer, chain_task, outcomes, warm_policy
 
     (model, tokenizer), task = warm_policy(WarmStart()), chain_task()
-    generator = torch.Generator().manual_seed(0)
+    generator = Generator().manual_seed(0)
     policy, reference = Policy(model), Policy(copy.deepcopy(model))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.0)
 
@@ -2543,7 +2488,7 @@ def embedded_batches() -> list[tuple[Tokens, Tensor]]:
     @torch.no_grad()
     def scored(tokens: Tokens) -> tuple[Tokens, Tensor]:
         proxy, slopes = (policy(tokens, of_logits=f)["of_logits"] for f in (proxy_log_prob, slope))
-        now, (rows, asked) = policy(tokens, topk=3), asked_again(tokens, torch.Generator().manual_seed(0))
+        now, (rows, asked) = policy(tokens, topk=3), asked_again(tokens, Generator().manual_seed(0))
         teacher = torch.full_like(now["logp"], -math.inf).index_copy(0, rows, policy(asked)["logp"])
         more = {"ref_logp": reference(tokens)["logp"], "proxy_logp": proxy, "teacher_logp": teacher}
         return replace(tokens, **now, **more), slopes
