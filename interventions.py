@@ -41,7 +41,7 @@ from grpo import (
     Above, Aggregation, AtLeastOne, Count, Drawn, DualClip, Method, Plan, Policy, Positive, Progress, Share,
     Tokens, batch_loss, clip_factor, clipped_surrogate, group_advantages, group_index, group_mean, group_std,
     kl_penalty, log_ratio, masked_mean, mismatch_weight, overlong_penalty, plan_update, policy_loss,
-    token_flow, weighted_sum,
+    weighted_sum,
 )  # fmt: skip
 
 ENTROPY = ("logp", "entropy")
@@ -2375,24 +2375,20 @@ def trl_trainer() -> type:
 # 9. Demonstration
 
 
-def effect(method: Method, tokens: Tokens, entropy_slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a method does to a batch, each (B, T): the force -∂loss/∂logp of all its hooks; the entropy change
-    predicted from it, nats per unit learning rate; and whether the token is treated unlike plain GRPO.
+def effect(method: Method, tokens: Tokens, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a method does to a batch with these logits (B, T, V), each (B, T): the force -∂loss/∂logp of all
+    its hooks; the entropy change ⟨∇_z H, -∇_z loss⟩, nats per unit learning rate on the logits; and whether
+    the token is treated unlike plain GRPO."""
+    z = logits.detach().requires_grad_()
+    tk = replace(tokens, **vars(token_stats(z, tokens.ids)), topk_logp=z.log_softmax(-1).topk(3).values)
 
-    entropy_slope (B, T): |∇_z H|² = Σ_v p_v² (log p_v + H)², by which a gradient on H moves H.
-    """
-    names = [n for n in ("logp", "entropy", "topk_logp") if getattr(tokens, n) is not None]
-    leaves = [getattr(tokens, n).detach().clone().requires_grad_() for n in names]
+    def slopes(x: Tensor) -> tuple[Tensor, ...]:
+        to = (tk.logp, tk.entropy, z)
+        return torch.autograd.grad(x, to, retain_graph=True, allow_unused=True, materialize_grads=True)
 
-    def push(m: Method) -> tuple[Tensor, ...]:
-        loss, _ = policy_loss(replace(tokens, **dict(zip(names, leaves))), m)
-        return torch.autograd.grad(-loss, leaves, allow_unused=True, materialize_grads=True)
-
-    (force, pull, *others), (plain, *_) = push(method), push(Method())
-    change = token_flow(tokens, force) + torch.where(tokens.mask, pull * entropy_slope, 0)
-    for best, share in zip(leaves[2:], others):  # tokens that nobody drew, simko's
-        for logp, f in zip(best.detach().unbind(-1), share.unbind(-1)):
-            change = change + token_flow(replace(tokens, logp=logp), f)
+    force, pull, step = slopes(-policy_loss(tk, method)[0])
+    plain, *_ = slopes(-policy_loss(tk, Method())[0])
+    change = (step * slopes(tk.entropy.sum())[-1]).sum(-1)
     return force, change, ((force - plain).abs() > 1e-6 * plain.abs()) | (pull != 0)
 
 
@@ -2405,22 +2401,22 @@ def demonstration_options(entropy: float) -> dict[str, str]:
     return options | {"par": f"target={0.8 * entropy:.2g}", "entrocraft": f"start={1.2 * entropy:.2g}"}
 
 
-def show_batch(tokens: Tokens, entropy_slope: Tensor, path: str | None = None) -> None:
-    """Print what the methods do to one batch, off-policy only those that act on the ratio; draw it in `path`.
-    entropy_slope: as in `effect`."""
+def show_batch(tokens: Tokens, logits: Tensor, path: str | None = None) -> None:
+    """Print what the methods do to one batch, off-policy only those that act on the ratio; draw it in
+    `path`."""
     import pandas
 
     mask, on_policy = tokens.mask, tokens.old_logp is None
     entropy = float(masked_mean(tokens.entropy, mask))
     adv = torch.where(mask, Method().advantage(tokens), 0)
-    base, flow_of_grpo, _ = effect(Method(), tokens, entropy_slope)
+    base, flow_of_grpo, _ = effect(Method(), tokens, logits)
     rows, weights, options = [], {}, demonstration_options(entropy)
     for key in METHODS:
         m = build(f"{key}:{options.get(key, '')}")
         m.progress = Progress(max_length=mask.shape[1])
         if not on_policy and m.on_policy and m.place not in ("none", "ratio"):
             continue
-        force, change, touched = effect(m, tokens, entropy_slope)
+        force, change, touched = effect(m, tokens, logits)
         weights[key] = torch.where(base == 0, 1, force / base).clamp(0, 2), touched
         up, down = (float(force[s].abs().sum() / base[s].abs().sum()) for s in (adv > 0, adv < 0))
         share, dh = masked_mean(touched.double(), mask), change.sum() / flow_of_grpo.abs().sum()
@@ -2459,7 +2455,7 @@ def draw(tokens: Tokens, adv: Tensor, weights: dict[str, tuple[Tensor, Tensor]],
 
 def embedded_batches() -> list[tuple[Tokens, Tensor]]:
     """Two batches of chapter 4's embedded world: on-policy after 20 steps of GRPO, and the same responses
-    four updates later, when the ratio has left 1. Each with |∇_z H|² (B, T)."""
+    four updates later, when the ratio has left 1. Each with its logits (B, T, V)."""
     from rollout import Sampling, TorchEngine, WarmStart, answer, chain_task, outcomes, warm_policy
 
     (model, tokenizer), task = warm_policy(WarmStart()), chain_task()
@@ -2480,18 +2476,13 @@ def embedded_batches() -> list[tuple[Tokens, Tensor]]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    def slope(logits: Tensor, ids: Tensor) -> Tensor:
-        logp = logits.log_softmax(-1)
-        h = -(logp.exp() * logp).sum(-1, keepdim=True)
-        return (logp.exp() * (logp + h)).square().sum(-1)
-
     @torch.no_grad()
     def scored(tokens: Tokens) -> tuple[Tokens, Tensor]:
-        proxy, slopes = (policy(tokens, of_logits=f)["of_logits"] for f in (proxy_log_prob, slope))
-        now, (rows, asked) = policy(tokens, topk=3), asked_again(tokens, Generator().manual_seed(0))
-        teacher = torch.full_like(now["logp"], -math.inf).index_copy(0, rows, policy(asked)["logp"])
-        more = {"ref_logp": reference(tokens)["logp"], "proxy_logp": proxy, "teacher_logp": teacher}
-        return replace(tokens, **now, **more), slopes
+        logits = policy(tokens, of_logits=lambda z, ids: z)["of_logits"]
+        now, (rows, asked) = token_stats(logits, tokens.ids), asked_again(tokens, Generator().manual_seed(0))
+        teacher = torch.full_like(now.logp, -math.inf).index_copy(0, rows, policy(asked)["logp"])
+        more = {"proxy_logp": proxy_log_prob(logits, tokens.ids), "teacher_logp": teacher}
+        return replace(tokens, **vars(now), ref_logp=reference(tokens)["logp"], **more), logits
 
     for _ in range(20):
         update(rollout())
