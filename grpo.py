@@ -631,6 +631,7 @@ class Method:
     topk: ClassVar[int] = 0  # K of Tokens.topk_logp, for methods that need it
     refill: ClassVar[bool] = False  # True: the loop samples until `select` has kept enough whole groups
     without: ClassVar[tuple[str, ...]] = ()  # inherited hyperparameters that this method has no use for
+    refuses_negative: ClassVar[str] = ""  # what the method does with rewards, so that R < 0 is an error
     state: ClassVar[dict[str, Any]] = {}  # numbers that live across steps: name -> start, or a field's name
     given: ClassVar[tuple[str, ...]] = ()  # hyperparameters that somebody set, be it to their default
 
@@ -687,7 +688,15 @@ class Method:
 
     def complaint(self, settings: Any) -> str:
         """What in a run's settings (`train.Settings`) the method cannot work with, flag and remedy; or ''."""
-        return ""
+        does = self.refuses_negative if settings.reward == "length_penalty" else ""
+        return does and f"--reward length_penalty: {self.key} {does}, and some would be below 0"
+
+    def not_negative(self, reward: Tensor) -> Tensor:
+        """The reward itself; ValueError where it is below 0."""
+        if bool((reward < 0).any()):
+            text = f"{self.key}: a reward of {float(reward.min()):g} is below 0"
+            raise ValueError(f"{text}, and the method {self.refuses_negative}: give R >= 0")
+        return reward
 
     def reset_reference(self, step: int, score: float | None) -> bool:
         """Called after each step, with the score of its evaluation or None. True: the loop copies the policy

@@ -26,6 +26,7 @@ import difflib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -422,7 +423,7 @@ class Darling(DrGRPO, key="darling", paper="2509.02534"):
     """Multiply the reward by how different a response is from its group. [code] darling `partition`,
     `process_uid_group`. Their classes come from a trained classifier; ours are equal answers (`outcome`).
     n-grams are of token ids, theirs of words. A copy of another response gets 0. One right answer: partition
-    then says nothing among the right ones. Rewards below 0 would punish diverse errors and are refused.
+    then says nothing among the right ones.
 
         n-gram      d = |4-grams found in no other response of the group| / max(length - 3, 1)          (3.36)
         partition   d = max((G - c)/(G - 1), .1),  c responses of the group have the same answer
@@ -434,20 +435,15 @@ class Darling(DrGRPO, key="darling", paper="2509.02534"):
     aggregation: Aggregation = "token_mean"
 
     without = ("norm",)
+    refuses_negative = "multiplies rewards"  # which would punish diverse errors
 
     @property
     def needs(self) -> tuple[str, ...]:
         return (*GROUPED, "outcome") if self.diversity == "partition" else GROUPED
 
-    def complaint(self, settings: Any) -> str:
-        if settings.reward != "length_penalty":
-            return ""
-        return "--reward length_penalty: darling multiplies rewards, and some would be below 0"
-
     def shape(self, tk: Tokens) -> Tensor:
-        if bool((tk.reward < 0).any()):
-            raise ValueError("darling: a reward is below 0, and times diversity would punish diverse errors")
-        return tk.reward * (self.ngram(tk) if self.diversity == "ngram" else self.partition(tk)).to(tk.reward)
+        d = self.ngram(tk) if self.diversity == "ngram" else self.partition(tk)
+        return self.not_negative(tk.reward) * d.to(tk.reward)
 
     def ngram(self, tk: Tokens, n: int = 4) -> Tensor:
         """(B,) float64."""
@@ -564,17 +560,12 @@ class GCPO(Method, key="gcpo", place="weight", paper="2605.11461", needs=GROUPED
     g: Above = 1.0
     """scale of the similarity; the larger, the less a second response of the same kind earns"""
 
-    def complaint(self, settings: Any) -> str:
-        if settings.reward != "length_penalty":
-            return ""
-        return "--reward length_penalty: gcpo squares rewards, and some would be below 0"
+    refuses_negative = "squares rewards"  # which would pay for errors
 
     def shape(self, tk: Tokens) -> Tensor:
         """(B,) float64: the rounding of float32, over a std of almost 0, would teach."""
-        if bool((tk.reward < 0).any()):
-            raise ValueError("gcpo: a reward is below 0, and its square would pay for errors")
         text = [ids[keep].tolist() for ids, keep in zip(tk.ids.cpu(), tk.mask.cpu())]
-        group, reward = tk.group.cpu(), tk.reward.cpu().double()
+        group, reward = tk.group.cpu(), self.not_negative(tk.reward).cpu().double()
         phi = torch.zeros_like(reward)
         for name in group[reward > 0].unique():
             rows = ((group == name) & (reward > 0)).nonzero()[:, 0].tolist()
@@ -652,12 +643,10 @@ class MaxRL(Method, key="maxrl", place="weight", paper="2602.02710", needs=GROUP
     A = 1e6 if right; ours 0.
     """
 
+    refuses_negative = "divides by the mean reward"
+
     def advantage(self, tk: Tokens) -> Tensor:
-        r = tk.reward if tk.reward.dtype == torch.float64 else tk.reward.float()
-        if bool((r < 0).any()):
-            raise ValueError(
-                f"maxrl: a reward of {float(r.min()):g}: divides by the mean reward, give R >= 0"
-            )
+        r = self.not_negative(tk.reward if tk.reward.dtype == torch.float64 else tk.reward.float())
         mean = group_mean(r, tk.group)
         return ((r - mean) / (mean + 1e-6))[:, None].expand(tk.mask.shape)
 
@@ -2058,34 +2047,28 @@ METHODS: dict[str, type[Method]] = {c.key: c for c in (
 def convert(key: str, name: str, value: Any, kind: Any) -> Any:
     """A value, often a word, in the type of its field: bool, int, float, str, Literal, Annotated with a
     range; None for "none" where that is allowed."""
-    word, optional, low, high = str(value).strip().lower(), type(None) in get_args(kind), -math.inf, math.inf
+    word, optional = str(value).strip().lower(), type(None) in get_args(kind)
     if optional and word == "none":
         return None
     kind = get_args(kind)[0] if optional else kind
-    if get_origin(kind) is Annotated:
-        kind, (low, high) = get_args(kind)
+    kind, (low, high) = get_args(kind) if get_origin(kind) is Annotated else (kind, (-math.inf, math.inf))
+    found, fits = value, False
     if get_origin(kind) is Literal:
-        wanted = "one of " + ", ".join(get_args(kind))
-        if value in get_args(kind):
-            return value
+        wanted, fits = "one of " + ", ".join(get_args(kind)), value in get_args(kind)
     elif kind is str:
-        wanted = "a word"
-        if isinstance(value, str):
-            return value
+        wanted, fits = "a word", isinstance(value, str)
     elif kind is bool:
-        wanted = "true or false"
-        if word in ("true", "1", "yes", "on", "false", "0", "no", "off"):
-            return word in ("true", "1", "yes", "on")
+        wanted, found = "true or false", word in ("true", "1", "yes", "on")
+        fits = found or word in ("false", "0", "no", "off")
     else:
         wanted = f"{'a whole' if kind is int else 'a'} number from {low} to {high}"
-        try:
-            number = kind(value)
-            exact = isinstance(value, str) or (number == value and not isinstance(value, bool))
-            if exact and low <= number <= high:
-                return number
-        except (TypeError, ValueError, OverflowError):
-            pass
-    raise ValueError(f"{key}: {name}={value!r} does not fit: give {wanted}{' or none' * optional}")
+        with suppress(TypeError, ValueError, OverflowError):
+            found = kind(value)
+            exact = isinstance(value, str) or (found == value and not isinstance(value, bool))
+            fits = exact and low <= found <= high
+    if not fits:
+        raise ValueError(f"{key}: {name}={value!r} does not fit: give {wanted}{' or none' * optional}")
+    return found
 
 
 def _types(cls: type[Method]) -> dict[str, Any]:
@@ -2125,14 +2108,13 @@ def build(name: str, **hyperparameter: Any) -> Method:
     to all; "clip_cov.ratio" names the member. ValueError on what does not exist, fit or make sense.
     """
     name, options = parse(name)
-    hyperparameter = options | hyperparameter
-    types, given, members = {}, {}, []
+    types, given = {}, {}
     for key in name.split("+"):
         if key not in METHODS:
             (near,) = difflib.get_close_matches(key, METHODS, 1, 0)
             raise ValueError(f"method {key!r} is unknown: did you mean {near}? ({', '.join(METHODS)})")
         types[key], given[key] = _types(METHODS[key]), {}
-    for full, value in hyperparameter.items():
+    for full, value in (options | hyperparameter).items():
         prefix, _, n = full.rpartition(".")
         having = [key for key in types if n in types[key] and prefix in ("", key)]
         if not having:
@@ -2143,9 +2125,9 @@ def build(name: str, **hyperparameter: Any) -> Method:
             raise ValueError(f"{name}: {n} belongs to {' and '.join(having)}: write {having[0]}.{n}={value}")
         for key in having:
             given[key][n] = convert(key, n, value, types[key][n])
-    for key in name.split("+"):
-        members.append(METHODS[key](**given[key]))
-        members[-1].given = tuple(given[key])
+    members = [METHODS[key](**given[key]) for key in name.split("+")]
+    for m in members:
+        m.given = tuple(given[m.key])
     return members[0] if len(members) == 1 else Composite(members)
 
 
