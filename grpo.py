@@ -336,10 +336,8 @@ def group_std(x: Tensor, group: Tensor) -> Tensor:
 def without_contrast(reward: Tensor, group: Tensor) -> Tensor:
     """(B,) bool: all rewards of the row's group are equal, so its responses teach nothing."""
     index, size = group_index(group)
-    high, low = (
-        reward.new_zeros(len(size)).scatter_reduce(0, index, reward, x, include_self=False)
-        for x in ("amax", "amin")
-    )
+    zero = reward.new_zeros(len(size))
+    high, low = (zero.scatter_reduce(0, index, reward, x, include_self=False) for x in ("amax", "amin"))
     return (high == low)[index]
 
 
@@ -771,9 +769,8 @@ def batch_loss(tokens: Tokens, plan: Plan, method: Method) -> tuple[Tensor, dict
     of the rows, those of the batch. Raises ValueError where method and `tokens.mismatch` would correct the
     same mismatch twice."""
     if "rollout_logp" in method.needs and tokens.mismatch is not None:
-        raise ValueError(
-            f"{method.key}: correct=true and Tokens.mismatch (--mismatch) both weigh by π/π_engine: use one"
-        )
+        text = f"{method.key}: correct=true and Tokens.mismatch (--mismatch)"
+        raise ValueError(f"{text} both weigh by π/π_engine: use one")
     tokens = tokens.clean()
     loss = method.surrogate(tokens, plan) * plan.weight
     total = weighted_sum(loss if tokens.mismatch is None else loss * tokens.mismatch, plan.coef)
@@ -806,7 +803,7 @@ def token_flow(tokens: Tokens, force: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------
 # 8. Verified rewards: is this answer that answer?
 #
-# Is this answer that answer?  **math-verify** (sympy) is the judge.  What is ours stands around it:
+# **math-verify** (sympy) is the judge.  What is ours stands around it:
 #
 #   before   The last complete \boxed{} counts, whatever stood in others; a last box that never closes is no
 #            answer.  Without a box math-verify looks behind "answer is" and for the last formula or number.

@@ -166,12 +166,9 @@ class MixedCUTS(Behaviour, key="mixed_cuts", place="sampling", paper="2604.18493
         """(B,) bool: which of a prompt's responses explore: `share` of them, evenly spread."""
         return ((rows + 1) * self.share).floor() > (rows * self.share).floor()
 
-    def behaviour(self, logits: Tensor, position: int, rows: Tensor) -> Tensor:
-        """(B, V) probabilities that the next token is drawn from; `rows` as in `sample`."""
-        p = logits.softmax(-1)
-        if position < self.warm:
-            return p
-        plain = (logits * self.progress.temperature).softmax(-1)  # at temperature 1
+    def behaviour(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """(B, V) probabilities that a token behind the first `warm` is drawn from; `rows` as in `sample`."""
+        p, plain = logits.softmax(-1), (logits * self.progress.temperature).softmax(-1)  # at temperature 1
         value, index = plain.topk(min(self.k, p.shape[-1]))  # (B, K)
         inside = value > self.delta
         inside[:, : 1 if self.empty == "argmax" else self.k] |= ~inside.any(-1, keepdim=True)
@@ -182,7 +179,7 @@ class MixedCUTS(Behaviour, key="mixed_cuts", place="sampling", paper="2604.18493
     def sample(self, logits: Tensor, position: int, rows: Tensor, chance: Generator | None) -> Drawn | None:
         if position < self.warm or self.share == 0:
             return None
-        q = self.behaviour(logits, position, rows)
+        q = self.behaviour(logits, rows)
         ids = torch.multinomial(q, 1, generator=chance)
         return ids[:, 0], q.gather(-1, ids)[:, 0].log()
 
@@ -527,7 +524,8 @@ def cosines(rows: list[list[int]]) -> Tensor:
 
 def shapley(M: Tensor, generator: Generator) -> Tensor:
     """(c,) Shapley values of F(S) = log det(I + M_SS), M (c, c) float64 and positive semi-definite; the same
-    for rows that are alike. From all 2^c subsets, or from random orders with all their rotations."""
+    for rows that are alike. Up to c = 10 from all 2^c subsets. Above, from at least 64 random orders, with
+    all their rotations: each row is as often first as last, and noise does not drown small differences."""
     c, i, eye, own = len(M), torch.arange(len(M)), torch.eye(len(M)).to(M), M.diagonal()
     if c <= 10:
         inside = torch.arange(2**c)[:, None] >> i & 1  # (2^c, c)
@@ -552,9 +550,6 @@ class GCPO(Method, key="gcpo", place="weight", paper="2605.11461", needs=GROUPED
 
         F(S) = log det(I + g diag(R) K diag(R)) over the rows S,    K cosines of counts, n = 1..4       (3.39)
         phi_i = mean over all orders of F(i and those before i) - F(those before i);    A from phi by (2.1)
-
-    Exact for up to 10 right responses. For more, the mean of some random orders and all their rotations, at
-    least 64: with each row as often first as last, the noise does not drown small differences.
     """
 
     g: Above = 1.0
@@ -678,11 +673,17 @@ class PassK(Method, key="passk", place="weight", paper="2508.10751", needs=GROUP
     """passk (Σ A = 0), pkpo (any R, unbiased for E[max of k]), best (only the best response)"""
 
     def advantage(self, tk: Tokens) -> Tensor:
-        r = tk.reward.double()
-        a = {"passk": self.passk, "pkpo": self.pkpo, "best": self.best}[self.objective](tk, r)
+        a, r = torch.zeros_like(tk.reward, dtype=torch.float64), tk.reward.double()
+        if self.objective == "passk":
+            a = self.passk(tk)
+        else:
+            for g in tk.group.unique():
+                own = tk.group == g
+                a[own] = self.pkpo(r[own]) if self.objective == "pkpo" else self.best(r[own])
         return a.to(tk.logp.dtype)[:, None].expand(tk.mask.shape)
 
-    def passk(self, tk: Tokens, r: Tensor) -> Tensor:
+    def passk(self, tk: Tokens) -> Tensor:
+        """(B,); the other two are of the rewards of one group."""
         index, sizes = group_index(tk.group)
         size, right = sizes[index], tk.solved
         wrong = (group_mean((~right).double(), tk.group) * size).round()
@@ -691,27 +692,21 @@ class PassK(Method, key="passk", place="weight", paper="2508.10751", needs=GROUP
         a = torch.where(right, fail, fail - q) / ((fail * (1 - fail)).clamp(min=0).sqrt() + 1e-6)
         return torch.where((fail > 0) & (wrong < size), a, 0)
 
-    def pkpo(self, tk: Tokens, r: Tensor) -> Tensor:
+    def pkpo(self, r: Tensor) -> Tensor:
         if self.k == 1:
-            return r - group_mean(r, tk.group)
-        a = torch.zeros_like(r)
-        for g in tk.group.unique():
-            rows = (tk.group == g).nonzero()[:, 0]
-            n, own = len(rows), r[rows]
-            k = min(self.k, n)
-            for i in range(n if k > 1 else 0):
-                others = torch.cat([own[:i], own[i + 1 :]]).sort().values  # the m-th is the largest of T:
-                chance = [math.comb(m, k - 2) / math.comb(n - 1, k - 1) for m in range(n - 1)]
-                a[rows[i]] = k / n * ((own[i] - others).clamp(min=0) * r.new_tensor(chance)).sum()
+            return r - group_mean(r, torch.zeros_like(r))
+        a, n, k = torch.zeros_like(r), len(r), min(self.k, len(r))
+        for i in range(n if k > 1 else 0):
+            others = torch.cat([r[:i], r[i + 1 :]]).sort().values  # the m-th is the largest of T:
+            chance = [math.comb(m, k - 2) / math.comb(n - 1, k - 1) for m in range(n - 1)]
+            a[i] = k / n * ((r[i] - others).clamp(min=0) * r.new_tensor(chance)).sum()
         return a
 
-    def best(self, tk: Tokens, r: Tensor) -> Tensor:
-        a, std = torch.zeros_like(r), group_std(r, tk.group)
-        for g in tk.group.unique():
-            rows = (tk.group == g).nonzero()[:, 0]
-            if len(rows) > 1:
-                (first, second), order = r[rows].topk(2)
-                a[rows[order[0]]] = (first - second) / (std[rows[0]] + 1e-6)
+    def best(self, r: Tensor) -> Tensor:
+        a = torch.zeros_like(r)
+        if len(r) > 1:
+            (first, second), order = r.topk(2)
+            a[order[0]] = (first - second) / (group_std(r, torch.zeros_like(r))[0] + 1e-6)
         return a
 
 
@@ -739,9 +734,8 @@ class Unlikely(Method, key="unlikely", place="weight", paper="2506.02355", needs
         below, tied = (same & (logp < logp[:, None])).sum(1), (same & (logp == logp[:, None])).sum(1) - 1
         rank = below + 0.5 * tied
         mixed = (same & (tk.reward != tk.reward[:, None])).any(1)
-        return torch.where(
-            mixed, tk.reward * (1 - self.b * rank / sizes[index]).to(tk.reward.dtype), tk.reward
-        )
+        shaped = tk.reward * (1 - self.b * rank / sizes[index]).to(tk.reward.dtype)  # (3.33)
+        return torch.where(mixed, shaped, tk.reward)
 
 
 class UCPO(Method, key="ucpo", place="weight", paper="2605.00365", needs=GROUPED):
@@ -1644,9 +1638,8 @@ class HTPO(FromFactor, key="htpo", place="ratio", paper="2605.08283", needs=(*GR
     def nth(score: Tensor, inside: Tensor, share: float) -> Tensor:
         """(B, 1): in each response the max(⌊share · n⌋, 1)-th largest score of the n tokens inside."""
         k = (share * inside.sum(-1).double()).long().clamp(min=1)
-        return (
-            torch.where(inside, score, -math.inf).sort(-1, descending=True).values.gather(-1, k[:, None] - 1)
-        )
+        falling = torch.where(inside, score, -math.inf).sort(-1, descending=True).values
+        return falling.gather(-1, k[:, None] - 1)
 
     def factor(self, tk: Tokens, adv: Tensor, marks: dict[str, Tensor] | None = None) -> Tensor:
         m = marks or self.mark(tk, adv, {})
@@ -1815,9 +1808,9 @@ class KLCov(OnPicked, key="kl_cov", place="penalty", paper="2505.22617", on_poli
         l = -r A (no clip);  l += beta · d(π, π_old) on the max(1, ⌊ratio · N⌋) tokens of top c (3.7)    (3.8)
 
     d: abs |log r| (released, default), k2, k3 = r - 1 - log r (estimates KL(π_old||π), as in the paper).
-    **Strictly on-policy log r is 0 and so is every d's gradient: nothing happens.** Leave old_logp None then,
-    as the loop does: abs would turn a second pass's rounding into gradients ±beta/N. All A or all log p
-    equal: none picked. Paper: ratio 2e-3 (7B), 2e-4 (32B), beta 1; PRIME .2 percent; verl 2e-4, beta .1.
+    **Strictly on-policy log r is 0 and so is every d's gradient: nothing happens**, if old_logp is None
+    (`log_ratio`). All A or all log p equal: none picked. Paper: ratio 2e-3 (7B), 2e-4 (32B), beta 1; PRIME .2
+    percent; verl 2e-4, beta .1.
     """
 
     ratio: Share = 2e-3
@@ -1948,6 +1941,7 @@ class Composite(Method):
             m.factor = self.factor  # what opefo and steer weigh is the force of the common surrogate
         self.needs = tuple(dict.fromkeys(n for m in members for n in m.needs))
         self.on_policy, self.refill = any(m.on_policy for m in members), any(m.refill for m in members)
+        self.topk = max(m.topk for m in members)
 
     @property
     def progress(self) -> Progress:
@@ -2007,10 +2001,6 @@ class Composite(Method):
     @property
     def entropy_grad(self) -> bool:
         return any(m.entropy_grad for m in self.members)
-
-    @property
-    def topk(self) -> int:
-        return max(m.topk for m in self.members)
 
     @property
     def loss_norm(self) -> float | None:

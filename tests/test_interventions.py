@@ -2095,7 +2095,7 @@ def test_eq_3_26_cuts_support_and_uniformity(seed, k, delta, empty, temperature)
     plain = 2 * torch.randn(6, 8, generator=g, dtype=F64)
     m = build("mixed_cuts", k=k, delta=delta, empty=empty)
     m.progress.temperature = temperature
-    p = m.behaviour(plain / temperature, m.warm, torch.arange(6))
+    p = m.behaviour(plain / temperature, torch.arange(6))
     exploring = m.exploring(torch.arange(6))
     assert exploring.sum() == 3
     assert torch.allclose(p[~exploring], (plain / temperature).softmax(-1)[~exploring])
