@@ -25,6 +25,7 @@ import copy
 import difflib
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -444,16 +445,12 @@ class Darling(DrGRPO, key="darling", paper="2509.02534"):
 
     def ngram(self, tk: Tokens, n: int = 4) -> Tensor:
         """(B,) float64."""
-        seen: dict[tuple, set[int]] = {}  # (group, n-gram) -> rows that have it
         rows = [ids[keep].tolist() for ids, keep in zip(tk.ids.cpu(), tk.mask.cpu())]
-        for i, (ids, g) in enumerate(zip(rows, tk.group.tolist())):
-            for gram in zip(*(ids[k:] for k in range(n))):
-                seen.setdefault((g, gram), set()).add(i)
-        own = torch.zeros(len(rows), dtype=torch.float64)
-        for where in seen.values():
-            if len(where) == 1:
-                own[next(iter(where))] += 1
-        return (own.to(tk.mask.device) / (tk.lengths - n + 1).clamp(min=1)).clamp(max=1)
+        rows = [zip(*(ids[k:] for k in range(n))) for ids in rows]
+        grams = [{(g, gram) for gram in row} for row, g in zip(rows, tk.group.tolist())]
+        count = Counter(gram for own in grams for gram in own)  # rows of the group that have it
+        new = tk.mask.new_tensor([sum(count[x] == 1 for x in own) for own in grams], dtype=torch.float64)
+        return (new / (tk.lengths - n + 1).clamp(min=1)).clamp(max=1)
 
     @staticmethod
     def partition(tk: Tokens) -> Tensor:
@@ -1088,14 +1085,9 @@ class CWGRPO(Method, key="cw_grpo", place="weight", paper="2605.11538", needs=("
     scope: Literal["batch", "group"] = "batch"
     """over what means and σ are taken: batch, group"""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.form == "released":
-            self.scope = "group"
-
     def kernel(self, logp: Tensor, adv: Tensor, mask: Tensor, group: Tensor) -> Tensor:
         """(B, T) float64, differentiable in `logp`."""
-        part = group if self.scope == "group" else torch.zeros_like(group)
+        part = group if self.scope == "group" or self.form == "released" else torch.zeros_like(group)
         w = torch.ones_like(adv, dtype=torch.float64)
         for g in part.unique():
             rows = part == g
@@ -1626,13 +1618,10 @@ class HTPO(FromFactor, key="htpo", place="ratio", paper="2605.08283", needs=(*GR
         m = self.mark(tk, adv, metrics)
         low = (m["hard"] & m["correct"])[:, None] & tk.mask & ~m["high"]
         high = (~m["hard"] & m["correct"])[:, None] & m["high"]
-        drop = torch.zeros_like(tk.mask)
-        if self.low_drop > 0:
-            drop = drop | (low & (tk.entropy < -self.nth(-tk.entropy, low, self.low_drop)))
-        if self.high_drop > 0:
-            drop = drop | (high & (tk.entropy >= self.nth(tk.entropy, high, self.high_drop)))
-        metrics["selected"] = int(drop.sum())
-        return torch.where(drop, 0.0, 1.0)
+        low = low & (tk.entropy < -self.nth(-tk.entropy, low, self.low_drop)) & (self.low_drop > 0)
+        high = high & (tk.entropy >= self.nth(tk.entropy, high, self.high_drop)) & (self.high_drop > 0)
+        metrics["selected"] = int((low | high).sum())
+        return torch.where(low | high, 0.0, 1.0)
 
     @staticmethod
     def nth(score: Tensor, inside: Tensor, share: float) -> Tensor:
@@ -1751,8 +1740,6 @@ class RefKL(Method, key="ref_kl", place="penalty", paper="2402.03300", needs=("l
     """k2 (right gradient), k3 (papers), k1 (no pull), abs"""
 
     def penalty(self, tk: Tokens, plan: Plan) -> Tensor | None:
-        if not self.beta:
-            return None
         return self.beta * weighted_sum(kl_penalty(tk.logp, tk.ref_logp, self.estimator), plan.coef_all)
 
 
