@@ -177,9 +177,8 @@ class Policy(nn.Module):
     ) -> dict[str, Tensor]:
         """logp, entropy, p2 and p2logp of every response token, each (B, T), 0 where masked; so
         `replace(tokens, **policy(tokens))` is scored. Only the hidden states of response tokens, packed, go
-        through the output head, in chunks: no (B, T, V) tensor exists. `of_logits`, of (N, V) logits /
-        temperature and (N,) ids, asks for another (N,), `topk` for topk_logp besides: both need all logits at
-        once.
+        through the output head, in chunks: no (B, T, V) tensor exists. Two things need all logits at once:
+        `of_logits`, of (N, V) logits / temperature and (N,) ids, instead; `topk` for topk_logp besides.
         """
         row, col = tokens.mask.nonzero(as_tuple=True)  # (N,)
         head, length = self.model.get_output_embeddings(), int(tokens.lengths.max())
@@ -371,14 +370,12 @@ def group_advantages(reward: Tensor, group: Tensor, normalize: str = "std", eps:
 
 
 def overlong_penalty(length: Tensor, longest: int, cache: int) -> Tensor:
-    """DAPO's soft punishment, 2503.14476 eq. 13: 0 up to longest - cache tokens, then linearly to -1 at
-    longest, -1 beyond. (B,) -> (B,)."""
+    """(B,) DAPO's soft punishment, 2503.14476 eq. 13: 0 up to longest - cache tokens, -1 from longest on."""
     return ((longest - cache - length) / cache).clamp(-1, 0)
 
 
 def length_penalty(correct: Tensor, length: Tensor, longest: int, generator: Any) -> Tensor:
-    """Right, plus `overlong_penalty` over the last fifth of the room, as in DAPO's recipe. The method `dapo`
-    adds its own: use one of the two."""
+    """Right, plus `overlong_penalty` over the last fifth of the room; `dapo` adds its own: use one."""
     return correct.float() + overlong_penalty(length, longest, max(1, longest // 5))
 
 
@@ -730,9 +727,8 @@ class Method:
 
 
 def plan_update(tokens: Tokens, method: Method) -> Plan:
-    """Everything that depends on the whole update batch, before any backward pass (the scope rule), in the
-    order selection, advantage, token mask, weight, marks. Raises ValueError where the method needs a field
-    that is None."""
+    """Everything that depends on the whole update batch (the scope rule), in the order selection, advantage,
+    token mask, weight, marks. Raises ValueError where the method needs a field that is None."""
     tk, mask = tokens.detach().clean(), tokens.mask
     for name in method.needs:
         if getattr(tk, name) is None:
@@ -766,8 +762,7 @@ def plan_update(tokens: Tokens, method: Method) -> Plan:
 
 def batch_loss(tokens: Tokens, plan: Plan, method: Method) -> tuple[Tensor, dict[str, float]]:
     """The loss of some rows of the batch, given those rows of the plan, and metrics: summed over a partition
-    of the rows, those of the batch. Raises ValueError where method and `tokens.mismatch` would correct the
-    same mismatch twice."""
+    of the rows, those of the batch. ValueError where `tokens.mismatch` would be corrected twice."""
     if "rollout_logp" in method.needs and tokens.mismatch is not None:
         text = f"{method.key}: correct=true and Tokens.mismatch (--mismatch)"
         raise ValueError(f"{text} both weigh by π/π_engine: use one")
@@ -1020,14 +1015,12 @@ JUDGE = "\n".join([
 
 
 class Grader:
-    """Grades completions in `workers` processes.
+    """Grades completions in `workers` processes; any thread may call it.
 
     Every check has `seconds` of wall time and `memory` bytes beyond what the process has mapped, then it is
-    killed and counts as wrong: no completion makes `grade_all` raise or wait longer than that per check.  Any
-    thread may call it.  The processes start with the object and need a few seconds to import math-verify, in
-    the background; Ctrl-C does not reach them, and they end with this process, however that ends.  Raises
-    ImportError where math-verify is missing, and at the first check where it is broken: else such answers
-    would be wrong in silence.
+    killed and counts as wrong. The processes start with the object and import math-verify in the background;
+    Ctrl-C does not reach them, and they end with this process, however that ends. Raises ImportError where
+    math-verify is missing, and at the first check where it is broken: else all would be wrong in silence.
     """
 
     def __init__(self, workers: int | None = None, seconds: float = 1.5, memory: int = 2**30) -> None:
@@ -1097,8 +1090,7 @@ def shared_grader() -> Grader:
 
 
 def grade(completion: str, answer: str) -> bool:
-    """Whether a completion ends in the reference answer.  Any strings; nothing is raised; at most about two
-    seconds."""
+    """Whether a completion ends in the reference answer. Any strings; nothing is raised; two seconds."""
     return shared_grader().grade_all([completion], [answer])[0]
 
 

@@ -307,8 +307,7 @@ class DAPO(Method, key="dapo", place="selection", paper="2503.14476"):
 
 class Entrocraft(Method, key="entrocraft", place="selection", paper="2604.26326"):
     """Outside an entropy band, keep only the responses that push entropy back into it. [paper] Alg. 1: (.6,
-    .7) -> (.1, .2); [code]. H low: only A <= 0 teaches, which on balance raises it. In the band, or on an
-    edge, GRPO.
+    .7) -> (.1, .2); [code]. H low: only A <= 0 teaches, which on balance raises it. In the band: GRPO.
 
         s = I[H > hi] - I[H < lo];   keep response i iff s A_i >= 0;   mean over what is kept           (3.17)
         lo goes from `start` to `end` along the run, hi = lo + width
@@ -419,9 +418,8 @@ class DrGRPO(Method, key="dr_grpo", place="weight", paper="2503.20783"):
 
 class Darling(DrGRPO, key="darling", paper="2509.02534"):
     """Multiply the reward by how different a response is from its group. [code] darling `partition`,
-    `process_uid_group`. Their classes come from a trained classifier; ours are equal answers (`outcome`).
-    n-grams are of token ids, theirs of words. A copy of another response gets 0. One right answer: partition
-    then says nothing among the right ones.
+    `process_uid_group`. Their classes come from a trained classifier, ours are equal answers: partition says
+    nothing among the right ones if all answer alike. n-grams are of token ids, theirs of words.
 
         n-gram      d = |4-grams found in no other response of the group| / max(length - 3, 1)          (3.36)
         partition   d = max((G - c)/(G - 1), .1),  c responses of the group have the same answer
@@ -607,8 +605,7 @@ class AsymGRPO(Method, key="asym_grpo", place="weight", paper="2604.04894", need
 
         A = ((1 - p)/p)^b_plus if right,  -(p/(1 - p))^b_minus if wrong;  0 where p is 0 or 1           (3.31)
         (.5, .5) GRPO without G - 1;   (1, 0) MaxRL;   (0, 0) REINFORCE on ±1
-        Σ A = 0 in a group iff b_plus + b_minus = 1 or p = 1/2: the defaults add a push up where p is
-        small, and one down where it is large
+        Σ A = 0 in a group iff b_plus + b_minus = 1 or p = 1/2: the defaults push up for small p, else down
     """
 
     b_plus: Positive = 0.9
@@ -631,8 +628,7 @@ class MaxRL(Method, key="maxrl", place="weight", paper="2602.02710", needs=GROUP
         E[(1/G) Σ A ∇log π] = ∇P Σ_{k<G} (1 - P)^(k-1) = ∇ Σ_{k<G} -(1 - P)^k/k,  P the true pass rate
 
     that is ∇log P cut off, the pass@k up to G - 1 weighted 1/k. Without the control variate one term more:
-    where nobody is right A is 0 and takes the last one away. A reaches G - 1. The code gives a group of one
-    A = 1e6 if right; ours 0.
+    where nobody is right A is 0 and takes the last one away. A right group of one has A = 1e6 there, 0 here.
     """
 
     refuses_negative = "divides by the mean reward"
@@ -1139,8 +1135,8 @@ class STARE(Method, key="stare", place="weight", paper="2606.19236", needs=ENTRO
         gate = I[e < target]                                                                            (3.18)
         L+ = the ⌈fraction · |T+|⌉ tokens of largest surprisal -log p among T+ = {A > 0};  L- same for A < 0
         w = W on L+,  M on L- (variant C2 only),  1 elsewhere;  all 1 if the gate is closed
-        adaptive: W <- clip(W + rate s, 1, 1.5),  M <- clip(M - rate s, .5, 1),  s = sgn(target - e), before
-        the loss of the same step
+        adaptive: W <- clip(W + rate s, 1, 1.5),  M <- clip(M - rate s, .5, 1),  s = sgn(target - e),
+        before the loss of the same step
     """
 
     fraction: Share = 0.1
@@ -1280,8 +1276,7 @@ class REPO(Method, key="repo", place="weight", paper="2603.11682", needs=ENTROPY
 class AR(Method, key="ar", place="weight", paper="2505.12929", needs=("logp",)):
     """Rare tokens count less, whatever their sign. [code] zhyang2226/AR-Lopti; alpha .3 together with Lopti,
     two separate steps for rare and likely tokens, which is a loop and not a hook. A token's gradient is
-    proportional to 1 - π, so rare ones dominate. REPO's opposite on successes: what it does to entropy is for
-    the ledger to say.
+    proportional to 1 - π, so rare ones dominate. The opposite of REPO on successes.
 
         w = alpha π_old(y) + 1 - alpha                                                                  (3.40)
     """
@@ -1450,10 +1445,9 @@ class SAPO(FromFactor, key="sapo", place="ratio", paper="2511.20347", on_policy=
 
 
 class BAPO(FromFactor, key="bapo", place="ratio", paper="2510.18927", on_policy=False):
-    """Widen the clip until successes carry enough of the loss. [code] WooooDyy/BAPO, per micro-batch; ours
-    per update batch. A higher lower bound drops punished tokens that are rare by now, a higher upper one
-    admits rare successes. The paper compares with the whole loss, the code with the failures: 1 here is .5
-    there.
+    """Widen the clip until successes carry enough of the loss. [code] WooooDyy/BAPO, per micro-batch.
+    A higher lower bound drops punished tokens that are rare by now, a higher upper one admits rare successes.
+    The paper compares with the whole loss, the code with the failures: 1 here is .5 there.
 
         eff = min(r, hi) A where A >= 0, max(r, lo) A where A < 0;   ratio = Σ eff+ / Σ |eff-|          (3.44)
         while ratio < target: lo += .05 up to lo_max; then hi += .05 up to hi_max;  r clipped to [lo, hi]
@@ -1729,9 +1723,8 @@ class RefKL(Method, key="ref_kl", place="penalty", paper="2402.03300", needs=("l
 
     Our default k2 has the gradient of KL(π||π_ref), the paper's k3 that of the reverse KL, grpo (2.13) to
     (2.16). k1 does not know the reference: its gradient E[∇log π(y)] is 0 for y ~ π; for y ~ π_old, in later
-    updates, it leads away from the policy that sampled. abs: while π is π_ref, its sign is rounding. Metric
-    kl_ref: mean k3. beta: .04 GRPO, .001 DeepSeek-R1 and verl, .05 open-instruct, 0 DAPO and TRL.
-    2505.22617 saw entropy stay and accuracy fall.
+    updates, it leads away from the policy that sampled. abs: while π is π_ref, its sign is rounding. beta:
+    .04 GRPO, .001 DeepSeek-R1 and verl, .05 open-instruct, 0 DAPO, TRL. 2505.22617: H stays, accuracy falls.
     """
 
     beta: Positive = 0.04
@@ -2361,8 +2354,7 @@ def demonstration_options(entropy: float) -> dict[str, str]:
 
 
 def show_batch(tokens: Tokens, logits: Tensor, path: str | None = None) -> None:
-    """Print what the methods do to one batch, off-policy only those that act on the ratio; draw it in
-    `path`."""
+    """Print, and draw in `path`, what the methods do to a batch; off-policy those that act on the ratio."""
     import pandas
 
     mask, on_policy = tokens.mask, tokens.old_logp is None
