@@ -210,8 +210,7 @@ class Policy(nn.Module):
         all of its responses; the gradient flows back through the shared keys and values.
 
         None where that saves less than a quarter of all tokens (it costs the fused kernels their causal
-        shortcut) or cannot be: layers without a plain cache (sliding windows), recomputation (which switches
-        the cache off), weights split over processes.
+        shortcut) or cannot be: no plain cache (sliding windows, recomputation), weights split over processes.
         """
         from transformers import DynamicCache
 
@@ -354,8 +353,6 @@ def group_advantages(reward: Tensor, group: Tensor, normalize: str = "std", eps:
     0, not rounding divided by eps. Rewards in {0, 1} with success rate q show the shape of (2.1):
     A⁺ = sqrt((1-q)/q), A⁻ = -sqrt(q/(1-q)), up to sqrt((G-1)/G): the rare outcome is pushed hard.
     """
-    if normalize not in ("std", "none", "loo", "batch"):
-        raise ValueError(f"normalize={normalize!r} is unknown: choose std, none, loo or batch")
     r = reward if reward.dtype == torch.float64 else reward.float()
     index, size = group_index(group)
     adv = r - group_mean(r, group)  # (2.2)
@@ -366,6 +363,8 @@ def group_advantages(reward: Tensor, group: Tensor, normalize: str = "std", eps:
         adv = adv * n / (n - 1).clamp(min=1)  # (2.3)
     elif normalize == "batch":
         adv = adv / (group_std(r, torch.zeros_like(group)) + eps)  # (2.4)
+    elif normalize != "none":
+        raise ValueError(f"normalize={normalize!r} is unknown: choose std, none, loo or batch")
     return torch.where(without_contrast(r, group), 0, adv)
 
 
@@ -417,10 +416,9 @@ def clipped_surrogate(
 
     Several updates per rollout learn from samples of an older policy: r corrects for that, and the clip stops
     what has moved far. The gradient of -r A is -r A ∇log π: importance-weighted. (2.6) removes it where
-    (A > 0, r > 1 + eps_high) or (A < 0, r < 1 - eps_low): the token has moved far enough. (2.7) removes it
-    also where A < 0 and r > c. Exactly at a bound, where versions of torch differ in the slope of a clamp,
-    the token keeps its gradient (`clip_factor`). l is homogeneous of degree 1 in A: a weight w >= 0 on the
-    loss is a weight on the advantage.
+    (A > 0, r > 1 + eps_high) or (A < 0, r < 1 - eps_low), (2.7) also where A < 0 and r > c. Exactly at a
+    bound, where versions of torch differ in the slope of a clamp, the token keeps its gradient
+    (`clip_factor`). l is homogeneous in A: a weight w >= 0 on the loss is a weight on the advantage.
     """
     r = log_ratio(logp, old_logp).exp()  # (2.5)
     loss = torch.maximum(-r * adv, -r.clamp(1 - eps_low, 1 + eps_high) * adv)  # (2.6)

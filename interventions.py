@@ -784,7 +784,7 @@ class MCPO(Method, key="mcpo", place="weight", paper="2604.16972", needs=GROUPED
     def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
         mastered = (group_mean(tk.solved.double(), tk.group) == 1) & tk.mask.any(-1)
         each = mastered.double() / (tk.lengths.clamp(min=1) * mastered.sum().clamp(min=1))
-        metrics["mastered"] = float(mastered.double().mean()) if len(mastered) else 0.0
+        metrics["mastered"] = float(mastered.double().mean())
         return {"anchor": torch.where(tk.mask, each[:, None].to(adv.dtype), 0)}
 
     def penalty(self, tk: Tokens, plan: Plan) -> Tensor | None:
@@ -947,7 +947,7 @@ class STEER(Method, key="steer", place="weight", paper="2510.10150"):
         force = adv * log_ratio(tk.logp, tk.old_logp).exp() if released else acting(self, tk, adv)
         omega = flow(tk, force, "exact" if self.form == "exact" else "steer_" + self.form).abs()  # (B, T)
         lowest = self.lambda_min or (0.8 if released or self.map == "linear" else 0.7)
-        high = float(omega.max()) if omega.numel() else 0.0
+        high = float(omega.max())
         if self.map == "exp":
             scale = max(high, 0.02) if released else high
             return torch.exp(math.log(lowest) * omega / scale) if scale > 0 else torch.ones_like(omega)
@@ -1067,9 +1067,8 @@ class PAPO(Method, key="papo", place="weight", paper="2605.11775", needs=FLOW):
 class CWGRPO(Method, key="cw_grpo", place="weight", paper="2605.11538", needs=("logp", "group")):
     """A Gaussian weight around zero covariance of advantage and log-prob, mean weight 1. [second-hand, two
     agreeing notes]; [code] WangCheng0116/CW-GRPO, whose README names no paper. In words the paper's one group
-    is its batch, so the scope is ambiguous; the code has one group a micro-batch, a mean of log p for each
-    response, padding in the normaliser, and does not detach w: the loss is then -A w(log p), and its gradient
-    runs through w, means and σ as well.
+    is its batch, so the scope is ambiguous; the code has one group a micro-batch, padding in the normaliser,
+    and does not detach w: the loss is -A w(log p), and its gradient runs through w, means and σ as well.
 
         c = (log p - mean log p)(A - mean A);   w = exp(-c²/(2 σ²)),  σ = std of c;   w <- w N / Σ w    (3.16)
         released: per group; mean log p of the response, mean A of responses; N = rows · longest response
