@@ -369,7 +369,7 @@ def group_advantages(reward: Tensor, group: Tensor, normalize: str = "std", eps:
 
 
 def overlong_penalty(length: Tensor, longest: int, cache: int) -> Tensor:
-    """(B,) DAPO's soft punishment, 2503.14476 eq. 13: 0 up to longest - cache tokens, -1 from longest on."""
+    """(B,) DAPO's soft punishment, 2503.14476 eq. 13: 0 up to longest - cache tokens, then linearly to -1."""
     return ((longest - cache - length) / cache).clamp(-1, 0)
 
 
@@ -682,7 +682,7 @@ class Method:
     def complaint(self, settings: Any) -> str:
         """What in a run's settings (`train.Settings`) the method cannot work with, flag and remedy; or ''."""
         does = self.refuses_negative if settings.reward == "length_penalty" else ""
-        return does and f"--reward length_penalty: {self.key} {does}, and some would be below 0"
+        return f"--reward length_penalty: {self.key} {does}, and some would be below 0" if does else ""
 
     def not_negative(self, reward: Tensor) -> Tensor:
         """The reward itself; ValueError where it is below 0."""
@@ -760,7 +760,7 @@ def plan_update(tokens: Tokens, method: Method) -> Plan:
 
 def batch_loss(tokens: Tokens, plan: Plan, method: Method) -> tuple[Tensor, dict[str, float]]:
     """The loss of some rows of the batch, given those rows of the plan, and metrics: summed over a partition
-    of the rows, those of the batch. ValueError where `tokens.mismatch` would be corrected twice."""
+    of the rows, those of the batch. ValueError where the method corrects `tokens.mismatch` again."""
     if "rollout_logp" in method.needs and tokens.mismatch is not None:
         text = f"{method.key}: correct=true and Tokens.mismatch (--mismatch)"
         raise ValueError(f"{text} both weigh by π/π_engine: use one")
@@ -1088,7 +1088,7 @@ def shared_grader() -> Grader:
 
 
 def grade(completion: str, answer: str) -> bool:
-    """Whether a completion ends in the reference answer. Any strings; nothing is raised; two seconds."""
+    """Whether a completion ends in the reference answer. Any strings; nothing raised; at most two seconds."""
     return shared_grader().grade_all([completion], [answer])[0]
 
 

@@ -1306,7 +1306,7 @@ def asked_again(tokens: Tokens, chance: Generator, room: float = math.inf) -> tu
     return rows, replace(own, full_ids=tokens.full_ids[row, place], start=own.start + end[other])
 
 
-class RLRT(Method, key="rlrt", place="weight", paper="2605.10781", needs=(*GROUPED, "teacher_logp")):
+class RLRT(Method, key="rlrt", place="weight", paper="2605.10781", needs=("teacher_logp", *GROUPED)):
     """Weigh tokens of right responses by how much less likely another right one, read first, makes them.
     [second-hand], two notes with equations; the teacher's prompt is not public and a [reconstruction]
     (`asked_again`): the prompt, another right response of the group with its EOS, the prompt again.
@@ -1514,7 +1514,7 @@ class SimKO(Method, key="simko", place="ratio", paper="2510.14807"):
     lam: AtLeastOne = 1.1
     """factor on the advantage of a wrong most likely token"""
 
-    needs = (*GROUPED, "entropy", "topk_logp")
+    needs = ("entropy", "topk_logp", *GROUPED)
 
     @property
     def topk(self) -> int:
@@ -1572,7 +1572,7 @@ def dual_clip_factor(f: Tensor, adv: Tensor, c: float | None) -> Tensor:
     return f if c is None else torch.where((adv < 0) & (f > c), 0, f)
 
 
-class HTPO(FromFactor, key="htpo", place="ratio", paper="2605.08283", needs=(*GROUPED, "entropy")):
+class HTPO(FromFactor, key="htpo", place="ratio", paper="2605.08283", needs=("entropy", *GROUPED)):
     """Other clip rules by difficulty of the prompt, correctness and entropy of the token. [code] xcyao00/HTPO
     `core_algos.py`. Prompt hard iff group accuracy < hard; token high iff H >= the max(⌊high · len⌋, 1)-th
     largest of its own response; id = exp(log π - sg log π).                                           (3.24)
