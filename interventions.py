@@ -784,7 +784,7 @@ class MCPO(Method, key="mcpo", place="weight", paper="2604.16972", needs=GROUPED
     def mark(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> dict[str, Tensor]:
         mastered = (group_mean(tk.solved.double(), tk.group) == 1) & tk.mask.any(-1)
         each = mastered.double() / (tk.lengths.clamp(min=1) * mastered.sum().clamp(min=1))
-        metrics["mastered"] = float(mastered.double().mean())
+        metrics["mastered"] = float(mastered.double().mean()) if len(mastered) else 0.0
         return {"anchor": torch.where(tk.mask, each[:, None].to(adv.dtype), 0)}
 
     def penalty(self, tk: Tokens, plan: Plan) -> Tensor | None:
@@ -947,7 +947,7 @@ class STEER(Method, key="steer", place="weight", paper="2510.10150"):
         force = adv * log_ratio(tk.logp, tk.old_logp).exp() if released else acting(self, tk, adv)
         omega = flow(tk, force, "exact" if self.form == "exact" else "steer_" + self.form).abs()  # (B, T)
         lowest = self.lambda_min or (0.8 if released or self.map == "linear" else 0.7)
-        high = float(omega.max())
+        high = float(omega.max()) if omega.numel() else 0.0
         if self.map == "exp":
             scale = max(high, 0.02) if released else high
             return torch.exp(math.log(lowest) * omega / scale) if scale > 0 else torch.ones_like(omega)
