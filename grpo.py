@@ -28,6 +28,7 @@ a micro-batch or a rank. `plan_update` sees all tokens, detached, and makes one 
 from __future__ import annotations
 
 import atexit
+import copy
 import importlib.util
 import inspect
 import json
@@ -48,7 +49,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, dataclass_transform, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad as pad_right
 
@@ -176,9 +177,8 @@ class Policy(nn.Module):
     ) -> dict[str, Tensor]:
         """logp, entropy, p2 and p2logp of every response token, each (B, T), 0 where masked; so
         `replace(tokens, **policy(tokens))` is scored. Only the hidden states of response tokens, packed, go
-        through the output head, in chunks: no (B, T, V) tensor exists. `of_logits`, of (N, V) logits /
-        temperature and (N,) ids, asks for another (N,), `topk` for topk_logp besides: both need all logits at
-        once.
+        through the output head, in chunks: no (B, T, V) tensor exists. Two things need all logits at once:
+        `of_logits`, of (N, V) logits / temperature and (N,) ids, instead; `topk` for topk_logp besides.
         """
         row, col = tokens.mask.nonzero(as_tuple=True)  # (N,)
         head, length = self.model.get_output_embeddings(), int(tokens.lengths.max())
@@ -210,8 +210,7 @@ class Policy(nn.Module):
         all of its responses; the gradient flows back through the shared keys and values.
 
         None where that saves less than a quarter of all tokens (it costs the fused kernels their causal
-        shortcut) or cannot be: layers without a plain cache (sliding windows), recomputation (which switches
-        the cache off), weights split over processes.
+        shortcut) or cannot be: no plain cache (sliding windows, recomputation), weights split over processes.
         """
         from transformers import DynamicCache
 
@@ -335,10 +334,8 @@ def group_std(x: Tensor, group: Tensor) -> Tensor:
 def without_contrast(reward: Tensor, group: Tensor) -> Tensor:
     """(B,) bool: all rewards of the row's group are equal, so its responses teach nothing."""
     index, size = group_index(group)
-    high, low = (
-        reward.new_zeros(len(size)).scatter_reduce(0, index, reward, x, include_self=False)
-        for x in ("amax", "amin")
-    )
+    zero = reward.new_zeros(len(size))
+    high, low = (zero.scatter_reduce(0, index, reward, x, include_self=False) for x in ("amax", "amin"))
     return (high == low)[index]
 
 
@@ -356,8 +353,6 @@ def group_advantages(reward: Tensor, group: Tensor, normalize: str = "std", eps:
     0, not rounding divided by eps. Rewards in {0, 1} with success rate q show the shape of (2.1):
     A⁺ = sqrt((1-q)/q), A⁻ = -sqrt(q/(1-q)), up to sqrt((G-1)/G): the rare outcome is pushed hard.
     """
-    if normalize not in ("std", "none", "loo", "batch"):
-        raise ValueError(f"normalize={normalize!r} is unknown: choose std, none, loo or batch")
     r = reward if reward.dtype == torch.float64 else reward.float()
     index, size = group_index(group)
     adv = r - group_mean(r, group)  # (2.2)
@@ -368,22 +363,22 @@ def group_advantages(reward: Tensor, group: Tensor, normalize: str = "std", eps:
         adv = adv * n / (n - 1).clamp(min=1)  # (2.3)
     elif normalize == "batch":
         adv = adv / (group_std(r, torch.zeros_like(group)) + eps)  # (2.4)
+    elif normalize != "none":
+        raise ValueError(f"normalize={normalize!r} is unknown: choose std, none, loo or batch")
     return torch.where(without_contrast(r, group), 0, adv)
 
 
 def overlong_penalty(length: Tensor, longest: int, cache: int) -> Tensor:
-    """DAPO's soft punishment, 2503.14476 eq. 13: 0 up to longest - cache tokens, then linearly to -1 at
-    longest, -1 beyond. (B,) -> (B,)."""
+    """(B,) DAPO's soft punishment, 2503.14476 eq. 13: 0 up to longest - cache tokens, then linearly to -1."""
     return ((longest - cache - length) / cache).clamp(-1, 0)
 
 
 def length_penalty(correct: Tensor, length: Tensor, longest: int, generator: Any) -> Tensor:
-    """Right, plus `overlong_penalty` over the last fifth of the room, as in DAPO's recipe. The method `dapo`
-    adds its own: use one of the two."""
+    """Right, plus `overlong_penalty` over the last fifth of the room; `dapo` adds its own: use one."""
     return correct.float() + overlong_penalty(length, longest, max(1, longest // 5))
 
 
-def random_reward(correct: Tensor, length: Tensor, longest: int, generator: torch.Generator) -> Tensor:
+def random_reward(correct: Tensor, length: Tensor, longest: int, generator: Generator) -> Tensor:
     """1 with probability one half, whatever the answer: a method without any signal (2506.10947)."""
     return (torch.rand(len(correct), generator=generator) < 0.5).float().to(correct.device)
 
@@ -421,10 +416,9 @@ def clipped_surrogate(
 
     Several updates per rollout learn from samples of an older policy: r corrects for that, and the clip stops
     what has moved far. The gradient of -r A is -r A ∇log π: importance-weighted. (2.6) removes it where
-    (A > 0, r > 1 + eps_high) or (A < 0, r < 1 - eps_low): the token has moved far enough. (2.7) removes it
-    also where A < 0 and r > c. Exactly at a bound, where versions of torch differ in the slope of a clamp,
-    the token keeps its gradient (`clip_factor`). l is homogeneous of degree 1 in A: a weight w >= 0 on the
-    loss is a weight on the advantage.
+    (A > 0, r > 1 + eps_high) or (A < 0, r < 1 - eps_low), (2.7) also where A < 0 and r > c. Exactly at a
+    bound, where versions of torch differ in the slope of a clamp, the token keeps its gradient
+    (`clip_factor`). l is homogeneous in A: a weight w >= 0 on the loss is a weight on the advantage.
     """
     r = log_ratio(logp, old_logp).exp()  # (2.5)
     loss = torch.maximum(-r * adv, -r.clamp(1 - eps_low, 1 + eps_high) * adv)  # (2.6)
@@ -559,6 +553,8 @@ AtLeastOne = Annotated[float, (1, math.inf)]
 DualClip = Annotated[float, (1 + 1e-9, math.inf)]  # at c = 1 every token with A < 0 would stand on the edge
 Count = Annotated[int, (1, math.inf)]
 
+Drawn = tuple[Tensor, Tensor]  # (B,) token ids, and their log-probabilities where they were drawn from
+
 
 @dataclass
 class Progress:
@@ -571,9 +567,9 @@ class Progress:
     temperature: float = 1.0  # of the rollouts
     stops: tuple[int, ...] = ()  # tokens that end a response
 
-    def generator(self) -> torch.Generator:
+    def generator(self) -> Generator:
         """A generator that depends on (seed, step) only."""
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + self.step) % 2**63)
+        return Generator().manual_seed((self.seed * 1_000_003 + self.step) % 2**63)
 
 
 @dataclass
@@ -628,6 +624,7 @@ class Method:
     topk: ClassVar[int] = 0  # K of Tokens.topk_logp, for methods that need it
     refill: ClassVar[bool] = False  # True: the loop samples until `select` has kept enough whole groups
     without: ClassVar[tuple[str, ...]] = ()  # inherited hyperparameters that this method has no use for
+    refuses_negative: ClassVar[str] = ""  # what the method does with rewards, so that R < 0 is an error
     state: ClassVar[dict[str, Any]] = {}  # numbers that live across steps: name -> start, or a field's name
     given: ClassVar[tuple[str, ...]] = ()  # hyperparameters that somebody set, be it to their default
 
@@ -641,14 +638,11 @@ class Method:
     def __post_init__(self) -> None:
         self.progress = Progress()
         for name, start in self.state.items():
-            setattr(self, name, getattr(self, start) if isinstance(start, str) else start)
+            setattr(self, name, getattr(self, start) if isinstance(start, str) else copy.copy(start))
 
-    def sample(
-        self, logits: Tensor, position: int, rows: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """Place 1. Next-token ids (B,) and their log-probabilities under the distribution that they were
-        drawn from, for temperature-scaled logits (B, V); None leaves sampling alone. `rows` (B,): each row's
-        number among its prompt's responses."""
+    def sample(self, logits: Tensor, position: int, rows: Tensor, chance: Generator | None) -> Drawn | None:
+        """Place 1. The next tokens, for temperature-scaled logits (B, V); None leaves sampling alone. `rows`
+        (B,): each row's number among its prompt's responses."""
 
     def select(self, tk: Tokens) -> Tensor | None:
         """Place 2. (B,) bool: the responses that enter the update; None: all."""
@@ -687,7 +681,15 @@ class Method:
 
     def complaint(self, settings: Any) -> str:
         """What in a run's settings (`train.Settings`) the method cannot work with, flag and remedy; or ''."""
-        return ""
+        does = self.refuses_negative if settings.reward == "length_penalty" else ""
+        return f"--reward length_penalty: {self.key} {does}, and some would be below 0" if does else ""
+
+    def not_negative(self, reward: Tensor) -> Tensor:
+        """The reward itself; ValueError where it is below 0."""
+        if bool((reward < 0).any()):
+            text = f"{self.key}: a reward of {float(reward.min()):g} is below 0"
+            raise ValueError(f"{text}, and the method {self.refuses_negative}: give R >= 0")
+        return reward
 
     def reset_reference(self, step: int, score: float | None) -> bool:
         """Called after each step, with the score of its evaluation or None. True: the loop copies the policy
@@ -723,9 +725,8 @@ class Method:
 
 
 def plan_update(tokens: Tokens, method: Method) -> Plan:
-    """Everything that depends on the whole update batch, before any backward pass (the scope rule), in the
-    order selection, advantage, token mask, weight, marks. Raises ValueError where the method needs a field
-    that is None."""
+    """Everything that depends on the whole update batch (the scope rule), in the order selection, advantage,
+    token mask, weight, marks. Raises ValueError where the method needs a field that is None."""
     tk, mask = tokens.detach().clean(), tokens.mask
     for name in method.needs:
         if getattr(tk, name) is None:
@@ -759,12 +760,10 @@ def plan_update(tokens: Tokens, method: Method) -> Plan:
 
 def batch_loss(tokens: Tokens, plan: Plan, method: Method) -> tuple[Tensor, dict[str, float]]:
     """The loss of some rows of the batch, given those rows of the plan, and metrics: summed over a partition
-    of the rows, those of the batch. Raises ValueError where method and `tokens.mismatch` would correct the
-    same mismatch twice."""
+    of the rows, those of the batch. ValueError where the method corrects `tokens.mismatch` again."""
     if "rollout_logp" in method.needs and tokens.mismatch is not None:
-        raise ValueError(
-            f"{method.key}: correct=true and Tokens.mismatch (--mismatch) both weigh by π/π_engine: use one"
-        )
+        text = f"{method.key}: correct=true and Tokens.mismatch (--mismatch)"
+        raise ValueError(f"{text} both weigh by π/π_engine: use one")
     tokens = tokens.clean()
     loss = method.surrogate(tokens, plan) * plan.weight
     total = weighted_sum(loss if tokens.mismatch is None else loss * tokens.mismatch, plan.coef)
@@ -797,7 +796,7 @@ def token_flow(tokens: Tokens, force: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------
 # 8. Verified rewards: is this answer that answer?
 #
-# Is this answer that answer?  **math-verify** (sympy) is the judge.  What is ours stands around it:
+# **math-verify** (sympy) is the judge.  What is ours stands around it:
 #
 #   before   The last complete \boxed{} counts, whatever stood in others; a last box that never closes is no
 #            answer.  Without a box math-verify looks behind "answer is" and for the last formula or number.
@@ -1014,14 +1013,12 @@ JUDGE = "\n".join([
 
 
 class Grader:
-    """Grades completions in `workers` processes.
+    """Grades completions in `workers` processes; any thread may call it.
 
     Every check has `seconds` of wall time and `memory` bytes beyond what the process has mapped, then it is
-    killed and counts as wrong: no completion makes `grade_all` raise or wait longer than that per check.  Any
-    thread may call it.  The processes start with the object and need a few seconds to import math-verify, in
-    the background; Ctrl-C does not reach them, and they end with this process, however that ends.  Raises
-    ImportError where math-verify is missing, and at the first check where it is broken: else such answers
-    would be wrong in silence.
+    killed and counts as wrong. The processes start with the object and import math-verify in the background;
+    Ctrl-C does not reach them, and they end with this process, however that ends. Raises ImportError where
+    math-verify is missing, and at the first check where it is broken: else all would be wrong in silence.
     """
 
     def __init__(self, workers: int | None = None, seconds: float = 1.5, memory: int = 2**30) -> None:
@@ -1091,8 +1088,7 @@ def shared_grader() -> Grader:
 
 
 def grade(completion: str, answer: str) -> bool:
-    """Whether a completion ends in the reference answer.  Any strings; nothing is raised; at most about two
-    seconds."""
+    """Whether a completion ends in the reference answer. Any strings; nothing raised; at most two seconds."""
     return shared_grader().grade_all([completion], [answer])[0]
 
 

@@ -25,27 +25,30 @@ import copy
 import difflib
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from entropy_math import entropy_change, set_point_lambda, token_stats
 
 # isort: off
 from grpo import (
-    Above, Aggregation, AtLeastOne, Count, DualClip, Method, Plan, Policy, Positive, Progress, Share,
+    Above, Aggregation, AtLeastOne, Count, Drawn, DualClip, Method, Plan, Policy, Positive, Progress, Share,
     Tokens, batch_loss, clip_factor, clipped_surrogate, group_advantages, group_index, group_mean, group_std,
     kl_penalty, log_ratio, masked_mean, mismatch_weight, overlong_penalty, plan_update, policy_loss,
-    token_flow, weighted_sum,
+    weighted_sum,
 )  # fmt: skip
 
 ENTROPY = ("logp", "entropy")
 FLOW = (*ENTROPY, "p2", "p2logp")  # what the exact entropy change needs
+GROUPED = ("logp", "reward", "group")  # what a comparison with siblings needs
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. What the methods share
@@ -120,15 +123,31 @@ def flow(tk: Tokens, force: Tensor, form: str) -> Tensor:
 # 2. Sampling and selection: what is drawn, and which responses enter the update
 
 
-def behaviour_ratio(tk: Tokens, high: float = math.inf) -> Tensor:
-    """(B, T): the policy over the distribution that a method drew from instead, grpo (2.17) and (2.18)."""
-    return mismatch_weight(tk.logp_before, tk.rollout_logp, "tis", high=high)
+class Behaviour(Method):
+    """A method that draws from another distribution than the policy's, and may weigh that away by the ratio
+    of the two, grpo (2.17) and (2.18). It then refuses Tokens.mismatch, which would do so again."""
+
+    correct: bool = False
+    """weight tokens by min(policy / behaviour, 2)"""
+
+    metric, largest = "behaviour_ratio", math.inf  # of the ratio
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("logp", "rollout_logp") if self.correct else ("logp",)
+
+    def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor | None:
+        if tk.rollout_logp is None:
+            return None
+        ratio = mismatch_weight(tk.logp_before, tk.rollout_logp, "tis", high=self.largest)
+        metrics[self.metric] = float(masked_mean(ratio, tk.mask))
+        return ratio.clamp(max=2) if self.correct else None
 
 
-class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
+class MixedCUTS(Behaviour, key="mixed_cuts", place="sampling", paper="2604.18493"):
     """Half of each group samples uniformly among the likely tokens, the rest as usual. [second-hand]. p is at
     temperature 1, whatever the rollout's. The loss is GRPO's, though a token's true ratio is p_y |S|: the
-    paper accepts the bias, `correct` weighs it away and so refuses Tokens.mismatch.
+    paper accepts the bias, `correct` weighs it away.
 
         S = {v in TopK(p) : p_v > delta};  y ~ uniform(S);  the first `warm` tokens as usual            (3.26)
     """
@@ -143,24 +162,14 @@ class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
     """share of each group that explores; 0 is plain GRPO"""
     empty: Literal["topk", "argmax"] = "topk"
     """when no token exceeds delta: topk (uniform on the K), argmax (so one of the notes)"""
-    correct: bool = False
-    """weight tokens by min(policy / behaviour, 2)"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.correct:
-            self.needs = ("logp", "rollout_logp")
 
     def exploring(self, rows: Tensor) -> Tensor:
         """(B,) bool: which of a prompt's responses explore: `share` of them, evenly spread."""
         return ((rows + 1) * self.share).floor() > (rows * self.share).floor()
 
-    def behaviour(self, logits: Tensor, position: int, rows: Tensor) -> Tensor:
-        """(B, V) probabilities that the next token is drawn from; `rows` as in `sample`."""
-        p = logits.softmax(-1)
-        if position < self.warm:
-            return p
-        plain = (logits * self.progress.temperature).softmax(-1)  # at temperature 1
+    def behaviour(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """(B, V) probabilities that a token behind the first `warm` is drawn from; `rows` as in `sample`."""
+        p, plain = logits.softmax(-1), (logits * self.progress.temperature).softmax(-1)  # at temperature 1
         value, index = plain.topk(min(self.k, p.shape[-1]))  # (B, K)
         inside = value > self.delta
         inside[:, : 1 if self.empty == "argmax" else self.k] |= ~inside.any(-1, keepdim=True)
@@ -168,21 +177,12 @@ class MixedCUTS(Method, key="mixed_cuts", place="sampling", paper="2604.18493"):
         cuts = torch.zeros_like(p).scatter(-1, index, uniform)  # (3.26)
         return torch.where(self.exploring(rows)[:, None], cuts, p)
 
-    def sample(
-        self, logits: Tensor, position: int, rows: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor] | None:
+    def sample(self, logits: Tensor, position: int, rows: Tensor, chance: Generator | None) -> Drawn | None:
         if position < self.warm or self.share == 0:
             return None
-        q = self.behaviour(logits, position, rows)
-        ids = torch.multinomial(q, 1, generator=generator)
+        q = self.behaviour(logits, rows)
+        ids = torch.multinomial(q, 1, generator=chance)
         return ids[:, 0], q.gather(-1, ids)[:, 0].log()
-
-    def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor | None:
-        if tk.rollout_logp is None:
-            return None
-        ratio = behaviour_ratio(tk)
-        metrics["behaviour_ratio"] = float(masked_mean(ratio, tk.mask))
-        return ratio.clamp(max=2) if self.correct else None
 
 
 class ReFT(Method, key="reft", place="sampling", paper="2605.28295"):
@@ -204,20 +204,16 @@ class ReFT(Method, key="reft", place="sampling", paper="2605.28295"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.openers > self.pool:
-            raise ValueError(
-                f"reft: openers={self.openers}, pool={self.pool}: give a pool as large as openers"
-            )
+            raise ValueError(f"reft: openers={self.openers}, pool={self.pool}: give a pool as large")
 
-    def sample(
-        self, logits: Tensor, position: int, rows: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor] | None:
+    def sample(self, logits: Tensor, position: int, rows: Tensor, chance: Generator | None) -> Drawn | None:
         if position:
             return None
         size, pool = int(rows.max()) + 1, min(self.pool, logits.shape[-1])
         if size % self.openers or self.openers > pool:
             text = f"reft: openers={self.openers} must divide the group size {size}"
             raise ValueError(f"{text} and be at most the {pool} tokens of its pool")
-        ranks = torch.randperm(pool, generator=generator, device=logits.device)[: self.openers]
+        ranks = torch.randperm(pool, generator=chance, device=logits.device)[: self.openers]
         rank = ranks[rows * self.openers // size]  # (3.46)
         ids = logits.topk(pool, -1).indices.gather(-1, rank[:, None])[:, 0]
         return ids, logits.new_full(ids.shape, -math.log(pool))
@@ -231,7 +227,7 @@ class ReFT(Method, key="reft", place="sampling", paper="2605.28295"):
         return None if self.first == "train" else torch.arange(tk.mask.shape[1], device=tk.mask.device) > 0
 
 
-class VocabDropout(Method, key="vocab_dropout", place="sampling", paper="2604.03472"):
+class VocabDropout(Behaviour, key="vocab_dropout", place="sampling", paper="2604.03472"):
     """Sample from a random part of the vocabulary, a new one each step. [reconstruction]: the paper masks the
     proposer of a self-play pair, in sampling and in the loss; here one policy, whose loss is of the whole
     softmax. If the only right token is dropped the reward is noise: small vocabularies need a share near 1.
@@ -242,13 +238,8 @@ class VocabDropout(Method, key="vocab_dropout", place="sampling", paper="2604.03
 
     share: Share = 0.85
     """probability that a token is kept; the paper has .75 and .85; 1 is plain GRPO"""
-    correct: bool = False
-    """weight tokens by policy / behaviour, the kept mass"""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.correct:
-            self.needs = ("logp", "rollout_logp")
+    metric, largest = "kept_mass", 1.0
 
     def kept(self, size: int, device: torch.device) -> Tensor:
         """(V,) bool: the vocabulary of this step, the same for all rows and positions."""
@@ -256,29 +247,18 @@ class VocabDropout(Method, key="vocab_dropout", place="sampling", paper="2604.03
         kept[[i for i in self.progress.stops if i < size]] = True
         return kept.to(device)
 
-    def sample(
-        self, logits: Tensor, position: int, rows: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor] | None:
+    def sample(self, logits: Tensor, position: int, rows: Tensor, chance: Generator | None) -> Drawn | None:
         if self.share == 1:
             return None
         kept = self.kept(logits.shape[-1], logits.device)
         if not kept.any():
-            kept = torch.zeros_like(logits, dtype=torch.bool).scatter(
-                -1, logits.argmax(-1, keepdim=True), True
-            )
+            kept = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).bool()
         logq = torch.where(kept, logits, -math.inf).log_softmax(-1)
-        ids = torch.multinomial(logq.exp(), 1, generator=generator)
+        ids = torch.multinomial(logq.exp(), 1, generator=chance)
         return ids[:, 0], logq.gather(-1, ids)[:, 0]
 
-    def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor | None:
-        if tk.rollout_logp is None:
-            return None
-        mass = behaviour_ratio(tk, high=1)
-        metrics["kept_mass"] = float(masked_mean(mass, tk.mask))
-        return mass if self.correct else None
 
-
-class DAPO(Method, key="dapo", place="selection", paper="2503.14476", needs=("logp", "reward", "group")):
+class DAPO(Method, key="dapo", place="selection", paper="2503.14476"):
     """Drop prompts without a contrast, raise the upper clip, punish over-long responses. [paper] §3; [code].
     Accuracy decides: a length penalty rescues no group. No usable group: loss 0. verl's shaping has no floor
     at -1 and no `overlong_filter`. At shorter limits than the paper's set both lengths.
@@ -307,8 +287,10 @@ class DAPO(Method, key="dapo", place="selection", paper="2503.14476", needs=("lo
         if self.overlong and self.overlong_cache > self.overlong_max:
             who = f"overlong_cache={self.overlong_cache} is above overlong_max={self.overlong_max}"
             raise ValueError(f"dapo: {who}: give a smaller overlong_cache, or overlong=false")
-        if self.overlong_filter:
-            self.needs = (*self.needs, "truncated")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (*GROUPED, "truncated") if self.overlong_filter else GROUPED
 
     def select(self, tk: Tokens) -> Tensor | None:
         keep = torch.ones(tk.mask.shape[0], dtype=torch.bool, device=tk.mask.device)
@@ -323,10 +305,9 @@ class DAPO(Method, key="dapo", place="selection", paper="2503.14476", needs=("lo
         return tk.reward + overlong_penalty(tk.lengths, self.overlong_max, self.overlong_cache)
 
 
-class Entrocraft(Method, key="entrocraft", place="selection", paper="2604.26326", needs=ENTROPY):
+class Entrocraft(Method, key="entrocraft", place="selection", paper="2604.26326"):
     """Outside an entropy band, keep only the responses that push entropy back into it. [paper] Alg. 1: (.6,
-    .7) -> (.1, .2); [code]. H low: only A <= 0 teaches, which on balance raises it. In the band, or on an
-    edge, GRPO.
+    .7) -> (.1, .2); [code]. H low: only A <= 0 teaches, which on balance raises it. In the band: GRPO.
 
         s = I[H > hi] - I[H < lo];   keep response i iff s A_i >= 0;   mean over what is kept           (3.17)
         lo goes from `start` to `end` along the run, hi = lo + width
@@ -344,10 +325,9 @@ class Entrocraft(Method, key="entrocraft", place="selection", paper="2604.26326"
     variant: Literal["paper", "released"] = "paper"
     """paper (drop responses), released (other advantages)"""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.variant == "released":
-            self.needs = (*ENTROPY, "reward")
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (*ENTROPY, "reward") if self.variant == "released" else ENTROPY
 
     def overrides(self, hook: str) -> bool:
         return super().overrides(hook) and (hook != "advantage" or self.variant == "released")
@@ -438,9 +418,8 @@ class DrGRPO(Method, key="dr_grpo", place="weight", paper="2503.20783"):
 
 class Darling(DrGRPO, key="darling", paper="2509.02534"):
     """Multiply the reward by how different a response is from its group. [code] darling `partition`,
-    `process_uid_group`. Their classes come from a trained classifier; ours are equal answers (`outcome`).
-    n-grams are of token ids, theirs of words. A copy of another response gets 0. One right answer: partition
-    then says nothing among the right ones. Rewards below 0 would punish diverse errors and are refused.
+    `process_uid_group`. Their classes come from a trained classifier, ours are equal answers: partition says
+    nothing among the right ones if all answer alike. n-grams are of token ids, theirs of words.
 
         n-gram      d = |4-grams found in no other response of the group| / max(length - 3, 1)          (3.36)
         partition   d = max((G - c)/(G - 1), .1),  c responses of the group have the same answer
@@ -452,33 +431,24 @@ class Darling(DrGRPO, key="darling", paper="2509.02534"):
     aggregation: Aggregation = "token_mean"
 
     without = ("norm",)
+    refuses_negative = "multiplies rewards"  # which would punish diverse errors
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.needs = ("logp", "reward", "group", *(["outcome"] if self.diversity == "partition" else []))
-
-    def complaint(self, settings: Any) -> str:
-        if settings.reward != "length_penalty":
-            return ""
-        return "--reward length_penalty: darling multiplies rewards, and some would be below 0"
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (*GROUPED, "outcome") if self.diversity == "partition" else GROUPED
 
     def shape(self, tk: Tokens) -> Tensor:
-        if bool((tk.reward < 0).any()):
-            raise ValueError("darling: a reward is below 0, and times diversity would punish diverse errors")
-        return tk.reward * (self.ngram(tk) if self.diversity == "ngram" else self.partition(tk)).to(tk.reward)
+        d = self.ngram(tk) if self.diversity == "ngram" else self.partition(tk)
+        return self.not_negative(tk.reward) * d.to(tk.reward)
 
     def ngram(self, tk: Tokens, n: int = 4) -> Tensor:
         """(B,) float64."""
-        seen: dict[tuple, set[int]] = {}  # (group, n-gram) -> rows that have it
         rows = [ids[keep].tolist() for ids, keep in zip(tk.ids.cpu(), tk.mask.cpu())]
-        for i, (ids, g) in enumerate(zip(rows, tk.group.tolist())):
-            for gram in zip(*(ids[k:] for k in range(n))):
-                seen.setdefault((g, gram), set()).add(i)
-        own = torch.zeros(len(rows), dtype=torch.float64)
-        for where in seen.values():
-            if len(where) == 1:
-                own[next(iter(where))] += 1
-        return (own.to(tk.mask.device) / (tk.lengths - n + 1).clamp(min=1)).clamp(max=1)
+        rows = [zip(*(ids[k:] for k in range(n))) for ids in rows]
+        grams = [{(g, gram) for gram in row} for row, g in zip(rows, tk.group.tolist())]
+        count = Counter(gram for own in grams for gram in own)  # rows of the group that have it
+        new = tk.mask.new_tensor([sum(count[x] == 1 for x in own) for own in grams], dtype=torch.float64)
+        return (new / (tk.lengths - n + 1).clamp(min=1)).clamp(max=1)
 
     @staticmethod
     def partition(tk: Tokens) -> Tensor:
@@ -495,10 +465,7 @@ def alike(tk: Tokens) -> Tensor:
     return count[index].double()
 
 
-class OutcomeExploration(
-    Method, key="outcome_exploration", place="weight", paper="2509.06941",
-    needs=("logp", "reward", "group", "outcome"),
-):  # fmt: skip
+class OutcomeExploration(Method, key="outcome_exploration", place="weight", paper="2509.06941"):
     """A bonus for answers that are rare in the group, or have been so far. [second-hand] a summary with the
     equations; b0 = .5 is its example, the coefficient is not public: .2 is ours. The means of batch and
     ucb_con are not 0: where all are right with one answer, all go down, and entropy rises by unlearning.
@@ -515,11 +482,8 @@ class OutcomeExploration(
     b0: float = 0.5
     """what ucb_con subtracts: answers seen more than b0^-2 times lose"""
 
-    state = {"counts": {}}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.counts = {}  # of its own; answer -> times seen
+    needs = (*GROUPED, "outcome")
+    state = {"counts": {}}  # answer -> times seen
 
     def bonus(self, tk: Tokens) -> Tensor:
         """(B,) float64."""
@@ -553,9 +517,10 @@ def cosines(rows: list[list[int]]) -> Tensor:
     return K / (K.diagonal() * K.diagonal()[:, None]).sqrt()
 
 
-def shapley(M: Tensor, generator: torch.Generator) -> Tensor:
+def shapley(M: Tensor, generator: Generator) -> Tensor:
     """(c,) Shapley values of F(S) = log det(I + M_SS), M (c, c) float64 and positive semi-definite; the same
-    for rows that are alike. From all 2^c subsets, or from random orders with all their rotations."""
+    for rows that are alike. Up to c = 10 from all 2^c subsets. Above, from at least 64 random orders, with
+    all their rotations: each row is as often first as last, and noise does not drown small differences."""
     c, i, eye, own = len(M), torch.arange(len(M)), torch.eye(len(M)).to(M), M.diagonal()
     if c <= 10:
         inside = torch.arange(2**c)[:, None] >> i & 1  # (2^c, c)
@@ -572,7 +537,7 @@ def shapley(M: Tensor, generator: torch.Generator) -> Tensor:
     return (alike @ phi / alike.sum(1)).round(decimals=12)
 
 
-class GCPO(Method, key="gcpo", place="weight", paper="2605.11461", needs=("logp", "reward", "group")):
+class GCPO(Method, key="gcpo", place="weight", paper="2605.11461", needs=GROUPED):
     """Reconstruction: pay a right response for what it adds to the variety of its group. [paper], abstract
     only: the volume of embeddings weighted by reward, shared by average marginal contribution; the formula is
     a [reconstruction]. They embed the meaning; our n-grams of ids pay other words for the same solution too.
@@ -580,25 +545,17 @@ class GCPO(Method, key="gcpo", place="weight", paper="2605.11461", needs=("logp"
 
         F(S) = log det(I + g diag(R) K diag(R)) over the rows S,    K cosines of counts, n = 1..4       (3.39)
         phi_i = mean over all orders of F(i and those before i) - F(those before i);    A from phi by (2.1)
-
-    Exact for up to 10 right responses. For more, the mean of some random orders and all their rotations, at
-    least 64: with each row as often first as last, the noise does not drown small differences.
     """
 
     g: Above = 1.0
     """scale of the similarity; the larger, the less a second response of the same kind earns"""
 
-    def complaint(self, settings: Any) -> str:
-        if settings.reward != "length_penalty":
-            return ""
-        return "--reward length_penalty: gcpo squares rewards, and some would be below 0"
+    refuses_negative = "squares rewards"  # which would pay for errors
 
     def shape(self, tk: Tokens) -> Tensor:
         """(B,) float64: the rounding of float32, over a std of almost 0, would teach."""
-        if bool((tk.reward < 0).any()):
-            raise ValueError("gcpo: a reward is below 0, and its square would pay for errors")
         text = [ids[keep].tolist() for ids, keep in zip(tk.ids.cpu(), tk.mask.cpu())]
-        group, reward = tk.group.cpu(), tk.reward.cpu().double()
+        group, reward = tk.group.cpu(), self.not_negative(tk.reward).cpu().double()
         phi = torch.zeros_like(reward)
         for name in group[reward > 0].unique():
             rows = ((group == name) & (reward > 0)).nonzero()[:, 0].tolist()
@@ -623,7 +580,7 @@ def group_quantile(reward: Tensor, group: Tensor, K: float, interpolation: str =
     return (low + (high - low) * (x - x.floor()).to(low.dtype))[index]
 
 
-class QAE(Method, key="qae", place="weight", paper="2509.22611", needs=("logp", "reward", "group")):
+class QAE(Method, key="qae", place="weight", paper="2509.22611", needs=GROUPED):
     """Quantile baseline: on hard prompts only successes teach, on easy ones only failures. [paper] §3-5; K =
     .4 with clip-higher, .6 when entropy collapses. Its README interpolates. A does not sum to 0.
 
@@ -642,16 +599,13 @@ class QAE(Method, key="qae", place="weight", paper="2509.22611", needs=("logp", 
         return (gap / (group_std(r, tk.group) + 1e-6))[:, None].expand(tk.mask.shape)  # (3.23)
 
 
-class AsymGRPO(
-    Method, key="asym_grpo", place="weight", paper="2604.04894", needs=("logp", "reward", "group")
-):
+class AsymGRPO(Method, key="asym_grpo", place="weight", paper="2604.04894", needs=GROUPED):
     """Successes and failures by different powers of the odds of success. [second-hand, two agreeing notes];
     the exponents stand in one of them. p is the share of right responses in the group.
 
         A = ((1 - p)/p)^b_plus if right,  -(p/(1 - p))^b_minus if wrong;  0 where p is 0 or 1           (3.31)
         (.5, .5) GRPO without G - 1;   (1, 0) MaxRL;   (0, 0) REINFORCE on ±1
-        Σ A = 0 in a group iff b_plus + b_minus = 1 or p = 1/2: the defaults add a push up where p is
-        small, and one down where it is large
+        Σ A = 0 in a group iff b_plus + b_minus = 1 or p = 1/2: the defaults push up for small p, else down
     """
 
     b_plus: Positive = 0.9
@@ -666,7 +620,7 @@ class AsymGRPO(
         return torch.where((p > 0) & (p < 1), a, 0)[:, None].expand(tk.mask.shape)
 
 
-class MaxRL(Method, key="maxrl", place="weight", paper="2602.02710", needs=("logp", "reward", "group")):
+class MaxRL(Method, key="maxrl", place="weight", paper="2602.02710", needs=GROUPED):
     """Divide by the group's mean reward: the gradient of the logarithm of the pass rate, as a series. [code]
     tajwarfahim/maxrl. The mean of ∇log π over the right responses, minus that over all (a control variate):
 
@@ -674,16 +628,13 @@ class MaxRL(Method, key="maxrl", place="weight", paper="2602.02710", needs=("log
         E[(1/G) Σ A ∇log π] = ∇P Σ_{k<G} (1 - P)^(k-1) = ∇ Σ_{k<G} -(1 - P)^k/k,  P the true pass rate
 
     that is ∇log P cut off, the pass@k up to G - 1 weighted 1/k. Without the control variate one term more:
-    where nobody is right A is 0 and takes the last one away. A reaches G - 1. The code gives a group of one
-    A = 1e6 if right; ours 0.
+    where nobody is right A is 0 and takes the last one away. A right group of one has A = 1e6 there, 0 here.
     """
 
+    refuses_negative = "divides by the mean reward"
+
     def advantage(self, tk: Tokens) -> Tensor:
-        r = tk.reward if tk.reward.dtype == torch.float64 else tk.reward.float()
-        if bool((r < 0).any()):
-            raise ValueError(
-                f"maxrl: a reward of {float(r.min()):g}: divides by the mean reward, give R >= 0"
-            )
+        r = self.not_negative(tk.reward if tk.reward.dtype == torch.float64 else tk.reward.float())
         mean = group_mean(r, tk.group)
         return ((r - mean) / (mean + 1e-6))[:, None].expand(tk.mask.shape)
 
@@ -696,7 +647,7 @@ def miss(wrong: Tensor, size: Tensor, k: int) -> Tensor:
     return out
 
 
-class PassK(Method, key="passk", place="weight", paper="2508.10751", needs=("logp", "reward", "group")):
+class PassK(Method, key="passk", place="weight", paper="2508.10751", needs=GROUPED):
     """Advantages of pass@k instead of pass@1. [code] RUCAIBox/Passk_Training; pkpo (2505.15201) [second-hand,
     five agreeing re-implementations]; best (2503.19595) [code] verl `grpo_passk`. c right of G, k <= G.
 
@@ -715,11 +666,17 @@ class PassK(Method, key="passk", place="weight", paper="2508.10751", needs=("log
     """passk (Σ A = 0), pkpo (any R, unbiased for E[max of k]), best (only the best response)"""
 
     def advantage(self, tk: Tokens) -> Tensor:
-        r = tk.reward.double()
-        a = {"passk": self.passk, "pkpo": self.pkpo, "best": self.best}[self.objective](tk, r)
+        a, r = torch.zeros_like(tk.reward, dtype=torch.float64), tk.reward.double()
+        if self.objective == "passk":
+            a = self.passk(tk)
+        else:
+            for g in tk.group.unique():
+                own = tk.group == g
+                a[own] = self.pkpo(r[own]) if self.objective == "pkpo" else self.best(r[own])
         return a.to(tk.logp.dtype)[:, None].expand(tk.mask.shape)
 
-    def passk(self, tk: Tokens, r: Tensor) -> Tensor:
+    def passk(self, tk: Tokens) -> Tensor:
+        """(B,); the other two are of the rewards of one group."""
         index, sizes = group_index(tk.group)
         size, right = sizes[index], tk.solved
         wrong = (group_mean((~right).double(), tk.group) * size).round()
@@ -728,27 +685,21 @@ class PassK(Method, key="passk", place="weight", paper="2508.10751", needs=("log
         a = torch.where(right, fail, fail - q) / ((fail * (1 - fail)).clamp(min=0).sqrt() + 1e-6)
         return torch.where((fail > 0) & (wrong < size), a, 0)
 
-    def pkpo(self, tk: Tokens, r: Tensor) -> Tensor:
+    def pkpo(self, r: Tensor) -> Tensor:
         if self.k == 1:
-            return r - group_mean(r, tk.group)
-        a = torch.zeros_like(r)
-        for g in tk.group.unique():
-            rows = (tk.group == g).nonzero()[:, 0]
-            n, own = len(rows), r[rows]
-            k = min(self.k, n)
-            for i in range(n if k > 1 else 0):
-                others = torch.cat([own[:i], own[i + 1 :]]).sort().values  # the m-th is the largest of T:
-                chance = [math.comb(m, k - 2) / math.comb(n - 1, k - 1) for m in range(n - 1)]
-                a[rows[i]] = k / n * ((own[i] - others).clamp(min=0) * r.new_tensor(chance)).sum()
+            return r - group_mean(r, torch.zeros_like(r))
+        a, n, k = torch.zeros_like(r), len(r), min(self.k, len(r))
+        for i in range(n if k > 1 else 0):
+            others = torch.cat([r[:i], r[i + 1 :]]).sort().values  # the m-th is the largest of T:
+            chance = [math.comb(m, k - 2) / math.comb(n - 1, k - 1) for m in range(n - 1)]
+            a[i] = k / n * ((r[i] - others).clamp(min=0) * r.new_tensor(chance)).sum()
         return a
 
-    def best(self, tk: Tokens, r: Tensor) -> Tensor:
-        a, std = torch.zeros_like(r), group_std(r, tk.group)
-        for g in tk.group.unique():
-            rows = (tk.group == g).nonzero()[:, 0]
-            if len(rows) > 1:
-                (first, second), order = r[rows].topk(2)
-                a[rows[order[0]]] = (first - second) / (std[rows[0]] + 1e-6)
+    def best(self, r: Tensor) -> Tensor:
+        a = torch.zeros_like(r)
+        if len(r) > 1:
+            (first, second), order = r.topk(2)
+            a[order[0]] = (first - second) / (group_std(r, torch.zeros_like(r))[0] + 1e-6)
         return a
 
 
@@ -758,7 +709,7 @@ def mean_logp(tk: Tokens, normalize: bool) -> Tensor:
     return logp / tk.lengths.clamp(min=1) if normalize else logp
 
 
-class Unlikely(Method, key="unlikely", place="weight", paper="2506.02355", needs=("logp", "reward", "group")):
+class Unlikely(Method, key="unlikely", place="weight", paper="2506.02355", needs=GROUPED):
     """A likely right response earns less than an unlikely one. [code] rewarding-unlikely-release. Groups of
     one reward are left alone: after shaping they would have a variance, and dividing by it hides b.
 
@@ -776,12 +727,11 @@ class Unlikely(Method, key="unlikely", place="weight", paper="2506.02355", needs
         below, tied = (same & (logp < logp[:, None])).sum(1), (same & (logp == logp[:, None])).sum(1) - 1
         rank = below + 0.5 * tied
         mixed = (same & (tk.reward != tk.reward[:, None])).any(1)
-        return torch.where(
-            mixed, tk.reward * (1 - self.b * rank / sizes[index]).to(tk.reward.dtype), tk.reward
-        )
+        shaped = tk.reward * (1 - self.b * rank / sizes[index]).to(tk.reward.dtype)  # (3.33)
+        return torch.where(mixed, shaped, tk.reward)
 
 
-class UCPO(Method, key="ucpo", place="weight", paper="2605.00365", needs=("logp", "reward", "group")):
+class UCPO(Method, key="ucpo", place="weight", paper="2605.00365", needs=GROUPED):
     """Move weight among a group's right responses from the likely to the unlikely. [code] AnamikaLochab/UCPO
     `iq`. The wrong ones and the sum over the right ones stay as they are. Per token, q is nearly uniform.
 
@@ -808,7 +758,7 @@ class UCPO(Method, key="ucpo", place="weight", paper="2605.00365", needs=("logp"
         return w[:, None].expand(tk.mask.shape)
 
 
-class MCPO(Method, key="mcpo", place="weight", paper="2604.16972", needs=("logp", "reward", "group")):
+class MCPO(Method, key="mcpo", place="weight", paper="2604.16972", needs=GROUPED):
     """Equal weight for all easy prompts, and an anchor for the mastered ones. [second-hand, two agreeing
     readings]. The anchor is π_old: with one update per rollout only the scale acts. Consolidates rather than
     explores. Dynamic sampling would remove what it anchors.
@@ -968,7 +918,7 @@ class EntropyAdvantage(Method, key="entropy_advantage", place="weight", paper="2
         return torch.where(adv == 0, 1, 1 + bonus / torch.where(adv == 0, 1, adv))
 
 
-class STEER(Method, key="steer", place="weight", paper="2510.10150", needs=ENTROPY):
+class STEER(Method, key="steer", place="weight", paper="2510.10150"):
     """The more a token would move entropy, the smaller its weight. [second-hand] eq. 6-9; [code] STEER:
     max(max M, .02) over micro-batches of 8 responses, H of the old policy, the linear map by default. One
     outlier as the maximum leaves most weights within 1 % of 1: watch weight_std.
@@ -988,10 +938,9 @@ class STEER(Method, key="steer", place="weight", paper="2510.10150", needs=ENTRO
     w_max: AtLeastOne = 1.2
     """the largest weight of the linear map"""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.form == "exact":
-            self.needs = FLOW
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return FLOW if self.form == "exact" else ENTROPY
 
     def weight(self, tk: Tokens, adv: Tensor, metrics: dict[str, float]) -> Tensor:
         released = self.form == "released"  # A/π_old · p (1-p) u = r A (1-p) u, without the clip
@@ -1008,7 +957,7 @@ class STEER(Method, key="steer", place="weight", paper="2510.10150", needs=ENTRO
         return self.w_max - (omega - low) / (high - low) * (self.w_max - lowest)
 
 
-class OPEFO(Method, key="opefo", place="weight", paper="2605.11491", needs=FLOW):
+class OPEFO(Method, key="opefo", place="weight", paper="2605.11491"):
     """Weight entropy-raising and entropy-lowering tokens so that their flows cancel, or hold a target.
     [second-hand] eq. 6-9, read per token (inferred; no code is released).
 
@@ -1047,8 +996,10 @@ class OPEFO(Method, key="opefo", place="weight", paper="2605.11491", needs=FLOW)
         if self.integral and (self.target_entropy is None or self.gain == 0):
             who = f"integral={self.integral}, target_entropy={self.target_entropy}, gain={self.gain}"
             raise ValueError(f"opefo: {who}: give a target_entropy and a gain above 0, or integral=0")
-        if self.form != "exact":
-            self.needs = ENTROPY
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return FLOW if self.form == "exact" else ENTROPY
 
     def _lambda(self, f: Tensor, entropy: float) -> float:
         if self.lam is not None:
@@ -1113,14 +1064,11 @@ class PAPO(Method, key="papo", place="weight", paper="2605.11775", needs=FLOW):
             self.e_ref = plan.entropy if self.e_ref is None else 0.9 * self.e_ref + 0.1 * plan.entropy
 
 
-class CWGRPO(
-    Method, key="cw_grpo", place="weight", paper="2605.11538", needs=("logp", "group"),
-    idea="Gaussian weight around zero covariance of advantage and log-prob, mean weight 1",
-):  # fmt: skip
-    """A Gaussian kernel on the covariance. [second-hand, two agreeing notes]; [code] WangCheng0116/CW-GRPO,
-    whose README names no paper. In words the paper's one group is its batch, so the scope is ambiguous; the
-    code has one group a micro-batch, a mean of log p for each response, padding in the normaliser, and does
-    not detach w: the loss is then -A w(log p), and its gradient runs through w, means and σ as well.
+class CWGRPO(Method, key="cw_grpo", place="weight", paper="2605.11538", needs=("logp", "group")):
+    """A Gaussian weight around zero covariance of advantage and log-prob, mean weight 1. [second-hand, two
+    agreeing notes]; [code] WangCheng0116/CW-GRPO, whose README names no paper. In words the paper's one group
+    is its batch, so the scope is ambiguous; the code has one group a micro-batch, padding in the normaliser,
+    and does not detach w: the loss is -A w(log p), and its gradient runs through w, means and σ as well.
 
         c = (log p - mean log p)(A - mean A);   w = exp(-c²/(2 σ²)),  σ = std of c;   w <- w N / Σ w    (3.16)
         released: per group; mean log p of the response, mean A of responses; N = rows · longest response
@@ -1132,14 +1080,9 @@ class CWGRPO(
     scope: Literal["batch", "group"] = "batch"
     """over what means and σ are taken: batch, group"""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.form == "released":
-            self.scope = "group"
-
     def kernel(self, logp: Tensor, adv: Tensor, mask: Tensor, group: Tensor) -> Tensor:
         """(B, T) float64, differentiable in `logp`."""
-        part = group if self.scope == "group" else torch.zeros_like(group)
+        part = group if self.scope == "group" or self.form == "released" else torch.zeros_like(group)
         w = torch.ones_like(adv, dtype=torch.float64)
         for g in part.unique():
             rows = part == g
@@ -1191,8 +1134,8 @@ class STARE(Method, key="stare", place="weight", paper="2606.19236", needs=ENTRO
         gate = I[e < target]                                                                            (3.18)
         L+ = the ⌈fraction · |T+|⌉ tokens of largest surprisal -log p among T+ = {A > 0};  L- same for A < 0
         w = W on L+,  M on L- (variant C2 only),  1 elsewhere;  all 1 if the gate is closed
-        adaptive: W <- clip(W + rate s, 1, 1.5),  M <- clip(M - rate s, .5, 1),  s = sgn(target - e), before
-        the loss of the same step
+        adaptive: W <- clip(W + rate s, 1, 1.5),  M <- clip(M - rate s, .5, 1),  s = sgn(target - e),
+        before the loss of the same step
     """
 
     fraction: Share = 0.1
@@ -1332,8 +1275,7 @@ class REPO(Method, key="repo", place="weight", paper="2603.11682", needs=ENTROPY
 class AR(Method, key="ar", place="weight", paper="2505.12929", needs=("logp",)):
     """Rare tokens count less, whatever their sign. [code] zhyang2226/AR-Lopti; alpha .3 together with Lopti,
     two separate steps for rare and likely tokens, which is a loop and not a hook. A token's gradient is
-    proportional to 1 - π, so rare ones dominate. REPO's opposite on successes: what it does to entropy is for
-    the ledger to say.
+    proportional to 1 - π, so rare ones dominate. The opposite of REPO on successes.
 
         w = alpha π_old(y) + 1 - alpha                                                                  (3.40)
     """
@@ -1345,7 +1287,7 @@ class AR(Method, key="ar", place="weight", paper="2505.12929", needs=("logp",)):
         return 1 - self.alpha + self.alpha * tk.logp_before.exp()
 
 
-def asked_again(tokens: Tokens, chance: torch.Generator, room: float = math.inf) -> tuple[Tensor, Tokens]:
+def asked_again(tokens: Tokens, chance: Generator, room: float = math.inf) -> tuple[Tensor, Tokens]:
     """Right responses behind a longer prompt: the prompt, another right response to it, the prompt again, all
     in token ids. The other one is drawn from the group, among those with which the row has at most `room`
     tokens. (N,) the rows for which there is one, and these N responses."""
@@ -1364,9 +1306,7 @@ def asked_again(tokens: Tokens, chance: torch.Generator, room: float = math.inf)
     return rows, replace(own, full_ids=tokens.full_ids[row, place], start=own.start + end[other])
 
 
-class RLRT(
-    Method, key="rlrt", place="weight", paper="2605.10781", needs=("logp", "teacher_logp", "reward", "group")
-):
+class RLRT(Method, key="rlrt", place="weight", paper="2605.10781", needs=("teacher_logp", *GROUPED)):
     """Weigh tokens of right responses by how much less likely another right one, read first, makes them.
     [second-hand], two notes with equations; the teacher's prompt is not public and a [reconstruction]
     (`asked_again`): the prompt, another right response of the group with its EOS, the prompt again.
@@ -1481,10 +1421,7 @@ class GSPO(Method, key="gspo", place="ratio", paper="2507.18071", on_policy=Fals
         return clipped_surrogate(s, torch.zeros_like(s), plan.adv, self.eps_low, self.eps_high)
 
 
-class SAPO(
-    FromFactor, key="sapo", place="ratio", paper="2511.20347", on_policy=False,
-    without=("dual_clip", "eps_low", "eps_high"),
-):  # fmt: skip
+class SAPO(FromFactor, key="sapo", place="ratio", paper="2511.20347", on_policy=False):
     """A sigmoid instead of the clip: far ratios fade out, none is cut off. [code] verl, TRL, SkyRL agree.
     On-policy only the aggregation differs from GRPO.
 
@@ -1498,24 +1435,18 @@ class SAPO(
     """steepness for A < 0"""
     aggregation: Aggregation = "seq_mean_token_mean"
 
+    without = ("dual_clip", "eps_low", "eps_high")
+
     def factor(self, tk: Tokens, adv: Tensor, marks: dict[str, Tensor] | None = None) -> Tensor:
         r = log_ratio(tk.logp, tk.old_logp).exp().detach()
         s = (torch.where(adv > 0, self.t_plus, self.t_minus) * (r - 1)).sigmoid()
         return 4 * s * (1 - s) * r
 
 
-class BAPO(
-    FromFactor,
-    key="bapo",
-    place="ratio",
-    paper="2510.18927",
-    on_policy=False,
-    without=("eps_low", "eps_high"),
-):
-    """Widen the clip until successes carry enough of the loss. [code] WooooDyy/BAPO, per micro-batch; ours
-    per update batch. A higher lower bound drops punished tokens that are rare by now, a higher upper one
-    admits rare successes. The paper compares with the whole loss, the code with the failures: 1 here is .5
-    there.
+class BAPO(FromFactor, key="bapo", place="ratio", paper="2510.18927", on_policy=False):
+    """Widen the clip until successes carry enough of the loss. [code] WooooDyy/BAPO, per micro-batch.
+    A higher lower bound drops punished tokens that are rare by now, a higher upper one admits rare successes.
+    The paper compares with the whole loss, the code with the failures: 1 here is .5 there.
 
         eff = min(r, hi) A where A >= 0, max(r, lo) A where A < 0;   ratio = Σ eff+ / Σ |eff-|          (3.44)
         while ratio < target: lo += .05 up to lo_max; then hi += .05 up to hi_max;  r clipped to [lo, hi]
@@ -1532,6 +1463,8 @@ class BAPO(
     hi_max: AtLeastOne = 2.0
     """highest upper bound"""
     dual_clip: DualClip | None = 3.0
+
+    without = ("eps_low", "eps_high")
 
     def bounds(self, tk: Tokens, adv: Tensor) -> tuple[float, float]:
         """(lo, hi) after the search over the whole batch."""
@@ -1559,10 +1492,7 @@ class BAPO(
         return dual_clip_factor(torch.where(clipped, 0, r), adv, self.dual_clip)
 
 
-class SimKO(
-    Method, key="simko", place="ratio", paper="2510.14807",
-    needs=(*ENTROPY, "topk_logp", "reward", "group"),
-):  # fmt: skip
+class SimKO(Method, key="simko", place="ratio", paper="2510.14807"):
     """Share the push on a right token with the most likely ones, and punish a wrong favourite more. [code]
     CLR-Lab/SimKO, `compute_policy_loss`; active on-policy, and the only method that pushes tokens that nobody
     drew. Only where a response is unsure: H above its tau-quantile in the response.
@@ -1583,6 +1513,8 @@ class SimKO(
     """quantile of the entropies of a response above which its tokens count as unsure"""
     lam: AtLeastOne = 1.1
     """factor on the advantage of a wrong most likely token"""
+
+    needs = ("entropy", "topk_logp", *GROUPED)
 
     @property
     def topk(self) -> int:
@@ -1640,7 +1572,7 @@ def dual_clip_factor(f: Tensor, adv: Tensor, c: float | None) -> Tensor:
     return f if c is None else torch.where((adv < 0) & (f > c), 0, f)
 
 
-class HTPO(FromFactor, key="htpo", place="ratio", paper="2605.08283", needs=(*ENTROPY, "reward", "group")):
+class HTPO(FromFactor, key="htpo", place="ratio", paper="2605.08283", needs=("entropy", *GROUPED)):
     """Other clip rules by difficulty of the prompt, correctness and entropy of the token. [code] xcyao00/HTPO
     `core_algos.py`. Prompt hard iff group accuracy < hard; token high iff H >= the max(⌊high · len⌋, 1)-th
     largest of its own response; id = exp(log π - sg log π).                                           (3.24)
@@ -1679,21 +1611,17 @@ class HTPO(FromFactor, key="htpo", place="ratio", paper="2605.08283", needs=(*EN
         m = self.mark(tk, adv, metrics)
         low = (m["hard"] & m["correct"])[:, None] & tk.mask & ~m["high"]
         high = (~m["hard"] & m["correct"])[:, None] & m["high"]
-        drop = torch.zeros_like(tk.mask)
-        if self.low_drop > 0:
-            drop = drop | (low & (tk.entropy < -self.nth(-tk.entropy, low, self.low_drop)))
-        if self.high_drop > 0:
-            drop = drop | (high & (tk.entropy >= self.nth(tk.entropy, high, self.high_drop)))
-        metrics["selected"] = int(drop.sum())
-        return torch.where(drop, 0.0, 1.0)
+        low = low & (tk.entropy < -self.nth(-tk.entropy, low, self.low_drop)) & (self.low_drop > 0)
+        high = high & (tk.entropy >= self.nth(tk.entropy, high, self.high_drop)) & (self.high_drop > 0)
+        metrics["selected"] = int((low | high).sum())
+        return torch.where(low | high, 0.0, 1.0)
 
     @staticmethod
     def nth(score: Tensor, inside: Tensor, share: float) -> Tensor:
         """(B, 1): in each response the max(⌊share · n⌋, 1)-th largest score of the n tokens inside."""
         k = (share * inside.sum(-1).double()).long().clamp(min=1)
-        return (
-            torch.where(inside, score, -math.inf).sort(-1, descending=True).values.gather(-1, k[:, None] - 1)
-        )
+        falling = torch.where(inside, score, -math.inf).sort(-1, descending=True).values
+        return falling.gather(-1, k[:, None] - 1)
 
     def factor(self, tk: Tokens, adv: Tensor, marks: dict[str, Tensor] | None = None) -> Tensor:
         m = marks or self.mark(tk, adv, {})
@@ -1794,9 +1722,8 @@ class RefKL(Method, key="ref_kl", place="penalty", paper="2402.03300", needs=("l
 
     Our default k2 has the gradient of KL(π||π_ref), the paper's k3 that of the reverse KL, grpo (2.13) to
     (2.16). k1 does not know the reference: its gradient E[∇log π(y)] is 0 for y ~ π; for y ~ π_old, in later
-    updates, it leads away from the policy that sampled. abs: while π is π_ref, its sign is rounding. Metric
-    kl_ref: mean k3. beta: .04 GRPO, .001 DeepSeek-R1 and verl, .05 open-instruct, 0 DAPO and TRL.
-    2505.22617 saw entropy stay and accuracy fall.
+    updates, it leads away from the policy that sampled. abs: while π is π_ref, its sign is rounding. beta:
+    .04 GRPO, .001 DeepSeek-R1 and verl, .05 open-instruct, 0 DAPO, TRL. 2505.22617: H stays, accuracy falls.
     """
 
     beta: Positive = 0.04
@@ -1805,8 +1732,6 @@ class RefKL(Method, key="ref_kl", place="penalty", paper="2402.03300", needs=("l
     """k2 (right gradient), k3 (papers), k1 (no pull), abs"""
 
     def penalty(self, tk: Tokens, plan: Plan) -> Tensor | None:
-        if not self.beta:
-            return None
         return self.beta * weighted_sum(kl_penalty(tk.logp, tk.ref_logp, self.estimator), plan.coef_all)
 
 
@@ -1862,9 +1787,9 @@ class KLCov(OnPicked, key="kl_cov", place="penalty", paper="2505.22617", on_poli
         l = -r A (no clip);  l += beta · d(π, π_old) on the max(1, ⌊ratio · N⌋) tokens of top c (3.7)    (3.8)
 
     d: abs |log r| (released, default), k2, k3 = r - 1 - log r (estimates KL(π_old||π), as in the paper).
-    **Strictly on-policy log r is 0 and so is every d's gradient: nothing happens.** Leave old_logp None then,
-    as the loop does: abs would turn a second pass's rounding into gradients ±beta/N. All A or all log p
-    equal: none picked. Paper: ratio 2e-3 (7B), 2e-4 (32B), beta 1; PRIME .2 percent; verl 2e-4, beta .1.
+    **Strictly on-policy log r is 0 and so is every d's gradient: nothing happens**, if old_logp is None
+    (`log_ratio`). All A or all log p equal: none picked. Paper: ratio 2e-3 (7B), 2e-4 (32B), beta 1; PRIME .2
+    percent; verl 2e-4, beta .1.
     """
 
     ratio: Share = 2e-3
@@ -1995,6 +1920,7 @@ class Composite(Method):
             m.factor = self.factor  # what opefo and steer weigh is the force of the common surrogate
         self.needs = tuple(dict.fromkeys(n for m in members for n in m.needs))
         self.on_policy, self.refill = any(m.on_policy for m in members), any(m.refill for m in members)
+        self.topk = max(m.topk for m in members)
 
     @property
     def progress(self) -> Progress:
@@ -2056,10 +1982,6 @@ class Composite(Method):
         return any(m.entropy_grad for m in self.members)
 
     @property
-    def topk(self) -> int:
-        return max(m.topk for m in self.members)
-
-    @property
     def loss_norm(self) -> float | None:
         own = (m.loss_norm for m in self.members if m.overrides("loss_norm"))
         return next(own, self.progress.max_length)
@@ -2094,34 +2016,28 @@ METHODS: dict[str, type[Method]] = {c.key: c for c in (
 def convert(key: str, name: str, value: Any, kind: Any) -> Any:
     """A value, often a word, in the type of its field: bool, int, float, str, Literal, Annotated with a
     range; None for "none" where that is allowed."""
-    word, optional, low, high = str(value).strip().lower(), type(None) in get_args(kind), -math.inf, math.inf
+    word, optional = str(value).strip().lower(), type(None) in get_args(kind)
     if optional and word == "none":
         return None
     kind = get_args(kind)[0] if optional else kind
-    if get_origin(kind) is Annotated:
-        kind, (low, high) = get_args(kind)
+    kind, (low, high) = get_args(kind) if get_origin(kind) is Annotated else (kind, (-math.inf, math.inf))
+    found, fits = value, False
     if get_origin(kind) is Literal:
-        wanted = "one of " + ", ".join(get_args(kind))
-        if value in get_args(kind):
-            return value
+        wanted, fits = "one of " + ", ".join(get_args(kind)), value in get_args(kind)
     elif kind is str:
-        wanted = "a word"
-        if isinstance(value, str):
-            return value
+        wanted, fits = "a word", isinstance(value, str)
     elif kind is bool:
-        wanted = "true or false"
-        if word in ("true", "1", "yes", "on", "false", "0", "no", "off"):
-            return word in ("true", "1", "yes", "on")
+        wanted, found = "true or false", word in ("true", "1", "yes", "on")
+        fits = found or word in ("false", "0", "no", "off")
     else:
         wanted = f"{'a whole' if kind is int else 'a'} number from {low} to {high}"
-        try:
-            number = kind(value)
-            exact = isinstance(value, str) or (number == value and not isinstance(value, bool))
-            if exact and low <= number <= high:
-                return number
-        except (TypeError, ValueError, OverflowError):
-            pass
-    raise ValueError(f"{key}: {name}={value!r} does not fit: give {wanted}{' or none' * optional}")
+        with suppress(TypeError, ValueError, OverflowError):
+            found = kind(value)
+            exact = isinstance(value, str) or (found == value and not isinstance(value, bool))
+            fits = exact and low <= found <= high
+    if not fits:
+        raise ValueError(f"{key}: {name}={value!r} does not fit: give {wanted}{' or none' * optional}")
+    return found
 
 
 def _types(cls: type[Method]) -> dict[str, Any]:
@@ -2161,14 +2077,13 @@ def build(name: str, **hyperparameter: Any) -> Method:
     to all; "clip_cov.ratio" names the member. ValueError on what does not exist, fit or make sense.
     """
     name, options = parse(name)
-    hyperparameter = options | hyperparameter
-    types, given, members = {}, {}, []
+    types, given = {}, {}
     for key in name.split("+"):
         if key not in METHODS:
             (near,) = difflib.get_close_matches(key, METHODS, 1, 0)
             raise ValueError(f"method {key!r} is unknown: did you mean {near}? ({', '.join(METHODS)})")
         types[key], given[key] = _types(METHODS[key]), {}
-    for full, value in hyperparameter.items():
+    for full, value in (options | hyperparameter).items():
         prefix, _, n = full.rpartition(".")
         having = [key for key in types if n in types[key] and prefix in ("", key)]
         if not having:
@@ -2179,28 +2094,16 @@ def build(name: str, **hyperparameter: Any) -> Method:
             raise ValueError(f"{name}: {n} belongs to {' and '.join(having)}: write {having[0]}.{n}={value}")
         for key in having:
             given[key][n] = convert(key, n, value, types[key][n])
-    for key in name.split("+"):
-        members.append(METHODS[key](**given[key]))
-        members[-1].given = tuple(given[key])
+    members = [METHODS[key](**given[key]) for key in name.split("+")]
+    for m in members:
+        m.given = tuple(given[m.key])
     return members[0] if len(members) == 1 else Composite(members)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 8. Inside other trainers: verl and TRL
 
-VERL = (
-    "grpo",
-    "clip_higher",
-    "clip_cov",
-    "kl_cov",
-    "rand_pos_clip",
-    "cispo",
-    "gspo",
-    "ce_gppo",
-    "ar",
-    "sapo",
-    "bapo",
-)
+VERL = tuple("grpo clip_higher clip_cov kl_cov rand_pos_clip cispo gspo ce_gppo ar sapo bapo".split())
 VERL_CLIP = {"eps_low": ("low", 0.2), "eps_high": ("high", 0.2), "dual_clip": ("c", 3.0)}  # clip_ratio_...
 
 
@@ -2246,23 +2149,16 @@ def check_verl(method: Method) -> None:
 
 
 def verl_loss(
-    method: Method,
-    agg_loss: Callable[..., Tensor],
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: Any = None,
+    method: Method, agg_loss: Callable[..., Tensor], old_log_prob: Tensor, log_prob: Tensor,
+    advantages: Tensor, response_mask: Tensor, loss_agg_mode: str = "token-mean", config: Any = None,
     rollout_is_weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
     """A method's loss on one micro-batch, as verl's registry wants it: tensors (B, T) -> scalar, metrics."""
     for ours, (name, default) in VERL_CLIP.items():
         value = config.get(f"clip_ratio_{name}", default)
         if value not in (default, None, getattr(method, ours)):
-            raise ValueError(
-                f"actor.clip_ratio_{name}={value} is overruled: write {method.key}:{ours}={value}"
-            )
+            text = f"actor.clip_ratio_{name}={value} is overruled"
+            raise ValueError(f"{text}: write {method.key}:{ours}={value}")
     ids = old_log_prob.float().contiguous().view(torch.int32)  # order the rows of a draw: verl keeps its ids
     tokens = Tokens(ids, response_mask.bool(), logp=log_prob, old_logp=old_log_prob, adv=advantages)
     tokens.mismatch = rollout_is_weights
@@ -2430,24 +2326,20 @@ def trl_trainer() -> type:
 # 9. Demonstration
 
 
-def effect(method: Method, tokens: Tokens, entropy_slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a method does to a batch, each (B, T): the force -∂loss/∂logp of all its hooks; the entropy change
-    predicted from it, nats per unit learning rate; and whether the token is treated unlike plain GRPO.
+def effect(method: Method, tokens: Tokens, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a method does to a batch with these logits (B, T, V), each (B, T): the force -∂loss/∂logp of all
+    its hooks; the entropy change ⟨∇_z H, -∇_z loss⟩, nats per unit learning rate on the logits; and whether
+    the token is treated unlike plain GRPO."""
+    z = logits.detach().requires_grad_()
+    tk = replace(tokens, **vars(token_stats(z, tokens.ids)), topk_logp=z.log_softmax(-1).topk(3).values)
 
-    entropy_slope (B, T): |∇_z H|² = Σ_v p_v² (log p_v + H)², by which a gradient on H moves H.
-    """
-    names = [n for n in ("logp", "entropy", "topk_logp") if getattr(tokens, n) is not None]
-    leaves = [getattr(tokens, n).detach().clone().requires_grad_() for n in names]
+    def slopes(x: Tensor) -> tuple[Tensor, ...]:
+        to = (tk.logp, tk.entropy, z)
+        return torch.autograd.grad(x, to, retain_graph=True, allow_unused=True, materialize_grads=True)
 
-    def push(m: Method) -> tuple[Tensor, ...]:
-        loss, _ = policy_loss(replace(tokens, **dict(zip(names, leaves))), m)
-        return torch.autograd.grad(-loss, leaves, allow_unused=True, materialize_grads=True)
-
-    (force, pull, *others), (plain, *_) = push(method), push(Method())
-    change = token_flow(tokens, force) + torch.where(tokens.mask, pull * entropy_slope, 0)
-    for best, share in zip(leaves[2:], others):  # tokens that nobody drew, simko's
-        for logp, f in zip(best.detach().unbind(-1), share.unbind(-1)):
-            change = change + token_flow(replace(tokens, logp=logp), f)
+    force, pull, step = slopes(-policy_loss(tk, method)[0])
+    plain, *_ = slopes(-policy_loss(tk, Method())[0])
+    change = (step * slopes(tk.entropy.sum())[-1]).sum(-1)
     return force, change, ((force - plain).abs() > 1e-6 * plain.abs()) | (pull != 0)
 
 
@@ -2460,22 +2352,21 @@ def demonstration_options(entropy: float) -> dict[str, str]:
     return options | {"par": f"target={0.8 * entropy:.2g}", "entrocraft": f"start={1.2 * entropy:.2g}"}
 
 
-def show_batch(tokens: Tokens, entropy_slope: Tensor, path: str | None = None) -> None:
-    """Print what the methods do to one batch, off-policy only those that act on the ratio; draw it in `path`.
-    entropy_slope: as in `effect`."""
+def show_batch(tokens: Tokens, logits: Tensor, path: str | None = None) -> None:
+    """Print, and draw in `path`, what the methods do to a batch; off-policy those that act on the ratio."""
     import pandas
 
     mask, on_policy = tokens.mask, tokens.old_logp is None
     entropy = float(masked_mean(tokens.entropy, mask))
     adv = torch.where(mask, Method().advantage(tokens), 0)
-    base, flow_of_grpo, _ = effect(Method(), tokens, entropy_slope)
+    base, flow_of_grpo, _ = effect(Method(), tokens, logits)
     rows, weights, options = [], {}, demonstration_options(entropy)
     for key in METHODS:
         m = build(f"{key}:{options.get(key, '')}")
         m.progress = Progress(max_length=mask.shape[1])
         if not on_policy and m.on_policy and m.place not in ("none", "ratio"):
             continue
-        force, change, touched = effect(m, tokens, entropy_slope)
+        force, change, touched = effect(m, tokens, logits)
         weights[key] = torch.where(base == 0, 1, force / base).clamp(0, 2), touched
         up, down = (float(force[s].abs().sum() / base[s].abs().sum()) for s in (adv > 0, adv < 0))
         share, dh = masked_mean(touched.double(), mask), change.sum() / flow_of_grpo.abs().sum()
@@ -2496,7 +2387,7 @@ def draw(tokens: Tokens, adv: Tensor, weights: dict[str, tuple[Tensor, Tensor]],
     """Tokens on the plane (log p, A), a panel per method: dark by weight, large where it touches them."""
     from matplotlib.figure import Figure
 
-    adv = adv + 0.3 * torch.rand(adv.shape, generator=torch.Generator().manual_seed(0)).to(adv)  # jitter
+    adv = adv + 0.3 * torch.rand(adv.shape, generator=Generator().manual_seed(0)).to(adv)  # jitter
     fig = Figure(figsize=(15, 16), layout="constrained")
     axes = fig.subplots(-(-len(weights) // 4), 4, sharex=True)
     for axis in axes.flat[len(weights) :]:
@@ -2514,11 +2405,11 @@ def draw(tokens: Tokens, adv: Tensor, weights: dict[str, tuple[Tensor, Tensor]],
 
 def embedded_batches() -> list[tuple[Tokens, Tensor]]:
     """Two batches of chapter 4's embedded world: on-policy after 20 steps of GRPO, and the same responses
-    four updates later, when the ratio has left 1. Each with |∇_z H|² (B, T)."""
+    four updates later, when the ratio has left 1. Each with its logits (B, T, V)."""
     from rollout import Sampling, TorchEngine, WarmStart, answer, chain_task, outcomes, warm_policy
 
     (model, tokenizer), task = warm_policy(WarmStart()), chain_task()
-    generator = torch.Generator().manual_seed(0)
+    generator = Generator().manual_seed(0)
     policy, reference = Policy(model), Policy(copy.deepcopy(model))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.0)
 
@@ -2535,18 +2426,13 @@ def embedded_batches() -> list[tuple[Tokens, Tensor]]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    def slope(logits: Tensor, ids: Tensor) -> Tensor:
-        logp = logits.log_softmax(-1)
-        h = -(logp.exp() * logp).sum(-1, keepdim=True)
-        return (logp.exp() * (logp + h)).square().sum(-1)
-
     @torch.no_grad()
     def scored(tokens: Tokens) -> tuple[Tokens, Tensor]:
-        proxy, slopes = (policy(tokens, of_logits=f)["of_logits"] for f in (proxy_log_prob, slope))
-        now, (rows, asked) = policy(tokens, topk=3), asked_again(tokens, torch.Generator().manual_seed(0))
-        teacher = torch.full_like(now["logp"], -math.inf).index_copy(0, rows, policy(asked)["logp"])
-        more = {"ref_logp": reference(tokens)["logp"], "proxy_logp": proxy, "teacher_logp": teacher}
-        return replace(tokens, **now, **more), slopes
+        logits = policy(tokens, of_logits=lambda z, ids: z)["of_logits"]
+        now, (rows, asked) = token_stats(logits, tokens.ids), asked_again(tokens, Generator().manual_seed(0))
+        teacher = torch.full_like(now.logp, -math.inf).index_copy(0, rows, policy(asked)["logp"])
+        more = {"proxy_logp": proxy_log_prob(logits, tokens.ids), "teacher_logp": teacher}
+        return replace(tokens, **vars(now), ref_logp=reference(tokens)["logp"], **more), logits
 
     for _ in range(20):
         update(rollout())

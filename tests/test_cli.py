@@ -45,6 +45,7 @@ WRONG = {  # a command line -> words of the complaint
     "--method reft+opefo --group-size 6": ["--group-size 6", "4 openers of reft"],
     "--method darling --reward length_penalty": ["--reward length_penalty", "darling"],
     "--method gcpo --reward length_penalty": ["--reward length_penalty", "gcpo"],
+    "--method opefo+maxrl --reward length_penalty": ["--reward length_penalty", "maxrl"],
     "--method mixed_cuts --engine vllm": ["--engine vllm: mixed_cuts", "--engine torch"],
     "--stepz 4": ["--stepz: unknown; did you mean --steps?"],
     "--step 4": ["--step", "--steps"],

@@ -2095,7 +2095,7 @@ def test_eq_3_26_cuts_support_and_uniformity(seed, k, delta, empty, temperature)
     plain = 2 * torch.randn(6, 8, generator=g, dtype=F64)
     m = build("mixed_cuts", k=k, delta=delta, empty=empty)
     m.progress.temperature = temperature
-    p = m.behaviour(plain / temperature, m.warm, torch.arange(6))
+    p = m.behaviour(plain / temperature, torch.arange(6))
     exploring = m.exploring(torch.arange(6))
     assert exploring.sum() == 3
     assert torch.allclose(p[~exploring], (plain / temperature).softmax(-1)[~exploring])
@@ -2463,12 +2463,9 @@ def test_demonstration_measures_the_real_entropy_change(tmp_path, capsys):
     loss."""
     logits, tokens = make(28, B=32)
     tk = tokens()
-    logp = logits.detach().log_softmax(-1)
-    h = -(logp.exp() * logp).sum(-1)
-    slope = (logp.exp() ** 2 * (logp + h[..., None]) ** 2).sum(-1)
     for key in METHODS:
         method = active(key)
-        predicted = iv.effect(method, tk.detach(), slope)[1].sum().item()
+        predicted = iv.effect(method, tk.detach(), logits)[1].sum().item()
         step = -1e-4 * gradient(logits, tokens(), method)
 
         def total(z):
@@ -2478,7 +2475,7 @@ def test_demonstration_measures_the_real_entropy_change(tmp_path, capsys):
         with torch.no_grad():
             measured = (total(logits + step) - total(logits - step)) / 2e-4
         assert predicted == pytest.approx(measured, rel=1e-4, abs=1e-8), key
-    iv.show_batch(tk.detach(), slope, str(tmp_path / "figure.png"))
+    iv.show_batch(tk.detach(), logits, str(tmp_path / "figure.png"))
     text = capsys.readouterr().out
     assert all(key in text for key in METHODS)
     assert (tmp_path / "figure.png").stat().st_size > 10_000
