@@ -49,6 +49,7 @@ import textwrap
 import time
 import timeit
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
@@ -700,35 +701,24 @@ class Run:
         told = f"all responses to a prompt had the same reward (mean {reward:.2f}, {cut:.0%} truncated)"
         return f"ten steps in a row taught nothing: {told}. Likely {why}"
 
-    @contextlib.contextmanager
-    def _together(self, before: str, hint: str) -> Iterator[None]:
-        """What goes wrong with the folder on one rank ends all of them with one user's line."""
-        with self.ranks.together(), user_error(before, hint, (Exception,)):
-            yield
-
     def save(self) -> None:
         """Write a checkpoint beside the last one, then rename: at no moment is there none."""
-        part, is_main = self.folder / ".checkpoint.part", self.ranks.is_main
+        part, is_main, weights = self.folder / ".checkpoint.part", self.ranks.is_main, {}
         hint = f"\nmake room, then go on from the last checkpoint: --resume {self.folder}"
-        writing = partial(self._together, f"{self.folder}: no checkpoint could be written:", hint)
-        weights, failed = {}, []
         try:
-            with writing():
-                if is_main:
-                    for left in (part, self.folder / ".best.part"):  # by a kill
-                        shutil.rmtree(left, ignore_errors=True)
-                    part.mkdir()
             with self.ranks.together():
-                for name, weight in full_weights(self.policy.model):  # all ranks gather, the first one keeps
-                    try:
-                        weights |= {name: weight.to("cpu", self.dtype).contiguous()} if is_main else {}
-                    except Exception as error:  # no memory: the others must not wait for this one
-                        failed.append(error)
-                if failed:
-                    raise failed[0]
-            with writing():
+                for left in (part, self.folder / ".best.part") if is_main else ():  # by a kill
+                    shutil.rmtree(left, ignore_errors=True)
+                gathered = full_weights(self.policy.model)
+                try:
+                    for name, weight in gathered:  # all ranks gather, the first one keeps
+                        if is_main:
+                            weights[name] = weight.to("cpu", self.dtype).contiguous()
+                finally:
+                    deque(gathered, 0)  # out of memory: the others must not wait for this one
+            before = f"{self.folder}: no checkpoint could be written:"
+            with self.ranks.together(), user_error(before, hint, (Exception,)):
                 self._training(dcp.save, part)
-            with writing():
                 if is_main:
                     self._write(part, weights)
         finally:
@@ -741,8 +731,8 @@ class Run:
         bare = model.get_base_model() if self.settings.lora else model
         bare.save_pretrained(part, state_dict=weights)
         self.tokenizer.save_pretrained(part)
-        state = {name: getattr(self, name) for name in STATE}
-        torch.save(state | {"method": self.method.state_dict()}, part / "state.pt")
+        state = {name: getattr(self, name) for name in STATE} | {"method": self.method.state_dict()}
+        torch.save(state, part / "state.pt")
         for path in filter(Path.is_file, part.rglob("*")):  # on the disk before the rename is
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
@@ -756,7 +746,6 @@ class Run:
         """checkpoint-best/: the model of the evaluation with the highest pass@1."""
         part, best = self.folder / ".best.part", self.folder / "checkpoint-best"
         left_out = shutil.ignore_patterns("training", "state.pt")
-        shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(self.folder / "checkpoint", part, ignore=left_out)
         (part / "best.json").write_text(json.dumps({"step": self.step, "pass@1": self.best}) + "\n")
         shutil.rmtree(best, ignore_errors=True)
@@ -805,9 +794,10 @@ class Run:
                 raise UserError(f"--resume {self.folder}: {text};\nput it back, or start a new run")
         # Without a checkpoint/ the process died between two renames.
         path = self.folder / ("checkpoint" if has("checkpoint") else "checkpoint-previous")
+        before = f"--resume {self.folder}: {path.name} is damaged:"
         hint = f"\nremove {path} to go on from checkpoint-previous if there is one, else from the start"
         if path.exists():
-            with self._together(f"--resume {self.folder}: {path.name} is damaged:", hint):
+            with self.ranks.together(), user_error(before, hint, (Exception,)):
                 state = torch.load(path / "state.pt", weights_only=True)
                 self._training(dcp.load, path)
                 self.method.load_state_dict(state["method"])

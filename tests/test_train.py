@@ -773,7 +773,7 @@ def at_moment(patch, moment, count, act=die):
     elif moment == "before a rename":
         before(Path, "rename", lambda path, _: "checkpoint" in path.name)
     else:
-        before(shutil, "rmtree")
+        before(shutil, "rmtree", lambda path, **_: path.name == "checkpoint-previous")
 
 
 EVALUATION = ("in the middle of an evaluation", 3)  # two steps after the last checkpoint
@@ -785,7 +785,7 @@ MOMENTS = [
     ("between metrics and checkpoint", 3),
     ("in the middle of a line", 5),
     ("before a rename", 3),  # between the two renames of a checkpoint: only the previous one is there
-    ("while the old checkpoint is removed", 4),
+    ("while the old checkpoint is removed", 2),
 ]
 EARLY = [  # and the same at the start of a run, and around other renames
     *((moment, 1) for moment in dict.fromkeys(moment for moment, _ in MOMENTS)),
