@@ -240,7 +240,7 @@ class Passes:
                 order = order[size:]
         if len(self.rows) <= 1:
             size = s.micro_batch or max(rows, 1)
-            self.rows = [slice(i, i + size) for i in range(0, rows, size)]
+            self.rows = [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
 
     def __iter__(self) -> Iterator[tuple[Any, bool]]:
         """This rank's passes, then its first row again, marked False, until all ranks have had as many, for
@@ -361,10 +361,10 @@ class Update:
     def _score(self, part: Tokens, entropy_grad: bool) -> dict[str, Tensor]:
         """`Policy.forward`.  Groups without a contrast, if they are many, get a graph of their own: their
         advantages are 0, so without a penalty they need no backward pass."""
-        how = {"temperature": self.run.settings.temperature, "entropy_grad": entropy_grad}
-        score = partial(self.run.policy, **how, topk=self.run.method.topk)
+        s, method, policy = self.run.settings, self.run.method, self.run.policy
+        score = partial(policy, temperature=s.temperature, entropy_grad=entropy_grad, topk=method.topk)
         alike = grpo.without_contrast(part.reward, part.group)
-        whole = weights_are_split(self.run) or self.run.method.overrides("penalty")
+        whole = weights_are_split(self.run) or method.overrides("penalty")
         if whole or not 0.25 <= float(alike.float().mean()) < 1:
             return score(part)
         kinds = [alike.logical_not().nonzero()[:, 0], alike.nonzero()[:, 0]]
@@ -385,8 +385,7 @@ class Update:
         self.force, self.flow = self.passes.join(self.forces).detach(), self.passes.join(self.flows)
         up, down = up_and_down(self.flow)
         own = self.metrics | {"flow_up": up, "flow_down": down}
-        summed = {key: self.run.ranks.sum(value) for key, value in own.items()}
-        return {**self.plan.metrics, **summed}
+        return self.plan.metrics | {key: self.run.ranks.sum(value) for key, value in own.items()}
 
 
 class UnlessZero(torch.autograd.Function):
@@ -407,21 +406,17 @@ def up_and_down(flow: Tensor) -> tuple[float, float]:
     return float(flow.clamp(min=0).sum()), float(-flow.clamp(max=0).sum())
 
 
-def mismatch(tk: Tokens, settings: Settings) -> tuple[Tensor | None, dict[str, float]]:
+def mismatch(tk: Tokens, s: Settings) -> tuple[Tensor | None, dict[str, float]]:
     """Weights (B, T) against the engine's own probabilities, grpo (2.18) or (2.19), and with ρ = π_old /
     π_engine, grpo (2.17): mean and largest |log ρ|; the share of an ideal sample that is left, ESS =
     (Σρ)² / (n Σρ²); k3 of KL(π_engine || π_old)."""
-    s = settings
     if s.mismatch in ("off", "auto"):
         return None, {}
     old = tk.logp_before
     weight = grpo.mismatch_weight(old, tk.rollout_logp, s.mismatch, s.mismatch_low, s.mismatch_high)
-    weight = torch.where(tk.mask, weight, 0)
-    if not bool(tk.mask.any()):
-        return weight, {}
     log_rho = (old - tk.rollout_logp)[tk.mask].double().clamp(-20, 20)
     rho = log_rho.exp()
-    return weight, {
+    return torch.where(tk.mask, weight, 0), {
         "mismatch_mean": float(log_rho.abs().mean()),
         "mismatch_max": float(log_rho.abs().max()),
         "mismatch_ess": float(rho.sum() ** 2 / (len(rho) * rho.square().sum())),
@@ -513,8 +508,8 @@ def combined(parts: list[tuple[int, int, dict[str, Any]]]) -> dict[str, Any]:
 def one_graph(run: Run) -> bool:
     """May the gradients of loss and entropy share a forward pass?  Not where a later update moves the policy
     between them, nor where a graph serves once: over split weights and with recomputation."""
-    once = run.settings.gradient_checkpointing or weights_are_split(run)
-    return run.settings.updates_per_rollout == 1 and not once
+    s = run.settings
+    return s.updates_per_rollout == 1 and not (s.gradient_checkpointing or weights_are_split(run))
 
 
 def weights_are_split(run: Run) -> bool:
@@ -575,8 +570,7 @@ class Ledger:
         names = [name for name, p in policy.named_parameters() if p.requires_grad]
         scale = adam_preconditioner(self.run.optimizer)
         scale = {old: scale[p] for p, old in zip(trained(policy), self.params)}
-        grads = [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, self.grads)]
-        params, grads = dict(zip(names, self.params)), dict(zip(names, grads))
+        params, grads = dict(zip(names, self.params)), dict(zip(names, self.grads))
         for rows in passes.rows:
             text = (self.tokens.rows(rows), self.run.settings.temperature)
 
@@ -588,13 +582,13 @@ class Ledger:
         return passes.join(out)
 
 
-def book_tokens(run: Run, ledger: Ledger, update: Update, responses: int = 4) -> dict[str, float | None]:
+def book_tokens(run: Run, ledger: Ledger, update: Update) -> dict[str, float | None]:
     """The network flow of the step just taken, and Pearson's r of it with the tabular one over tokens;
-    flows.jsonl gets the responses that moved entropy most."""
+    flows.jsonl gets the four responses that moved entropy most."""
     tk, rows = ledger.tokens, []
     network = ledger.network_flow(update.force)
     moved = torch.where(tk.mask, network.abs(), 0).sum(-1)
-    for i in moved.topk(min(responses, len(moved))).indices.tolist():
+    for i in moved.topk(min(4, len(moved))).indices.tolist():
         m, prompt = tk.mask[i], tk.full_ids[i, : int(tk.start[i]) + 1]
         row = {"step": run.step + 1, "prompt": run.tokenizer.decode(prompt), "reward": float(tk.reward[i])}
         row["tokens"] = token_names(run.tokenizer, tk.ids[i][m].tolist())
@@ -645,9 +639,8 @@ class Run:
     warned: bool = False  # that nothing is learned
 
     def __post_init__(self) -> None:
-        lr = self.settings.lr
-        how = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}  # far faster on a CPU
-        self.optimizer = torch.optim.AdamW(trained(self.policy), lr, **how)
+        params, lr = trained(self.policy), self.settings.lr  # fused: far faster on a CPU
+        self.optimizer = torch.optim.AdamW(params, lr, (0.9, 0.95), weight_decay=0.0, fused=True)
 
     def create(self) -> None:
         """The folder with its config.json."""
@@ -1099,20 +1092,15 @@ def complaints(s: Settings, method: Method, device: torch.device, ranks: Ranks) 
             yield f"{flag(name)} {value}: must {bounds}"
         if get_origin(kind) is Literal and value not in get_args(kind):
             yield f"{flag(name)} {value}: choose {', '.join(get_args(kind))}"
-    updates = ranks.world * s.updates_per_rollout
-    share = s.prompts * s.group_size // updates
-    if s.prompts % updates:
+    if s.prompts % (ranks.world * s.updates_per_rollout):
         yield (
             f"--prompts {s.prompts}: must be a multiple of --updates-per-rollout {s.updates_per_rollout} x "
             f"{ranks.world} processes; the responses to a prompt stay together"
         )
-    if s.micro_batch and share % s.micro_batch:
-        yield f"--micro-batch {s.micro_batch}: must divide the {share} responses of an update in one process"
-    if bool(s.model) != bool(s.data) or (s.lora and not s.model):
-        given = " ".join(f"{flag(n)} {getattr(s, n)}" for n in ("model", "data", "lora") if getattr(s, n))
+    if bool(s.model) != bool(s.data) or (not s.model and (s.lora or s.stop)):
+        names = [name for name in ("model", "data", "lora", "stop") if getattr(s, name)]
+        given = " ".join(f"{flag(name)} {getattr(s, name)}" for name in names)
         yield f"{given}: give both --model and --data; the embedded task has a few words only"
-    if s.stop and not s.model:
-        yield f"--stop {s.stop!r}: the embedded model ends by itself; give --model and --data"
     if s.lora and method.overrides("reset_reference"):
         yield f"--lora {s.lora}: {method.key} moves the reference, which with --lora is the model as it was"
     if method.overrides("sample") and (s.engine == "vllm" or s.mismatch != "off"):
@@ -1146,7 +1134,7 @@ def load_task_and_policy(
 ) -> tuple[Task, nn.Module, Any]:
     """Task, first policy in float32 (on the CPU where it will be sharded), tokenizer.  Raises ValueError."""
     if not s.model:
-        bar = lambda it: tqdm(it, desc="warm start", unit="step", disable=quiet or not ranks.is_main)  # noqa: E731
+        bar = partial(tqdm, desc="warm start", unit="step", disable=quiet or not ranks.is_main)
         for turn in range(2):  # the first rank trains and fills the cache, the others read it
             if ranks.is_main == (turn == 0):
                 model, tokenizer = rollout.warm_policy(rollout.WarmStart(seed=s.seed), progress=bar)
@@ -1166,16 +1154,12 @@ def load_task_and_policy(
         rollout.longest_prompt((*task.train, *task.test), tokenizer, config, s.max_new_tokens)
     shown = [note for note in notes if not quiet or "left out" in note]
     shown += [] if quiet else ["the first prompt:", task.train[0].prompt, ""]
-    if shown and ranks.is_main:
-        print("\n".join(shown), file=sys.stderr)
     if compute_dtype(s, device) == torch.bfloat16 and device.type == "cpu" and ranks.is_main:
         slower = bfloat16_slowdown(config.hidden_size, s.prompts * s.group_size)
-        if slower > 1.2:
-            hint = "--dtype float32, the default on a CPU"
-            print(
-                f"bfloat16 takes {slower:.1f} times as long as float32 on this processor: {hint}",
-                file=sys.stderr,
-            )
+        text = f"bfloat16 takes {slower:.1f} times as long as float32 on this processor: --dtype float32"
+        shown += [f"{text}, the default on a CPU"] if slower > 1.2 else []
+    if shown and ranks.is_main:
+        print("\n".join(shown), file=sys.stderr)
     if s.lora:
         model = with_adapters(model, s.lora, s.seed)
     if s.gradient_checkpointing:
@@ -1193,12 +1177,12 @@ def compute_dtype(s: Settings, device: torch.device) -> torch.dtype:
 def bfloat16_slowdown(hidden: int, rows: int) -> float:
     """Time of a layer's product in bfloat16 over that in float32, for the states of `rows` responses that are
     being sampled: about .2 to .5 on a processor with AMX, 3 on one without instructions for bfloat16."""
-    seconds = []
-    for dtype in (torch.bfloat16, torch.float32):
+
+    def seconds(dtype: torch.dtype) -> float:
         state, weight = (torch.ones(n, hidden, dtype=dtype) for n in (rows, 4 * hidden))
-        runs = timeit.repeat(lambda: state @ weight.T, number=5, repeat=5)  # noqa: B023
-        seconds.append(min(runs))
-    return seconds[0] / seconds[1]
+        return min(timeit.repeat(lambda: state @ weight.T, number=5, repeat=5))
+
+    return seconds(torch.bfloat16) / seconds(torch.float32)
 
 
 def sharded(s: Settings, device: torch.device, ranks: Ranks) -> bool:
@@ -1393,10 +1377,9 @@ def what_to_run(command: Command, given: set[str]) -> tuple[Path | None, Sequenc
     and a UserError where a flag contradicts the earlier call, but for more --steps."""
     now = command.values()
     if command.resume is None:
-        for name in ("data", "eval_data"):
+        for name in filter(now.get, ("data", "eval_data")):
             with user_error(flag(name)):
-                if now[name]:
-                    rollout.data_file(now[name])
+                rollout.data_file(now[name])
         usual = MODEL_DEFAULTS if now["model"] else {}
         base = Settings(**(usual | MADE_DEFAULTS if now["model"] and rollout.made(now["data"]) else usual))
         return None, command.method, replace(base, **{name: now[name] for name in given - {"method"}})
@@ -1465,11 +1448,9 @@ def locked(folders: list[Path], ranks: Ranks) -> Iterator[None]:
             with ranks.together():
                 for folder in own:
                     folder.mkdir(parents=True, exist_ok=True)
-                    try:
+                    text = f"\n{folder}: another run is at work there; wait for it, or choose another --out"
+                    with user_error("", text, (Timeout,)):
                         held.enter_context(FileLock(folder / ".lock", timeout=0))
-                    except Timeout:
-                        text = "another run is at work there; wait for it, or choose another --out"
-                        raise UserError(f"{folder}: {text}") from None
                     held.callback((folder / ".lock").unlink, missing_ok=True)
             yield
     finally:
