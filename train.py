@@ -261,10 +261,9 @@ class Passes:
 @torch.no_grad()
 def score_batch(run: Run, tokens: Tokens, policy: Policy | None = None, **what: Any) -> dict[str, Tensor]:
     """What `Policy.forward` returns, without gradient; of the run's policy if no other is given."""
-    passes, parts = Passes(run, tokens), []
-    for rows, own in passes:
-        found = (policy or run.policy)(tokens.rows(rows), run.settings.temperature, **what)
-        parts += [found] if own else []
+    passes, policy = Passes(run, tokens), policy or run.policy
+    found = [policy(tokens.rows(rows), run.settings.temperature, **what) for rows, _ in passes]
+    parts = found[: len(passes.rows)]  # this rank's own
     return {key: passes.join([p[key] for p in parts]) for key in parts[0]} if parts else {}
 
 
@@ -643,9 +642,8 @@ class Run:
         self.optimizer = torch.optim.AdamW(params, lr, (0.9, 0.95), weight_decay=0.0, fused=True)
 
     def create(self) -> None:
-        """The folder with its config.json."""
+        """config.json."""
         if self.ranks.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
             more = {"method": {m.key: asdict(m) for m in members(self.method)}, "origin": self.origin()}
             write_config(self.folder, [self.settings.method], self.settings, **more)
 
@@ -1061,7 +1059,6 @@ RANGES = {  # smallest and largest value; other integers are at least 1
     "threads": (0, 1024),
     **dict.fromkeys(("micro_batch", "tokens_per_micro_batch", "grad_clip", "lora"), (0, math.inf)),
 }
-RANGES |= {f.name: (1, math.inf) for f in fields(Settings) if type(f.default) is int and f.name not in RANGES}
 
 
 def flag(name: str) -> str:
@@ -1086,7 +1083,7 @@ def complaints(s: Settings, method: Method, device: torch.device, ranks: Ranks) 
     """Impossible values, then what does not go together; what comes after the first may rest on it."""
     for name, kind in get_type_hints(Settings).items():
         value = getattr(s, name)
-        low, high = RANGES.get(name, (value, value))
+        low, high = RANGES.get(name, (1, math.inf) if kind is int else (value, value))
         if not low <= value <= high:
             bounds = f"be at least {low}" if high == math.inf else f"lie between {low} and {high}"
             yield f"{flag(name)} {value}: must {bounds}"
