@@ -56,7 +56,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 if __name__ == "__main__":  # Ctrl-C in the seconds that the imports below take
     said = b"stopped; nothing was written yet\n"
@@ -642,7 +642,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(params, lr, (0.9, 0.95), weight_decay=0.0, fused=True)
 
     def create(self) -> None:
-        """config.json."""
+        """Write config.json."""
         if self.ranks.is_main:
             more = {"method": {m.key: asdict(m) for m in members(self.method)}, "origin": self.origin()}
             write_config(self.folder, [self.settings.method], self.settings, **more)
@@ -1071,8 +1071,8 @@ def parse_spec(spec: str, base: Settings) -> tuple[Settings, Method]:
     PER_METHOD.  Raises ValueError."""
     name, options = interventions.parse(spec)
     options = {key.replace("-", "_"): value for key, value in options.items()}
-    own = {k: options.pop(k) for k in PER_METHOD if k in options}
-    own = {k: interventions.convert(name, k, v, type(getattr(base, k))) for k, v in own.items()}
+    own, kinds = {k: options.pop(k) for k in PER_METHOD if k in options}, get_type_hints(Settings)
+    own = {k: interventions.convert(name, k, v, kinds[k]) for k, v in own.items()}
     settings, method = replace(base, method=spec, **own), interventions.build(name, **options)
     if settings.mismatch == "auto":
         settings = replace(settings, mismatch="tis" if settings.engine == "vllm" else "off")
@@ -1087,13 +1087,9 @@ def complaints(s: Settings, method: Method, device: torch.device, ranks: Ranks) 
         if not low <= value <= high:
             bounds = f"be at least {low}" if high == math.inf else f"lie between {low} and {high}"
             yield f"{flag(name)} {value}: must {bounds}"
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            yield f"{flag(name)} {value}: choose {', '.join(get_args(kind))}"
-    if s.prompts % (ranks.world * s.updates_per_rollout):
-        yield (
-            f"--prompts {s.prompts}: must be a multiple of --updates-per-rollout {s.updates_per_rollout} x "
-            f"{ranks.world} processes; the responses to a prompt stay together"
-        )
+    n, world = s.updates_per_rollout, ranks.world
+    if s.prompts % (n * world):  # the responses to a prompt stay together
+        yield f"--prompts {s.prompts}: must be a multiple of --updates-per-rollout {n} x {world} processes"
     if bool(s.model) != bool(s.data) or (not s.model and (s.lora or s.stop)):
         names = [name for name in ("model", "data", "lora", "stop") if getattr(s, name)]
         given = " ".join(f"{flag(name)} {getattr(s, name)}" for name in names)
@@ -1101,12 +1097,10 @@ def complaints(s: Settings, method: Method, device: torch.device, ranks: Ranks) 
     if s.lora and method.overrides("reset_reference"):
         yield f"--lora {s.lora}: {method.key} moves the reference, which with --lora is the model as it was"
     if method.overrides("sample") and (s.engine == "vllm" or s.mismatch != "off"):
-        yield (
-            f"--engine {s.engine}: {method.key} chooses tokens itself, which vLLM does not allow and "
-            "--mismatch would undo; use --engine torch --mismatch off"
-        )
+        # vLLM does not allow it, --mismatch would undo it
+        yield f"--engine {s.engine}: {method.key} chooses tokens itself; use --engine torch --mismatch off"
     yield from filter(None, (m.complaint(s) for m in members(method)))
-    if s.ledger == "full" and (s.updates_per_rollout > 1 or sharded(s, device, ranks)):
+    if s.ledger == "full" and (n > 1 or sharded(s, device, ranks)):
         yield "--ledger full: needs --updates-per-rollout 1, one process, --dtype float32; else --ledger step"
 
 
@@ -1419,10 +1413,7 @@ def new_folder(out: str, specs: Sequence[str], seed: int) -> Path:
         there = next((file.parent for file in files if file.exists()), None)
         if not there:
             return folder
-    raise UserError(
-        f"--out {out}: {there} holds a run already, and nothing is overwritten;\n"
-        f"choose another folder, or go on with that run: --resume {there}"
-    )
+    raise UserError(f"--out {out}: {there} holds a run already; take another, or go on: --resume {there}")
 
 
 def pick_device(name: str) -> torch.device:
