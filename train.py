@@ -92,8 +92,7 @@ def user_error(before: str = "", after: str = "", kinds: tuple = (ValueError,)) 
     try:
         yield
     except kinds as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        text = text[:400] if after else text  # else our remedy may stand at its end
+        text = textwrap.shorten(str(error), 1000) or type(error).__name__
         raise UserError(f"{before} {text}{after}".strip()) from None
 
 
@@ -308,8 +307,6 @@ def update_batches(run: Run, tokens: Tokens) -> list[Tokens]:
     groups = tokens.group.unique().tensor_split(run.settings.updates_per_rollout)
     if not run.ranks.sum(len(tokens.ids)):
         return []
-    if len(groups) == 1:
-        return [tokens]
     return [tokens.rows(torch.isin(tokens.group, g)) for g in groups if len(g) or run.ranks.world > 1]
 
 
@@ -581,7 +578,7 @@ class Ledger:
         return passes.join(out)
 
 
-def book_tokens(run: Run, ledger: Ledger, update: Update) -> dict[str, float | None]:
+def book_tokens(run: Run, ledger: Ledger, update: Update) -> dict[str, float]:
     """The network flow of the step just taken, and Pearson's r of it with the tabular one over tokens;
     flows.jsonl gets the four responses that moved entropy most."""
     tk, rows = ledger.tokens, []
@@ -593,10 +590,9 @@ def book_tokens(run: Run, ledger: Ledger, update: Update) -> dict[str, float | N
         row["tokens"] = token_names(run.tokenizer, tk.ids[i][m].tolist())
         rows.append(row | {"network_flow": network[i][m].tolist(), "flow": update.flow[i][m].tolist()})
     run.append("flows.jsonl", rows)
-    a, b = update.flow[tk.mask].double(), network[tk.mask].double()
-    r = float(torch.corrcoef(torch.stack([a, b]))[0, 1]) if len(a) > 1 else math.nan
-    up, down = up_and_down(b)
-    return {"net_flow_up": up, "net_flow_down": down, "flow_r": r if math.isfinite(r) else None}
+    both = torch.stack([update.flow[tk.mask], network[tk.mask]]).double()
+    up, down = up_and_down(both[1])
+    return {"net_flow_up": up, "net_flow_down": down, "flow_r": float(torch.corrcoef(both)[0, 1])}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -706,7 +702,7 @@ class Run:
                         if is_main:
                             weights[name] = weight.to("cpu", self.dtype).contiguous()
                 finally:
-                    deque(gathered, 0)  # out of memory: the others must not wait for this one
+                    deque(gathered, 0)  # to the end, also out of memory: the others must not wait
             before = f"{self.folder}: no checkpoint could be written:"
             with self.ranks.together(), user_error(before, hint, (Exception,)):
                 self._training(dcp.save, part)
@@ -748,7 +744,7 @@ class Run:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".* in a single process")  # no wonder
-                act(self._tensors(), checkpoint_id=folder / "training", no_dist=not dist.is_initialized())
+                act(self._tensors(), checkpoint_id=folder / "training")
         except CheckpointException as error:  # not an Exception; holds those of all ranks
             causes = [e for e, _ in error.failures.values()]
             causes += [e.__context__ for e in causes if e.__context__]  # of a stream that a Ctrl-C cut short
@@ -1037,9 +1033,6 @@ class Settings(Training, Measuring, LanguageModel, Machine):
     method: str = "grpo"
 
 
-# These may also ride behind the name of a method.  The others belong to the whole comparison.
-PER_METHOD = tuple(f.name for group in (Training, Measuring) for f in fields(group))
-
 # What a language model wants otherwise than the embedded one, where the command line does not say.
 MODEL_DEFAULTS = {"lr": 1e-6, "tokens_per_micro_batch": 16384, "eval_samples": 8}
 # ... and a task made in code: what a model of 135 M learns on a laptop in half an hour.
@@ -1067,12 +1060,12 @@ def flag(name: str) -> str:
 
 
 def parse_spec(spec: str, base: Settings) -> tuple[Settings, Method]:
-    """`name:key=value,key=value` -> settings and method.  A key is a hyperparameter of the method or one of
-    PER_METHOD.  Raises ValueError."""
+    """`name:key=value,key=value` -> settings and method.  A key is a hyperparameter of the method, or one of
+    Training and Measuring; other settings belong to the whole comparison.  Raises ValueError."""
     name, options = interventions.parse(spec)
     options = {key.replace("-", "_"): value for key, value in options.items()}
-    own, kinds = {k: options.pop(k) for k in PER_METHOD if k in options}, get_type_hints(Settings)
-    own = {k: interventions.convert(name, k, v, kinds[k]) for k, v in own.items()}
+    kinds = get_type_hints(Training) | get_type_hints(Measuring)
+    own = {k: interventions.convert(name, k, options.pop(k), kinds[k]) for k in kinds if k in options}
     settings, method = replace(base, method=spec, **own), interventions.build(name, **options)
     if settings.mismatch == "auto":
         settings = replace(settings, mismatch="tis" if settings.engine == "vllm" else "off")
