@@ -49,13 +49,14 @@ import textwrap
 import time
 import timeit
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 if __name__ == "__main__":  # Ctrl-C in the seconds that the imports below take
     said = b"stopped; nothing was written yet\n"
@@ -91,8 +92,7 @@ def user_error(before: str = "", after: str = "", kinds: tuple = (ValueError,)) 
     try:
         yield
     except kinds as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        text = text[:400] if after else text  # else our remedy may stand at its end
+        text = textwrap.shorten(str(error), 1000) or type(error).__name__
         raise UserError(f"{before} {text}{after}".strip()) from None
 
 
@@ -239,7 +239,7 @@ class Passes:
                 order = order[size:]
         if len(self.rows) <= 1:
             size = s.micro_batch or max(rows, 1)
-            self.rows = [slice(i, i + size) for i in range(0, rows, size)]
+            self.rows = [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
 
     def __iter__(self) -> Iterator[tuple[Any, bool]]:
         """This rank's passes, then its first row again, marked False, until all ranks have had as many, for
@@ -260,10 +260,9 @@ class Passes:
 @torch.no_grad()
 def score_batch(run: Run, tokens: Tokens, policy: Policy | None = None, **what: Any) -> dict[str, Tensor]:
     """What `Policy.forward` returns, without gradient; of the run's policy if no other is given."""
-    passes, parts = Passes(run, tokens), []
-    for rows, own in passes:
-        found = (policy or run.policy)(tokens.rows(rows), run.settings.temperature, **what)
-        parts += [found] if own else []
+    passes, policy = Passes(run, tokens), policy or run.policy
+    found = [policy(tokens.rows(rows), run.settings.temperature, **what) for rows, _ in passes]
+    parts = found[: len(passes.rows)]  # this rank's own
     return {key: passes.join([p[key] for p in parts]) for key in parts[0]} if parts else {}
 
 
@@ -308,8 +307,6 @@ def update_batches(run: Run, tokens: Tokens) -> list[Tokens]:
     groups = tokens.group.unique().tensor_split(run.settings.updates_per_rollout)
     if not run.ranks.sum(len(tokens.ids)):
         return []
-    if len(groups) == 1:
-        return [tokens]
     return [tokens.rows(torch.isin(tokens.group, g)) for g in groups if len(g) or run.ranks.world > 1]
 
 
@@ -360,10 +357,10 @@ class Update:
     def _score(self, part: Tokens, entropy_grad: bool) -> dict[str, Tensor]:
         """`Policy.forward`.  Groups without a contrast, if they are many, get a graph of their own: their
         advantages are 0, so without a penalty they need no backward pass."""
-        how = {"temperature": self.run.settings.temperature, "entropy_grad": entropy_grad}
-        score = partial(self.run.policy, **how, topk=self.run.method.topk)
+        s, method, policy = self.run.settings, self.run.method, self.run.policy
+        score = partial(policy, temperature=s.temperature, entropy_grad=entropy_grad, topk=method.topk)
         alike = grpo.without_contrast(part.reward, part.group)
-        whole = weights_are_split(self.run) or self.run.method.overrides("penalty")
+        whole = weights_are_split(self.run) or method.overrides("penalty")
         if whole or not 0.25 <= float(alike.float().mean()) < 1:
             return score(part)
         kinds = [alike.logical_not().nonzero()[:, 0], alike.nonzero()[:, 0]]
@@ -384,8 +381,7 @@ class Update:
         self.force, self.flow = self.passes.join(self.forces).detach(), self.passes.join(self.flows)
         up, down = up_and_down(self.flow)
         own = self.metrics | {"flow_up": up, "flow_down": down}
-        summed = {key: self.run.ranks.sum(value) for key, value in own.items()}
-        return {**self.plan.metrics, **summed}
+        return self.plan.metrics | {key: self.run.ranks.sum(value) for key, value in own.items()}
 
 
 class UnlessZero(torch.autograd.Function):
@@ -406,21 +402,17 @@ def up_and_down(flow: Tensor) -> tuple[float, float]:
     return float(flow.clamp(min=0).sum()), float(-flow.clamp(max=0).sum())
 
 
-def mismatch(tk: Tokens, settings: Settings) -> tuple[Tensor | None, dict[str, float]]:
+def mismatch(tk: Tokens, s: Settings) -> tuple[Tensor | None, dict[str, float]]:
     """Weights (B, T) against the engine's own probabilities, grpo (2.18) or (2.19), and with ρ = π_old /
     π_engine, grpo (2.17): mean and largest |log ρ|; the share of an ideal sample that is left, ESS =
     (Σρ)² / (n Σρ²); k3 of KL(π_engine || π_old)."""
-    s = settings
     if s.mismatch in ("off", "auto"):
         return None, {}
     old = tk.logp_before
     weight = grpo.mismatch_weight(old, tk.rollout_logp, s.mismatch, s.mismatch_low, s.mismatch_high)
-    weight = torch.where(tk.mask, weight, 0)
-    if not bool(tk.mask.any()):
-        return weight, {}
     log_rho = (old - tk.rollout_logp)[tk.mask].double().clamp(-20, 20)
     rho = log_rho.exp()
-    return weight, {
+    return torch.where(tk.mask, weight, 0), {
         "mismatch_mean": float(log_rho.abs().mean()),
         "mismatch_max": float(log_rho.abs().max()),
         "mismatch_ess": float(rho.sum() ** 2 / (len(rho) * rho.square().sum())),
@@ -512,8 +504,8 @@ def combined(parts: list[tuple[int, int, dict[str, Any]]]) -> dict[str, Any]:
 def one_graph(run: Run) -> bool:
     """May the gradients of loss and entropy share a forward pass?  Not where a later update moves the policy
     between them, nor where a graph serves once: over split weights and with recomputation."""
-    once = run.settings.gradient_checkpointing or weights_are_split(run)
-    return run.settings.updates_per_rollout == 1 and not once
+    s = run.settings
+    return s.updates_per_rollout == 1 and not (s.gradient_checkpointing or weights_are_split(run))
 
 
 def weights_are_split(run: Run) -> bool:
@@ -574,8 +566,7 @@ class Ledger:
         names = [name for name, p in policy.named_parameters() if p.requires_grad]
         scale = adam_preconditioner(self.run.optimizer)
         scale = {old: scale[p] for p, old in zip(trained(policy), self.params)}
-        grads = [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, self.grads)]
-        params, grads = dict(zip(names, self.params)), dict(zip(names, grads))
+        params, grads = dict(zip(names, self.params)), dict(zip(names, self.grads))
         for rows in passes.rows:
             text = (self.tokens.rows(rows), self.run.settings.temperature)
 
@@ -587,22 +578,21 @@ class Ledger:
         return passes.join(out)
 
 
-def book_tokens(run: Run, ledger: Ledger, update: Update, responses: int = 4) -> dict[str, float | None]:
+def book_tokens(run: Run, ledger: Ledger, update: Update) -> dict[str, float]:
     """The network flow of the step just taken, and Pearson's r of it with the tabular one over tokens;
-    flows.jsonl gets the responses that moved entropy most."""
+    flows.jsonl gets the four responses that moved entropy most."""
     tk, rows = ledger.tokens, []
     network = ledger.network_flow(update.force)
     moved = torch.where(tk.mask, network.abs(), 0).sum(-1)
-    for i in moved.topk(min(responses, len(moved))).indices.tolist():
+    for i in moved.topk(min(4, len(moved))).indices.tolist():
         m, prompt = tk.mask[i], tk.full_ids[i, : int(tk.start[i]) + 1]
         row = {"step": run.step + 1, "prompt": run.tokenizer.decode(prompt), "reward": float(tk.reward[i])}
         row["tokens"] = token_names(run.tokenizer, tk.ids[i][m].tolist())
         rows.append(row | {"network_flow": network[i][m].tolist(), "flow": update.flow[i][m].tolist()})
     run.append("flows.jsonl", rows)
-    a, b = update.flow[tk.mask].double(), network[tk.mask].double()
-    r = float(torch.corrcoef(torch.stack([a, b]))[0, 1]) if len(a) > 1 else math.nan
-    up, down = up_and_down(b)
-    return {"net_flow_up": up, "net_flow_down": down, "flow_r": r if math.isfinite(r) else None}
+    both = torch.stack([update.flow[tk.mask], network[tk.mask]]).double()
+    up, down = up_and_down(both[1])
+    return {"net_flow_up": up, "net_flow_down": down, "flow_r": float(torch.corrcoef(both)[0, 1])}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -644,14 +634,12 @@ class Run:
     warned: bool = False  # that nothing is learned
 
     def __post_init__(self) -> None:
-        lr = self.settings.lr
-        how = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}  # far faster on a CPU
-        self.optimizer = torch.optim.AdamW(trained(self.policy), lr, **how)
+        params, lr = trained(self.policy), self.settings.lr  # fused: far faster on a CPU
+        self.optimizer = torch.optim.AdamW(params, lr, (0.9, 0.95), weight_decay=0.0, fused=True)
 
     def create(self) -> None:
-        """The folder with its config.json."""
+        """Write config.json."""
         if self.ranks.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
             more = {"method": {m.key: asdict(m) for m in members(self.method)}, "origin": self.origin()}
             write_config(self.folder, [self.settings.method], self.settings, **more)
 
@@ -700,35 +688,24 @@ class Run:
         told = f"all responses to a prompt had the same reward (mean {reward:.2f}, {cut:.0%} truncated)"
         return f"ten steps in a row taught nothing: {told}. Likely {why}"
 
-    @contextlib.contextmanager
-    def _together(self, before: str, hint: str) -> Iterator[None]:
-        """What goes wrong with the folder on one rank ends all of them with one user's line."""
-        with self.ranks.together(), user_error(before, hint, (Exception,)):
-            yield
-
     def save(self) -> None:
         """Write a checkpoint beside the last one, then rename: at no moment is there none."""
-        part, is_main = self.folder / ".checkpoint.part", self.ranks.is_main
+        part, is_main, weights = self.folder / ".checkpoint.part", self.ranks.is_main, {}
         hint = f"\nmake room, then go on from the last checkpoint: --resume {self.folder}"
-        writing = partial(self._together, f"{self.folder}: no checkpoint could be written:", hint)
-        weights, failed = {}, []
         try:
-            with writing():
-                if is_main:
-                    for left in (part, self.folder / ".best.part"):  # by a kill
-                        shutil.rmtree(left, ignore_errors=True)
-                    part.mkdir()
             with self.ranks.together():
-                for name, weight in full_weights(self.policy.model):  # all ranks gather, the first one keeps
-                    try:
-                        weights |= {name: weight.to("cpu", self.dtype).contiguous()} if is_main else {}
-                    except Exception as error:  # no memory: the others must not wait for this one
-                        failed.append(error)
-                if failed:
-                    raise failed[0]
-            with writing():
+                for left in (part, self.folder / ".best.part") if is_main else ():  # by a kill
+                    shutil.rmtree(left, ignore_errors=True)
+                gathered = full_weights(self.policy.model)
+                try:
+                    for name, weight in gathered:  # all ranks gather, the first one keeps
+                        if is_main:
+                            weights[name] = weight.to("cpu", self.dtype).contiguous()
+                finally:
+                    deque(gathered, 0)  # to the end, also out of memory: the others must not wait
+            before = f"{self.folder}: no checkpoint could be written:"
+            with self.ranks.together(), user_error(before, hint, (Exception,)):
                 self._training(dcp.save, part)
-            with writing():
                 if is_main:
                     self._write(part, weights)
         finally:
@@ -741,8 +718,8 @@ class Run:
         bare = model.get_base_model() if self.settings.lora else model
         bare.save_pretrained(part, state_dict=weights)
         self.tokenizer.save_pretrained(part)
-        state = {name: getattr(self, name) for name in STATE}
-        torch.save(state | {"method": self.method.state_dict()}, part / "state.pt")
+        state = {name: getattr(self, name) for name in STATE} | {"method": self.method.state_dict()}
+        torch.save(state, part / "state.pt")
         for path in filter(Path.is_file, part.rglob("*")):  # on the disk before the rename is
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
@@ -756,7 +733,6 @@ class Run:
         """checkpoint-best/: the model of the evaluation with the highest pass@1."""
         part, best = self.folder / ".best.part", self.folder / "checkpoint-best"
         left_out = shutil.ignore_patterns("training", "state.pt")
-        shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(self.folder / "checkpoint", part, ignore=left_out)
         (part / "best.json").write_text(json.dumps({"step": self.step, "pass@1": self.best}) + "\n")
         shutil.rmtree(best, ignore_errors=True)
@@ -768,7 +744,7 @@ class Run:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".* in a single process")  # no wonder
-                act(self._tensors(), checkpoint_id=folder / "training", no_dist=not dist.is_initialized())
+                act(self._tensors(), checkpoint_id=folder / "training")
         except CheckpointException as error:  # not an Exception; holds those of all ranks
             causes = [e for e, _ in error.failures.values()]
             causes += [e.__context__ for e in causes if e.__context__]  # of a stream that a Ctrl-C cut short
@@ -805,9 +781,10 @@ class Run:
                 raise UserError(f"--resume {self.folder}: {text};\nput it back, or start a new run")
         # Without a checkpoint/ the process died between two renames.
         path = self.folder / ("checkpoint" if has("checkpoint") else "checkpoint-previous")
+        before = f"--resume {self.folder}: {path.name} is damaged:"
         hint = f"\nremove {path} to go on from checkpoint-previous if there is one, else from the start"
         if path.exists():
-            with self._together(f"--resume {self.folder}: {path.name} is damaged:", hint):
+            with self.ranks.together(), user_error(before, hint, (Exception,)):
                 state = torch.load(path / "state.pt", weights_only=True)
                 self._training(dcp.load, path)
                 self.method.load_state_dict(state["method"])
@@ -1056,9 +1033,6 @@ class Settings(Training, Measuring, LanguageModel, Machine):
     method: str = "grpo"
 
 
-# These may also ride behind the name of a method.  The others belong to the whole comparison.
-PER_METHOD = tuple(f.name for group in (Training, Measuring) for f in fields(group))
-
 # What a language model wants otherwise than the embedded one, where the command line does not say.
 MODEL_DEFAULTS = {"lr": 1e-6, "tokens_per_micro_batch": 16384, "eval_samples": 8}
 # ... and a task made in code: what a model of 135 M learns on a laptop in half an hour.
@@ -1078,7 +1052,6 @@ RANGES = {  # smallest and largest value; other integers are at least 1
     "threads": (0, 1024),
     **dict.fromkeys(("micro_batch", "tokens_per_micro_batch", "grad_clip", "lora"), (0, math.inf)),
 }
-RANGES |= {f.name: (1, math.inf) for f in fields(Settings) if type(f.default) is int and f.name not in RANGES}
 
 
 def flag(name: str) -> str:
@@ -1087,12 +1060,12 @@ def flag(name: str) -> str:
 
 
 def parse_spec(spec: str, base: Settings) -> tuple[Settings, Method]:
-    """`name:key=value,key=value` -> settings and method.  A key is a hyperparameter of the method or one of
-    PER_METHOD.  Raises ValueError."""
+    """`name:key=value,key=value` -> settings and method.  A key is a hyperparameter of the method, or one of
+    Training and Measuring; other settings belong to the whole comparison.  Raises ValueError."""
     name, options = interventions.parse(spec)
     options = {key.replace("-", "_"): value for key, value in options.items()}
-    own = {k: options.pop(k) for k in PER_METHOD if k in options}
-    own = {k: interventions.convert(name, k, v, type(getattr(base, k))) for k, v in own.items()}
+    kinds = get_type_hints(Training) | get_type_hints(Measuring)
+    own = {k: interventions.convert(name, k, options.pop(k), kinds[k]) for k in kinds if k in options}
     settings, method = replace(base, method=spec, **own), interventions.build(name, **options)
     if settings.mismatch == "auto":
         settings = replace(settings, mismatch="tis" if settings.engine == "vllm" else "off")
@@ -1103,35 +1076,24 @@ def complaints(s: Settings, method: Method, device: torch.device, ranks: Ranks) 
     """Impossible values, then what does not go together; what comes after the first may rest on it."""
     for name, kind in get_type_hints(Settings).items():
         value = getattr(s, name)
-        low, high = RANGES.get(name, (value, value))
+        low, high = RANGES.get(name, (1, math.inf) if kind is int else (value, value))
         if not low <= value <= high:
             bounds = f"be at least {low}" if high == math.inf else f"lie between {low} and {high}"
             yield f"{flag(name)} {value}: must {bounds}"
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            yield f"{flag(name)} {value}: choose {', '.join(get_args(kind))}"
-    updates = ranks.world * s.updates_per_rollout
-    share = s.prompts * s.group_size // updates
-    if s.prompts % updates:
-        yield (
-            f"--prompts {s.prompts}: must be a multiple of --updates-per-rollout {s.updates_per_rollout} x "
-            f"{ranks.world} processes; the responses to a prompt stay together"
-        )
-    if s.micro_batch and share % s.micro_batch:
-        yield f"--micro-batch {s.micro_batch}: must divide the {share} responses of an update in one process"
-    if bool(s.model) != bool(s.data) or (s.lora and not s.model):
-        given = " ".join(f"{flag(n)} {getattr(s, n)}" for n in ("model", "data", "lora") if getattr(s, n))
+    n, world = s.updates_per_rollout, ranks.world
+    if s.prompts % (n * world):  # the responses to a prompt stay together
+        yield f"--prompts {s.prompts}: must be a multiple of --updates-per-rollout {n} x {world} processes"
+    if bool(s.model) != bool(s.data) or (not s.model and (s.lora or s.stop)):
+        names = [name for name in ("model", "data", "lora", "stop") if getattr(s, name)]
+        given = " ".join(f"{flag(name)} {getattr(s, name)}" for name in names)
         yield f"{given}: give both --model and --data; the embedded task has a few words only"
-    if s.stop and not s.model:
-        yield f"--stop {s.stop!r}: the embedded model ends by itself; give --model and --data"
     if s.lora and method.overrides("reset_reference"):
         yield f"--lora {s.lora}: {method.key} moves the reference, which with --lora is the model as it was"
     if method.overrides("sample") and (s.engine == "vllm" or s.mismatch != "off"):
-        yield (
-            f"--engine {s.engine}: {method.key} chooses tokens itself, which vLLM does not allow and "
-            "--mismatch would undo; use --engine torch --mismatch off"
-        )
+        # vLLM does not allow it, --mismatch would undo it
+        yield f"--engine {s.engine}: {method.key} chooses tokens itself; use --engine torch --mismatch off"
     yield from filter(None, (m.complaint(s) for m in members(method)))
-    if s.ledger == "full" and (s.updates_per_rollout > 1 or sharded(s, device, ranks)):
+    if s.ledger == "full" and (n > 1 or sharded(s, device, ranks)):
         yield "--ledger full: needs --updates-per-rollout 1, one process, --dtype float32; else --ledger step"
 
 
@@ -1156,7 +1118,7 @@ def load_task_and_policy(
 ) -> tuple[Task, nn.Module, Any]:
     """Task, first policy in float32 (on the CPU where it will be sharded), tokenizer.  Raises ValueError."""
     if not s.model:
-        bar = lambda it: tqdm(it, desc="warm start", unit="step", disable=quiet or not ranks.is_main)  # noqa: E731
+        bar = partial(tqdm, desc="warm start", unit="step", disable=quiet or not ranks.is_main)
         for turn in range(2):  # the first rank trains and fills the cache, the others read it
             if ranks.is_main == (turn == 0):
                 model, tokenizer = rollout.warm_policy(rollout.WarmStart(seed=s.seed), progress=bar)
@@ -1176,16 +1138,12 @@ def load_task_and_policy(
         rollout.longest_prompt((*task.train, *task.test), tokenizer, config, s.max_new_tokens)
     shown = [note for note in notes if not quiet or "left out" in note]
     shown += [] if quiet else ["the first prompt:", task.train[0].prompt, ""]
-    if shown and ranks.is_main:
-        print("\n".join(shown), file=sys.stderr)
     if compute_dtype(s, device) == torch.bfloat16 and device.type == "cpu" and ranks.is_main:
         slower = bfloat16_slowdown(config.hidden_size, s.prompts * s.group_size)
-        if slower > 1.2:
-            hint = "--dtype float32, the default on a CPU"
-            print(
-                f"bfloat16 takes {slower:.1f} times as long as float32 on this processor: {hint}",
-                file=sys.stderr,
-            )
+        text = f"bfloat16 takes {slower:.1f} times as long as float32 on this processor: --dtype float32"
+        shown += [f"{text}, the default on a CPU"] if slower > 1.2 else []
+    if shown and ranks.is_main:
+        print("\n".join(shown), file=sys.stderr)
     if s.lora:
         model = with_adapters(model, s.lora, s.seed)
     if s.gradient_checkpointing:
@@ -1203,12 +1161,12 @@ def compute_dtype(s: Settings, device: torch.device) -> torch.dtype:
 def bfloat16_slowdown(hidden: int, rows: int) -> float:
     """Time of a layer's product in bfloat16 over that in float32, for the states of `rows` responses that are
     being sampled: about .2 to .5 on a processor with AMX, 3 on one without instructions for bfloat16."""
-    seconds = []
-    for dtype in (torch.bfloat16, torch.float32):
+
+    def seconds(dtype: torch.dtype) -> float:
         state, weight = (torch.ones(n, hidden, dtype=dtype) for n in (rows, 4 * hidden))
-        runs = timeit.repeat(lambda: state @ weight.T, number=5, repeat=5)  # noqa: B023
-        seconds.append(min(runs))
-    return seconds[0] / seconds[1]
+        return min(timeit.repeat(lambda: state @ weight.T, number=5, repeat=5))
+
+    return seconds(torch.bfloat16) / seconds(torch.float32)
 
 
 def sharded(s: Settings, device: torch.device, ranks: Ranks) -> bool:
@@ -1303,8 +1261,7 @@ class Command:  # its docstring, with the list of methods, follows
     method: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SPEC [SPEC ...]")] = ("opefo",)
     """one or more methods, run one after another from the same warm start"""
     out: str = ""  # folder of the run; without it, a new one under runs/
-    resume: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[FOLDER]")] = None
-    """go on with a run from its last checkpoint; without FOLDER, that of --out or the newest"""
+    resume: str = ""  # folder of a run to go on with, from its last checkpoint
     quiet: bool = False  # no progress line, only the summary
     training: Training = Training()
     measuring: Measuring = Measuring()
@@ -1349,7 +1306,7 @@ def main(argv: list[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return code
         except OSError as error:
-            out = command.out or " ".join(command.resume or ()) or "runs"
+            out = command.out or command.resume or "runs"
             remedy = "" if isinstance(error, ConnectionError) else "; make room, or choose a writable folder"
             print(f"train.py: error: --out {out}: {error}{remedy}", file=sys.stderr)
         except KeyboardInterrupt:
@@ -1399,25 +1356,21 @@ def method_help(name: str) -> str:
 
 
 def what_to_run(command: Command, given: set[str]) -> tuple[Path | None, Sequence[str], Settings]:
-    """Methods and settings; with --resume (FOLDER, that of --out, or the newest under runs/) also the folder,
-    and a UserError where a flag contradicts the earlier call, but for more --steps."""
+    """Methods and settings; with --resume also the folder, and a UserError where a flag contradicts the
+    earlier call, but for more --steps."""
     now = command.values()
-    if command.resume is None:
-        for name in ("data", "eval_data"):
+    if not command.resume:
+        for name in filter(now.get, ("data", "eval_data")):
             with user_error(flag(name)):
-                if now[name]:
-                    rollout.data_file(now[name])
+                rollout.data_file(now[name])
         usual = MODEL_DEFAULTS if now["model"] else {}
         base = Settings(**(usual | MADE_DEFAULTS if now["model"] and rollout.made(now["data"]) else usual))
         return None, command.method, replace(base, **{name: now[name] for name in given - {"method"}})
-    named = " ".join(command.resume or ()) or command.out
-    if command.out not in ("", named):
-        raise UserError(f"--out {command.out}: the run to go on with is {named}; leave --out out")
-    runs = [Path(named)] if named else sorted(Path("runs").glob("*"), key=lambda p: p.stat().st_mtime)
-    runs = [folder for folder in runs if (folder / "config.json").is_file()]
-    if not runs:
-        raise UserError(f"--resume {named or 'runs/*'}: no run there (no config.json); start one with --out")
-    folder = runs[-1]
+    folder = Path(command.resume)
+    if command.out not in ("", command.resume):
+        raise UserError(f"--out {command.out}: the run to go on with is {folder}; leave --out out")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--resume {folder}: no run there (no config.json); start one with --out")
     with user_error(f"--resume {folder}: config.json is damaged:", "; start a new run", (Exception,)):
         config = json.loads((folder / "config.json").read_text())
         specs, base = list(map(str, config["specs"])), Settings(**config["settings"])
@@ -1449,10 +1402,7 @@ def new_folder(out: str, specs: Sequence[str], seed: int) -> Path:
         there = next((file.parent for file in files if file.exists()), None)
         if not there:
             return folder
-    raise UserError(
-        f"--out {out}: {there} holds a run already, and nothing is overwritten;\n"
-        f"choose another folder, or go on with that run: --resume {there}"
-    )
+    raise UserError(f"--out {out}: {there} holds a run already; take another, or go on: --resume {there}")
 
 
 def pick_device(name: str) -> torch.device:
@@ -1475,11 +1425,9 @@ def locked(folders: list[Path], ranks: Ranks) -> Iterator[None]:
             with ranks.together():
                 for folder in own:
                     folder.mkdir(parents=True, exist_ok=True)
-                    try:
+                    text = f"\n{folder}: another run is at work there; wait for it, or choose another --out"
+                    with user_error("", text, (Timeout,)):
                         held.enter_context(FileLock(folder / ".lock", timeout=0))
-                    except Timeout:
-                        text = "another run is at work there; wait for it, or choose another --out"
-                        raise UserError(f"{folder}: {text}") from None
                     held.callback((folder / ".lock").unlink, missing_ok=True)
             yield
     finally:
@@ -1504,7 +1452,7 @@ def compare(command: Command, jobs: list[Any], folder: Path, device: torch.devic
                     engine = vllm_engine(settings, task, model, tokenizer, device, ranks)
                     at_the_end.callback(engine.close)
             run = make_run(settings, method, place, task, model, tokenizer, engine, device, ranks)
-            if command.resume is not None:
+            if command.resume:
                 run.load()
             run.create()
             code = follow(run, quiet)

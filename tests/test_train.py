@@ -178,7 +178,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(world, policy, batch, nam
         assert totals[1][key] == pytest.approx(value, rel=1e-4, abs=1e-7), key
 
 
-@pytest.mark.parametrize("bounds", [{"micro_batch": 64}, {"tokens_per_micro_batch": 700}], ids=str)
+@pytest.mark.parametrize("bounds", [{"micro_batch": 60}, {"tokens_per_micro_batch": 700}], ids=str)
 def test_the_float32_gradient_does_not_depend_on_micro_batches_either(batch, bounds):
     policy, grads = Policy(small_world(double=False)[0]), []
     for how in ({}, bounds):
@@ -773,7 +773,7 @@ def at_moment(patch, moment, count, act=die):
     elif moment == "before a rename":
         before(Path, "rename", lambda path, _: "checkpoint" in path.name)
     else:
-        before(shutil, "rmtree")
+        before(shutil, "rmtree", lambda path, **_: path.name == "checkpoint-previous")
 
 
 EVALUATION = ("in the middle of an evaluation", 3)  # two steps after the last checkpoint
@@ -785,7 +785,7 @@ MOMENTS = [
     ("between metrics and checkpoint", 3),
     ("in the middle of a line", 5),
     ("before a rename", 3),  # between the two renames of a checkpoint: only the previous one is there
-    ("while the old checkpoint is removed", 4),
+    ("while the old checkpoint is removed", 2),
 ]
 EARLY = [  # and the same at the start of a run, and around other renames
     *((moment, 1) for moment in dict.fromkeys(moment for moment, _ in MOMENTS)),
@@ -880,14 +880,14 @@ def test_more_steps_on_resume_give_the_numbers_of_a_longer_run(cli, home, goes_o
     check_folder(home / "a", 6)
 
 
-def test_resume_finds_the_newest_run_and_checkpoint_previous(cli, home, finished):
-    folder = home / "runs" / "prorl-s0"
+def test_resume_takes_checkpoint_previous_where_it_must(cli, home, finished):
+    folder = home / "a"
     shutil.copytree(finished, folder)
     text = rows_of(folder)
     for lost in (["checkpoint"], ["checkpoint", "checkpoint-previous"]):  # without any it starts anew
         for name in lost:  # as the message about a damaged one advises
             shutil.rmtree(folder / name)
-        assert cli("--resume", "--quiet")[0] == 0
+        assert cli("--resume", "a", "--quiet")[0] == 0
         assert rows_of(folder) == text and (folder / "checkpoint").exists()
 
 
