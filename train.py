@@ -1261,7 +1261,8 @@ class Command:  # its docstring, with the list of methods, follows
     method: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SPEC [SPEC ...]")] = ("opefo",)
     """one or more methods, run one after another from the same warm start"""
     out: str = ""  # folder of the run; without it, a new one under runs/
-    resume: str = ""  # folder of a run to go on with, from its last checkpoint
+    resume: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[FOLDER]")] = None
+    """go on with a run from its last checkpoint; without FOLDER, that of --out or the newest"""
     quiet: bool = False  # no progress line, only the summary
     training: Training = Training()
     measuring: Measuring = Measuring()
@@ -1306,7 +1307,7 @@ def main(argv: list[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return code
         except OSError as error:
-            out = command.out or command.resume or "runs"
+            out = command.out or " ".join(command.resume or ()) or "runs"
             remedy = "" if isinstance(error, ConnectionError) else "; make room, or choose a writable folder"
             print(f"train.py: error: --out {out}: {error}{remedy}", file=sys.stderr)
         except KeyboardInterrupt:
@@ -1356,21 +1357,24 @@ def method_help(name: str) -> str:
 
 
 def what_to_run(command: Command, given: set[str]) -> tuple[Path | None, Sequence[str], Settings]:
-    """Methods and settings; with --resume also the folder, and a UserError where a flag contradicts the
-    earlier call, but for more --steps."""
+    """Methods and settings; with --resume (FOLDER, that of --out, or the newest under runs/) also the folder,
+    and a UserError where a flag contradicts the earlier call, but for more --steps."""
     now = command.values()
-    if not command.resume:
+    if command.resume is None:
         for name in filter(now.get, ("data", "eval_data")):
             with user_error(flag(name)):
                 rollout.data_file(now[name])
         usual = MODEL_DEFAULTS if now["model"] else {}
         base = Settings(**(usual | MADE_DEFAULTS if now["model"] and rollout.made(now["data"]) else usual))
         return None, command.method, replace(base, **{name: now[name] for name in given - {"method"}})
-    folder = Path(command.resume)
-    if command.out not in ("", command.resume):
-        raise UserError(f"--out {command.out}: the run to go on with is {folder}; leave --out out")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"--resume {folder}: no run there (no config.json); start one with --out")
+    named = " ".join(command.resume or ()) or command.out
+    if command.out not in ("", named):
+        raise UserError(f"--out {command.out}: the run to go on with is {named}; leave --out out")
+    runs = [Path(named)] if named else sorted(Path("runs").glob("*"), key=lambda p: p.stat().st_mtime)
+    runs = [folder for folder in runs if (folder / "config.json").is_file()]
+    if not runs:
+        raise UserError(f"--resume {named or 'runs/*'}: no run there (no config.json); start one with --out")
+    folder = runs[-1]
     with user_error(f"--resume {folder}: config.json is damaged:", "; start a new run", (Exception,)):
         config = json.loads((folder / "config.json").read_text())
         specs, base = list(map(str, config["specs"])), Settings(**config["settings"])
@@ -1452,7 +1456,7 @@ def compare(command: Command, jobs: list[Any], folder: Path, device: torch.devic
                     engine = vllm_engine(settings, task, model, tokenizer, device, ranks)
                     at_the_end.callback(engine.close)
             run = make_run(settings, method, place, task, model, tokenizer, engine, device, ranks)
-            if command.resume:
+            if command.resume is not None:
                 run.load()
             run.create()
             code = follow(run, quiet)

@@ -74,7 +74,7 @@ WRONG = {  # a command line -> words of the complaint
     "--lora 4": ["--lora 4", "--model"],
     "--stop x": ["--stop x", "--model"],
     "--resume nowhere": ["--resume nowhere", "--out"],
-    "--resume": ["--resume"],
+    "--resume": ["--resume runs/"],
     "--resume a --out b": ["--out b", "leave --out out"],
 }  # fmt: skip
 

@@ -880,14 +880,14 @@ def test_more_steps_on_resume_give_the_numbers_of_a_longer_run(cli, home, goes_o
     check_folder(home / "a", 6)
 
 
-def test_resume_takes_checkpoint_previous_where_it_must(cli, home, finished):
-    folder = home / "a"
+def test_resume_finds_the_newest_run_and_checkpoint_previous(cli, home, finished):
+    folder = home / "runs" / "prorl-s0"
     shutil.copytree(finished, folder)
     text = rows_of(folder)
     for lost in (["checkpoint"], ["checkpoint", "checkpoint-previous"]):  # without any it starts anew
         for name in lost:  # as the message about a damaged one advises
             shutil.rmtree(folder / name)
-        assert cli("--resume", "a", "--quiet")[0] == 0
+        assert cli("--resume", "--quiet")[0] == 0
         assert rows_of(folder) == text and (folder / "checkpoint").exists()
 
 
