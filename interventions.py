@@ -1903,6 +1903,12 @@ class Composite(Method):
         for some, others, reason in EXCLUSIVE:
             if (one := some & set(keys)) and (other := others & set(keys)):
                 raise ValueError(f"{one.pop()} and {other.pop()} cannot be combined: {reason}")
+        weighing = [m.key for m in members if m.overrides("weight") or m.overrides("surrogate")]
+        for m in members:
+            if m.refuses_negative and any(getattr(x, "overlong", False) for x in members):
+                raise ValueError(f"{m.key} {m.refuses_negative}, dapo's penalty is negative: overlong=false")
+            if m.key == "cw_grpo" and m.form == "released" and weighing[1:]:  # gradient of its loss
+                raise ValueError(f"{self.key}: cw_grpo:form=released knows no other weight: give form=paper")
         self.members = sorted(members, key=lambda m: getattr(m, "last", False))
         for hook in ("sample", "advantage", "surrogate"):
             owners = [m for m in self.members if m.overrides(hook)]

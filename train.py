@@ -648,8 +648,9 @@ class Run:
         sha = lambda x: hashlib.sha256(json.dumps(x).encode()).hexdigest()[:16]  # noqa: E731
         here, problems = Path(self.settings.model).expanduser(), (*self.task.train, *self.task.test)
         model = getattr(self.policy.model.config, "_commit_hash", None) or ""  # of the hub
-        if self.settings.model and here.is_dir():
-            model = sha([(here / "config.json").read_text(), fingerprint(here)])
+        if self.settings.model and here.exists():  # a folder, or a GGUF file
+            config = here / "config.json"
+            model = sha([config.read_text() if config.exists() else "", fingerprint(here)])
         return {"model": model, "data": sha([[p.prompt, p.answer] for p in problems])}
 
     def append(self, name: str, rows: list[dict[str, Any]]) -> None:

@@ -61,5 +61,6 @@ def test_eval_py_samples_its_checkpoint(killed_and_resumed):
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent)
     assert done.returncode == 0, done.stderr
     assert "pass@1" in done.stdout and "pass@4" in done.stdout
+    assert json.loads((folder / "config.json").read_text())["origin"]["model"], "a digest of the GGUF file"
     config = json.loads((folder / "checkpoint" / "config.json").read_text())
     assert "quantization_config" not in config and math.isfinite(rows_of(folder)[-1]["entropy"])
