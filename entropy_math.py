@@ -333,7 +333,7 @@ class _HeadStats(torch.autograd.Function):
             if want_hidden:
                 d_hidden.add_(x @ weight[low:high])  # (N, D)
             if want_weight:
-                d_weight[low:high] = x.T @ right  # (v, D), written once: nothing to accumulate
+                torch.mm(x.T, right, out=d_weight[low:high])  # (v, D), written once: nothing to accumulate
         d_hidden = d_hidden.mul_(row.unsqueeze(1)).to(hidden.dtype) if want_hidden else None
         return d_hidden, d_weight, d_bias, None, None, None, None
 
