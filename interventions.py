@@ -1732,6 +1732,8 @@ class RefKL(Method, key="ref_kl", place="penalty", paper="2402.03300", needs=("l
     """k2 (right gradient), k3 (papers), k1 (no pull), abs"""
 
     def penalty(self, tk: Tokens, plan: Plan) -> Tensor | None:
+        if not self.beta:
+            return None
         return self.beta * weighted_sum(kl_penalty(tk.logp, tk.ref_logp, self.estimator), plan.coef_all)
 
 
@@ -1903,12 +1905,10 @@ class Composite(Method):
         for some, others, reason in EXCLUSIVE:
             if (one := some & set(keys)) and (other := others & set(keys)):
                 raise ValueError(f"{one.pop()} and {other.pop()} cannot be combined: {reason}")
-        weighing = [m.key for m in members if m.overrides("weight") or m.overrides("surrogate")]
-        for m in members:
-            if m.refuses_negative and any(getattr(x, "overlong", False) for x in members):
-                raise ValueError(f"{m.key} {m.refuses_negative}, dapo's penalty is negative: overlong=false")
-            if m.key == "cw_grpo" and m.form == "released" and weighing[1:]:  # gradient of its loss
-                raise ValueError(f"{self.key}: cw_grpo:form=released knows no other weight: give form=paper")
+        weighing = [m for m in members if m.overrides("weight") and getattr(m, "correct", True)]
+        weighing += [m for m in members if m.overrides("surrogate")]
+        if len(weighing) > 1 and any(m.key == "cw_grpo" and m.form == "released" for m in weighing):
+            raise ValueError(f"{self.key}: cw_grpo:form=released knows no other weight: give form=paper")
         self.members = sorted(members, key=lambda m: getattr(m, "last", False))
         for hook in ("sample", "advantage", "surrogate"):
             owners = [m for m in self.members if m.overrides(hook)]

@@ -42,7 +42,12 @@ import torch
 import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
-from grpo import LONGEST_ANSWER, Policy, Tokens, last_boxed, plain_answer, read_prompts, shared_grader
+# isort: off
+from grpo import (
+    LONGEST_ANSWER, Policy, Tokens, fast_products, last_boxed, mkl_is_slow, plain_answer, read_prompts,
+    shared_grader,
+)  # fmt: skip
+# isort: on
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Problems
@@ -1191,7 +1196,8 @@ def warm_policy(how: WarmStart = WarmStart(), progress: Callable[..., Any] = ite
 
     tokenizer = tiny_tokenizer()
     code = [Path(__file__).with_name(x).read_text() for x in ("entropy_math.py", "grpo.py", "rollout.py")]
-    versions = [torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability()]
+    versions = [torch.__version__, transformers.__version__]
+    versions += [torch.backends.cpu.get_cpu_capability(), mkl_is_slow()]  # they round alike
     key = hashlib.sha256(repr([how, code, versions]).encode()).hexdigest()[:16]
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(os.environ.get("ENTROPY_FLOW_CACHE") or base / "entropy-flow")
@@ -1207,7 +1213,8 @@ def warm_policy(how: WarmStart = WarmStart(), progress: Callable[..., Any] = ite
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # their number changes rounding
     try:
-        supervised(model, how, progress)
+        with fast_products():  # here and in a command: the same bits, whoever fills the cache
+            supervised(model, how, progress)
     finally:
         torch.set_num_threads(threads)
     try:

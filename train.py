@@ -56,7 +56,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 if __name__ == "__main__":  # Ctrl-C in the seconds that the imports below take
     said = b"stopped; nothing was written yet\n"
@@ -92,7 +92,8 @@ def user_error(before: str = "", after: str = "", kinds: tuple = (ValueError,)) 
     try:
         yield
     except kinds as error:
-        text = textwrap.shorten(str(error), 1000) or type(error).__name__
+        text = " ".join(str(error).split()) or type(error).__name__
+        text = text[:400] if after else text  # else our remedy may stand at its end
         raise UserError(f"{before} {text}{after}".strip()) from None
 
 
@@ -410,6 +411,8 @@ def mismatch(tk: Tokens, s: Settings) -> tuple[Tensor | None, dict[str, float]]:
         return None, {}
     old = tk.logp_before
     weight = grpo.mismatch_weight(old, tk.rollout_logp, s.mismatch, s.mismatch_low, s.mismatch_high)
+    if not bool(tk.mask.any()):
+        return torch.where(tk.mask, weight, 0), {}
     log_rho = (old - tk.rollout_logp)[tk.mask].double().clamp(-20, 20)
     rho = log_rho.exp()
     return torch.where(tk.mask, weight, 0), {
@@ -777,7 +780,7 @@ class Run:
         with contextlib.suppress(OSError, ValueError, KeyError):  # not begun, or damaged: written anew
             began = json.loads((self.folder / "config.json").read_text())["origin"]
         for name, now in self.origin().items():
-            if began.get(name, now) != now:
+            if (began.get(name) or now) != now:  # "": it did not know
                 text = f"--{name} {getattr(self.settings, name)} has changed since the run began"
                 raise UserError(f"--resume {self.folder}: {text};\nput it back, or start a new run")
         # Without a checkpoint/ the process died between two renames.
@@ -1081,6 +1084,8 @@ def complaints(s: Settings, method: Method, device: torch.device, ranks: Ranks) 
         if not low <= value <= high:
             bounds = f"be at least {low}" if high == math.inf else f"lie between {low} and {high}"
             yield f"{flag(name)} {value}: must {bounds}"
+        if get_origin(kind) is Literal and value not in get_args(kind):  # of a config.json: --resume
+            yield f"{flag(name)} {value}: choose {', '.join(get_args(kind))}"
     n, world = s.updates_per_rollout, ranks.world
     if s.prompts % (n * world):  # the responses to a prompt stay together
         yield f"--prompts {s.prompts}: must be a multiple of --updates-per-rollout {n} x {world} processes"
@@ -1430,9 +1435,11 @@ def locked(folders: list[Path], ranks: Ranks) -> Iterator[None]:
             with ranks.together():
                 for folder in own:
                     folder.mkdir(parents=True, exist_ok=True)
-                    text = f"\n{folder}: another run is at work there; wait for it, or choose another --out"
-                    with user_error("", text, (Timeout,)):
+                    try:
                         held.enter_context(FileLock(folder / ".lock", timeout=0))
+                    except Timeout:
+                        text = "another run is at work there; wait for it, or choose another --out"
+                        raise UserError(f"{folder}: {text}") from None
                     held.callback((folder / ".lock").unlink, missing_ok=True)
             yield
     finally:
