@@ -4,6 +4,7 @@ import itertools
 import math
 import operator
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import grpo
 import rollout
 from grpo import Policy, Tokens
 from rollout import (
@@ -710,6 +712,17 @@ def test_the_warm_start_has_one_thread_whoever_asks(monkeypatch, cache):
     finally:
         torch.set_num_threads(threads)
     assert seen == [1], "and the second call read what the first had made"
+
+
+def test_the_warm_start_has_the_same_bits_inside_a_command_and_outside(monkeypatch, tmp_path):
+    """A command multiplies by another library where MKL is slow; who fills the cache must not matter."""
+    monkeypatch.setattr(grpo, "mkl_is_slow", lambda: True)
+    models = []
+    for context in (grpo.fast_products(), nullcontext()):
+        monkeypatch.setenv("ENTROPY_FLOW_CACHE", str(tmp_path / str(len(models))))
+        with context:
+            models.append(warm_policy(WarmStart(steps=3))[0])
+    assert same(*models)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "a tensor missing", "wrong shape"])
