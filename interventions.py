@@ -2452,6 +2452,7 @@ def embedded_batches() -> list[tuple[Tokens, Tensor]]:
 def main(out: str = "runs/interventions.png") -> None:
     """What every method does to a strictly on-policy batch of the embedded world, as a table and a figure
     (`out`); then the methods that act on the ratio on a later one."""
+    torch.set_num_threads(1)  # of so small products two are slower, and 20 times where something else runs
     now, later = embedded_batches()
     show_batch(*now, out)
     print("\nThe same responses four updates later, for the methods that act on the ratio:\n")
