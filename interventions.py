@@ -2394,8 +2394,9 @@ def draw(tokens: Tokens, adv: Tensor, weights: dict[str, tuple[Tensor, Tensor]],
     from matplotlib.figure import Figure
 
     adv = adv + 0.3 * torch.rand(adv.shape, generator=Generator().manual_seed(0)).to(adv)  # jitter
-    fig = Figure(figsize=(15, 16), layout="constrained")
-    axes = fig.subplots(-(-len(weights) // 4), 4, sharex=True)
+    lines = -(-len(weights) // 4)
+    fig = Figure(figsize=(15, 1.8 * lines), layout="constrained")
+    axes = fig.subplots(lines, 4, sharex=True)
     for axis in axes.flat[len(weights) :]:
         axis.axis("off")
     for axis, (key, (weight, touched)) in zip(axes.flat, weights.items()):
