@@ -304,11 +304,11 @@ def members(method: Method) -> list[Method]:
 
 
 def update_batches(run: Run, tokens: Tokens) -> list[Tokens]:
-    """The update batches of one rollout, whole groups each; none where no rank has a response."""
-    groups = tokens.group.unique().tensor_split(run.settings.updates_per_rollout)
-    if not run.ranks.sum(len(tokens.ids)):
-        return []
-    return [tokens.rows(torch.isin(tokens.group, g)) for g in groups if len(g) or run.ranks.world > 1]
+    """The update batches of one rollout, whole groups each, of which every rank has some; none where no rank
+    has a response."""
+    groups = tokens.group.unique()
+    n = min(run.settings.updates_per_rollout, *run.ranks.all(len(groups)))
+    return [tokens.rows(torch.isin(tokens.group, g)) for g in groups.tensor_split(n)] if n else []
 
 
 class Update:

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 import grpo
 import rollout
 import train
-from grpo import Policy, Progress, concat_padded
+from grpo import Policy, Progress, Tokens, concat_padded
 from interventions import METHODS, build
 from rollout import Sampling, TinyModel, TorchEngine, answer, chain_task, tiny_tokenizer
 from train import Ledger, Ranks, Run, Settings, Update, prompts_at, score_batch, seeded
@@ -256,6 +256,19 @@ def test_several_updates_start_at_ratio_one_and_then_leave_it(monkeypatch, tmp_p
     assert sorted(groups) == list(range(8)), "every prompt is in exactly one update, whole"
     assert row["kl_old"] == pytest.approx(sum(kl for *_, kl in seen) / 4), "the first update counts, as 0"
     assert row["kl_old"] > 0 and math.isfinite(row["clip_fraction"])
+
+
+@pytest.mark.parametrize("kept, updates", [([5, 3], 3), ([5, 1], 1), ([5, 9], 4), ([5, 0], 0)])
+def test_every_rank_has_a_part_of_every_update(kept, updates):
+    """Dynamic sampling that gives up may leave one rank with fewer groups than there are updates."""
+    group = torch.arange(5).repeat_interleave(2)
+    tokens = Tokens(torch.zeros(10, 3), torch.ones(10, 3, dtype=torch.bool), group=group)
+    both = SimpleNamespace(all=lambda own: [own, kept[1]])
+    run = run_of(None, settings=Settings(updates_per_rollout=4), ranks=both)
+    batches = train.update_batches(run, tokens)
+    assert len(batches) == updates and all(len(b.ids) for b in batches)
+    found = [g for b in batches for g in b.group.tolist()]
+    assert found == (group.tolist() if updates else []), "all groups, each whole and in one update"
 
 
 @pytest.mark.parametrize("skip", [False, True], ids=["first", "after a skipped update"])
