@@ -641,7 +641,11 @@ def response_mask(ids: Tensor, stops: int | Sequence[int]) -> Tensor:
 
     The EOS itself is an action and is trained.  Built from the *position* of the first EOS, never from "is
     not pad": a model whose pad token is its EOS loses nothing.  A row without EOS is True throughout."""
-    ends = torch.isin(ids, torch.tensor(stops, device=ids.device))
+    return up_to_first(torch.isin(ids, torch.tensor(stops, device=ids.device)))
+
+
+def up_to_first(ends: Tensor) -> Tensor:
+    """(B, T) bool -> (B, T) bool: True up to and including the first True of each row."""
     return ends.cumsum(-1) - ends.long() == 0  # no end before it
 
 
@@ -704,7 +708,7 @@ class Engine:
         ends = torch.isin(ids, torch.tensor(self.stops, device=device))  # (B, T)
         if self.stop:
             ends |= torch.stack([self.completes_stop(ids[:, : t + 1], None) for t in range(ids.shape[1])], 1)
-        mask, ended = ends.cumsum(-1) - ends.long() == 0, ends.any(-1)  # as in `response_mask`
+        mask, ended = up_to_first(ends), ends.any(-1)
         T = int(mask.any(0).sum())  # of the longest response
         ids, mask, logp = torch.where(mask, ids, pad)[:, :T], mask[:, :T], logp[:, :T]
         group = torch.arange(len(prompts), device=device).repeat_interleave(len(ids) // len(prompts))

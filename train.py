@@ -411,11 +411,12 @@ def mismatch(tk: Tokens, s: Settings) -> tuple[Tensor | None, dict[str, float]]:
         return None, {}
     old = tk.logp_before
     weight = grpo.mismatch_weight(old, tk.rollout_logp, s.mismatch, s.mismatch_low, s.mismatch_high)
+    weight = torch.where(tk.mask, weight, 0)
     if not bool(tk.mask.any()):
-        return torch.where(tk.mask, weight, 0), {}
+        return weight, {}
     log_rho = (old - tk.rollout_logp)[tk.mask].double().clamp(-20, 20)
     rho = log_rho.exp()
-    return torch.where(tk.mask, weight, 0), {
+    return weight, {
         "mismatch_mean": float(log_rho.abs().mean()),
         "mismatch_max": float(log_rho.abs().max()),
         "mismatch_ess": float(rho.sum() ** 2 / (len(rho) * rho.square().sum())),
