@@ -854,13 +854,16 @@ def slug(model: str | Path) -> str:
     return str(model).strip("/.").replace("/", "--")
 
 
-def reopen(record: Record, attention: str = "auto") -> tuple[Task, Engine]:
-    """A run's task, and an engine with its checkpoint, on the CPU."""
+def reopen(record: Record, o: Options) -> tuple[Task, Engine]:
+    """A run's task, and an engine with its checkpoint; an embedded one stays on the CPU."""
     path, s = record.folder / "checkpoint", record.settings
     if not (path / "config.json").is_file():
         raise ValueError(f"{record.folder}: holds no checkpoint/; name the folder of a run")
-    kind = attention_of(path, attention, torch.device("cpu"))
-    model, tokenizer = rollout.load_model(str(path), attention=kind)
+    device = usable_device(o.device if record.task else "cpu")
+    how = asked(replace(o, device=str(device)), str(path))
+    model, tokenizer = rollout.load_model(
+        str(path), how["dtype"], o.trust_remote_code, how["attention"], device
+    )
     if not record.task:
         return chain_task(), TorchEngine(model, tokenizer)
     names = ("data", "eval_data", "eval_problems", "prompt_template")
@@ -870,10 +873,10 @@ def reopen(record: Record, attention: str = "auto") -> tuple[Task, Engine]:
 
 
 def samples_of(o: Options, record: Record, out: Path) -> tuple[Task, dict[tuple[str, float], pd.DataFrame]]:
-    """A run's task, and samples of its final policy on the CPU: ("test" or "hard", temperature) -> frame."""
-    (task, engine), found = reopen(record, o.attention), {}
+    """A run's task, and samples of its final policy: ("test" or "hard", temperature) -> frame."""
+    (task, engine), found = reopen(record, o), {}
     own = {"max_new_tokens": task.max_new_tokens, "stop": engine.stop}
-    o = replace(o, device="cpu", engine="torch", dtype="auto", batch=1024, **own)
+    o = replace(o, device=str(engine.device), batch=1024, **own)
     for t in sorted(o.temperatures) or [o.temperature]:
         settings = asked(replace(o, temperature=t), str(record.folder / "checkpoint"))
         for name, problems in (("test", task.test), ("hard", task.hard)):
@@ -952,14 +955,14 @@ def token_namer(model: str, trust: bool = False) -> Callable[[int], str]:
 
 
 @torch.no_grad()
-def fresh_flows(record: Record, seed: int, attention: str) -> tuple[list[dict[str, Any]], str]:
+def fresh_flows(record: Record, o: Options) -> tuple[list[dict[str, Any]], str]:
     """The exact flow of a table, entropy_math (3.2), of the tokens of a fresh batch: what one step of GRPO on
     it, at the run's temperature, would do to entropy.  Of each of the first 8 problems with right and wrong
     answers, the response that moves entropy most."""
-    task, engine = reopen(record, attention)
+    task, engine = reopen(record, o)
     path, tau = record.folder / "checkpoint", record.settings.get("temperature", 1.0)
     problems, how = task.test[:32], Sampling(16, task.max_new_tokens, tau)
-    out, _ = answer(engine, task, problems, how, torch.Generator().manual_seed(seed))
+    out, _ = answer(engine, task, problems, how, torch.Generator(engine.device).manual_seed(o.seed))
     stats = TokenStats(**Policy(engine.model)(out, tau))
     adv = group_advantages(out.correct.double(), out.group)  # grpo (2.1)
     change = torch.where(out.mask, entropy_change(stats, adv[:, None]), 0)
@@ -1020,14 +1023,14 @@ def page(rows: Sequence[dict[str, Any]], top: float, what: str) -> str:
     return PAGE.format(top=top, what=html.escape(what), body="\n".join(body))
 
 
-def show(record: Record, seed: int, attention: str, out: Path) -> None:
+def show(record: Record, o: Options, out: Path) -> None:
     """flow.html, and a line a response of its strongest tokens: of flows.jsonl, else of fresh ones."""
     if (path := record.folder / "flows.jsonl").is_file():  # what `train.py --ledger full` booked
         rows = read_jsonl(path)
         rows = [r | {"flow": r["network_flow"]} for r in rows if r["step"] == rows[-1]["step"]]
         what = f"Network flow of step {rows[-1]['step']}, from {path}"
     else:
-        rows, what = fresh_flows(record, seed, attention)
+        rows, what = fresh_flows(record, o)
     rows = [r | {"prompt": x} for r, x in zip(rows, without_frame([r["prompt"] for r in rows]))]
     top = max((abs(f) for r in rows for f in r["flow"]), default=0.0) or 1.0
     print(f"{what}\nThe strongest tokens, flow in percent of the largest: + raises entropy, - lowers it\n")
@@ -1311,8 +1314,10 @@ def command_line(kind: type, prog: str, argv: Sequence[str] | None) -> Any:
             text = re.sub(" *[─-]{3,} *", "; ", " ".join(lines)).strip("; ")
             text = re.split("[ ;]+(For full|Argument) helptext", text)[0]
             if unknown := re.match(r"Unrecognized options: ([^\s,;=]+)", text):
-                near = difflib.get_close_matches(unknown[1], flags_of(kind), 1)
-                text = f"{unknown[1]}: unknown" + "".join(f"; did you mean {flag}?" for flag in near)
+                word, known = unknown[1], flags_of(kind)
+                near = [f"--method {word}"] if word[0] != "-" and "--method" in known else []
+                near = near or difflib.get_close_matches(word, known, 1)
+                text = f"{word}: unknown" + "".join(f"; did you mean {flag}?" for flag in near)
             print(f"{prog}: error: {text}  (see --help)", file=sys.stderr)
         raise
 
@@ -1330,6 +1335,7 @@ def check(o: Options) -> None:
         f"--top-p {o.top_p:g}: must lie above 0 and be at most 1": not 0 < o.top_p <= 1,
         f"--k {o.k}: larger than --samples {o.samples}; draw at least k a problem": 0 < o.samples < o.k,
         "--model and --benchmark: give both, and no runs beside them": one or (o.model and o.runs),
+        "--engine vllm: is for --model; of a run, give its checkpoint/": o.runs and o.engine == "vllm",
         f"--template {o.template!r}: needs {{problem}}": "{problem}" not in o.template,
         "no run named: give folders that train.py made, before --temperatures": more and not o.runs,
     }
@@ -1357,7 +1363,7 @@ def runs(o: Options) -> None:
     if o.show and not alone:
         raise ValueError(f"--show: {len(records)} runs; name one, e.g. {records[0].folder}")
     if o.show:
-        return show(records[0], o.seed, o.attention, out)
+        return show(records[0], o, out)
     tasks = {r.task: [x for x in records if x.task == r.task] for r in records}
     if o.law:
         law(records, out)

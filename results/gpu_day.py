@@ -150,7 +150,7 @@ def head(small: bool) -> None:
                 clean()
     usual = [r for r in found if r["chunk"] == (2**12 if small else 2**26)]  # what chunk=0 means
     short = (f"{r['hidden']} {r['dtype']}: time x {r['time']:.2f}, memory x {r['memory']:.3f}" for r in usual)
-    verdict("; ".join(short))
+    verdict("; ".join(short) + " (memory is of the process here, too coarse)" * small)
 
 
 # ------------------------------------------------------------------------------------------------------------

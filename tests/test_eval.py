@@ -423,7 +423,8 @@ def complains(result, *words):
 
 
 def test_evaluate_and_stored_samples_tell_the_same(tmp_path, checkpoint):
-    task, engine = chapter.reopen(read_record(make_run(tmp_path / "run", checkpoint=checkpoint)))
+    record = read_record(make_run(tmp_path / "run", checkpoint=checkpoint))
+    task, engine = chapter.reopen(record, chapter.Options())
     told = evaluate(engine, task, 4, 0.9, 0.95, seed=3)
     how = Sampling(4, task.max_new_tokens, 0.9, 0.95, entropy=True)
     parts = responses(engine, task, task.test, how, torch.Generator().manual_seed(3))
@@ -745,6 +746,7 @@ def test_law_on_the_command_line(cli, tmp_path):
         (["--model", "a", "--benchmark", "x", "--data", "x=good.jsonl"], ["--model a"]),
         (["--model", "no/such/id", "--benchmark", "x", "--data", "x=good.jsonl"], ["--model no/such/id"]),
         (["--model", "m", "--benchmark", "aime24", "--against", "opfo"], ["opfo", "steer"]),
+        (["a", "--engine", "vllm"], ["--engine vllm", "checkpoint/"]),
         (["a", "--device", "toaster"], []),
     ],
 )

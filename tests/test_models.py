@@ -568,6 +568,10 @@ def test_a_task_made_in_code_trains_is_evaluated_and_goes_on(
     assert train.main(["--resume", "a", "--steps", "2", "--quiet"]) == 0
     assert eval.main(["a", "--k", "2", "--out", "b"]) == 0 and Path("b/samples.csv").exists()
     assert "pass@2" in capsys.readouterr().out
+    assert eval.main(["a", "--k", "2", "--out", "b", "--dtype", "bfloat16", "--device", "cpu"]) == 0
+    kinds = [json.loads(path.read_text())["dtype"] for path in Path("b").glob("*/test-*.json")]
+    assert sorted(kinds) == ["bfloat16", "float32"]  # samples of both, apart
+    assert eval.main(["a", "--device", "toaster"]) == 2 and "--device toaster" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------
