@@ -78,7 +78,7 @@ import interventions
 import rollout
 from entropy_math import adam_preconditioner, entropy_directional_change, network_flow
 from eval import command_line, draw, evaluate, fingerprint, read_jsonl, set_threads, table, token_names
-from grpo import Method, Plan, Policy, Progress, Tokens, batch_loss, concat_padded, plan_update, token_flow
+from grpo import Method, Policy, Progress, Tokens, batch_loss, concat_padded, plan_update, token_flow
 from rollout import Engine, Problem, Sampling, Task, TorchEngine, answer
 
 
@@ -122,18 +122,16 @@ def train(run: Run) -> Iterator[dict[str, Any]]:
         ledger = Ledger.open(run, tokens, one_graph(run)) if booked else None
         # 3. What the method needs beyond the policy: π_old of the ratio, grpo (2.5); a reference; a proxy.
         supply(run, tokens)
-        # 4. Updates: statistics of the whole batch -> plan; loss and gradient by micro-batches; a step.
+        # 4. Updates: statistics of the whole batch -> plan -> loss -> gradient, by micro-batches -> a step.
         history, skipped = [], 0
         for i, batch in enumerate(update_batches(run, tokens)):
             if skipped == i:  # still the policy that sampled: r is 1, not another pass's rounding
                 batch.old_logp = None
             run.optimizer.zero_grad(set_to_none=True)
-            update = Update(run, batch, ledger)
-            for part, plan in update.micro_batches():  # scored, with a graph, and its rows of the plan
-                loss, metrics = batch_loss(part, plan, method)  # grpo section 7
-                (loss * run.ranks.world).backward()  # FSDP averages over ranks; the shares of a loss add up
-                update.collect(part, loss, metrics)  # force F_t and flow f_t, (5.3)
-            history.append(update.close())
+            update = Update(run, batch, ledger)  # scored and planned
+            loss, metrics = batch_loss(update.tokens, update.own, method)  # grpo section 7
+            update.backward(loss)  # leaves force F_t and flow f_t, (5.3)
+            history.append(update.numbers(loss, metrics))
             if step_if_finite(run, history[-1]):
                 method.after_step(update.plan)
                 row |= book_tokens(run, ledger, update) if ledger and s.ledger == "full" else {}
@@ -312,76 +310,82 @@ def update_batches(run: Run, tokens: Tokens) -> list[Tokens]:
 
 
 class Update:
-    """One update: its plan, its micro-batches, and what they leave: metrics, force and flow (B, T).
+    """One update: its tokens, scored, its plan, and what the backward pass leaves: force and flow (B, T).
 
-    All at once, the plan comes from the very forward pass that is differentiated.  In micro-batches it comes
-    from an extra pass without gradient over the batch of all ranks: the gradient does not depend on slicing.
+    All at once, the scores carry the network's graph.  In micro-batches they are leaves: a pass without
+    gradient over the batch of all ranks gives them, the loss of the whole batch has its slopes in them, and a
+    second pass takes these into the weights, slice by slice.  So the gradient does not depend on slicing, and
+    a response without a slope, such as one of a group without a contrast, has no second pass.
     """
 
     def __init__(self, run: Run, batch: Tokens, ledger: Ledger | None = None) -> None:
-        self.run, self.batch, self.passes, self.first = run, batch, Passes(run, batch), 0
+        self.run, self.batch, method = run, batch, run.method
         self.ledger = ledger if ledger and ledger.shared else None
-        self.metrics, self.forces, self.flows, self.plan = {"loss": 0.0}, [], [], None
-        if len(self.passes.rows) > 1 or run.ranks.world > 1:
-            found = score_batch(run, batch, topk=run.method.topk)
-            stats = replace(batch, **found, full_ids=None, start=None)
-            stats, self.first = run.ranks.gather(stats)  # where this rank's rows begin
-            self._make_plan(stats)
+        self.whole = run.ranks.world == 1 and len(Passes(run, batch).rows) == 1
+        if self.whole:
+            found = self._score()
+        else:
+            found = score_batch(run, batch, topk=method.topk)
+            for key in {"logp", "topk_logp", "entropy" * method.entropy_grad} & found.keys():
+                found[key].requires_grad_()
+        self.tokens = replace(batch, **found)
+        stats, first = run.ranks.gather(replace(self.tokens, full_ids=None, start=None))
+        self.plan = plan_update(stats, method)  # of all ranks
+        self.plan.metrics |= mismatch(stats, run.settings)[1]
+        self.own = self.plan.rows(slice(first, first + len(batch.ids)))  # this rank's rows of it
+        self.tokens.mismatch = mismatch(self.tokens, run.settings)[0]
+        self.tokens.logp.retain_grad()
 
-    def _make_plan(self, stats: Tokens) -> None:
-        self.plan = plan_update(stats, self.run.method)
-        self.plan.metrics |= mismatch(stats, self.run.settings)[1]
-
-    def micro_batches(self) -> Iterator[tuple[Tokens, Plan]]:
-        """Each micro-batch scored, with its graph, and its rows of the plan.  The gradient is due before the
-        next one."""
-        s, policy, entropy_grad = self.run.settings, self.run.policy, self.run.method.entropy_grad
-        policy.train(s.gradient_checkpointing)  # transformers recomputes in train mode only; dropout is 0
-        for rows, own in self.passes:
-            part = self.batch.rows(rows)
-            part = replace(part, **self._score(part, entropy_grad or self.ledger is not None))
-            if self.ledger:
-                self.ledger.add(part.entropy, retain_graph=True)
-                part.entropy = part.entropy if entropy_grad else part.entropy.detach()
-            if not own:
-                (part.logp.sum() * 0.0).backward()
-                continue
-            if self.plan is None:
-                self._make_plan(part)
-            part.mismatch = mismatch(part, s)[0]
-            part.logp.retain_grad()
-            first = self.first  # of this rank's rows in the plan
-            both = slice(first + rows.start, first + rows.stop) if isinstance(rows, slice) else first + rows
-            yield part, self.plan.rows(both)
-        policy.eval()
-
-    def _score(self, part: Tokens, entropy_grad: bool) -> dict[str, Tensor]:
-        """`Policy.forward`.  Groups without a contrast, if they are many, get a graph of their own: their
-        advantages are 0, so without a penalty they need no backward pass."""
+    def _policy(self, tokens: Tokens) -> dict[str, Tensor]:
+        """`Policy.forward` with its graph, that of the entropy where method or ledger differentiate it; the
+        ledger takes its gradient."""
         s, method, policy = self.run.settings, self.run.method, self.run.policy
-        score = partial(policy, temperature=s.temperature, entropy_grad=entropy_grad, topk=method.topk)
+        policy.train(s.gradient_checkpointing)  # transformers recomputes in train mode only; dropout is 0
+        return policy(tokens, s.temperature, method.entropy_grad or self.ledger is not None, topk=method.topk)
+
+    def _book(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Into a ledger that shares the graph, before the loss's backward pass."""
+        if self.ledger:
+            self.ledger.add(found["entropy"], retain_graph=True)
+            if not self.run.method.entropy_grad:
+                found["entropy"] = found["entropy"].detach()
+        return found
+
+    def _score(self) -> dict[str, Tensor]:
+        """The whole batch with its graph.  Groups without a contrast, if they are many, get a graph of their
+        own: their advantages are 0, so without a penalty they need no backward pass."""
+        part = self.batch
         alike = grpo.without_contrast(part.reward, part.group)
-        whole = weights_are_split(self.run) or method.overrides("penalty")
-        if whole or not 0.25 <= float(alike.float().mean()) < 1:
-            return score(part)
+        split = weights_are_split(self.run) or self.run.method.overrides("penalty")
+        if split or not 0.25 <= float(alike.float().mean()) < 1:
+            return self._book(self._policy(part))
         kinds = [alike.logical_not().nonzero()[:, 0], alike.nonzero()[:, 0]]
-        teach, rest = (score(part.rows(rows)) for rows in kinds)
+        teach, rest = (self._policy(part.rows(rows)) for rows in kinds)
         back = torch.cat(kinds).argsort()
-        return {key: torch.cat([x, UnlessZero.apply(rest[key])])[back] for key, x in teach.items()}
+        return self._book({k: torch.cat([x, UnlessZero.apply(rest[k])])[back] for k, x in teach.items()})
 
-    def collect(self, part: Tokens, loss: Tensor, metrics: dict[str, float]) -> None:
-        """After the backward pass of a micro-batch."""
-        grad = part.logp.grad
-        self.forces.append(torch.zeros_like(part.logp) if grad is None else -grad / self.run.ranks.world)
-        self.flows.append(token_flow(part, self.forces[-1]))  # (5.3)
-        for key, value in {**metrics, "loss": float(loss.detach())}.items():
-            self.metrics[key] = self.metrics.get(key, 0.0) + value
+    def backward(self, loss: Tensor) -> None:
+        """The gradient of the loss in the weights, where scores are leaves by way of them."""
+        run, scored = self.run, self.tokens
+        (loss * run.ranks.world).backward()  # FSDP averages over ranks; the shares of a loss add up
+        if not self.whole:
+            slopes = {k: x.grad for k, x in vars(scored).items() if x is not None and x.grad is not None}
+            moves = torch.stack([x.flatten(1).any(1) for x in slopes.values()]).any(0)
+            moves[0] = True  # a gradient of 0 lets momentum go on, None does not
+            rows = (moves | (self.ledger is not None)).nonzero()[:, 0]
+            for part, own in Passes(run, self.batch.rows(rows)):
+                at = rows[part] if own else part
+                found = self._book(self._policy(self.batch.rows(at)))
+                torch.autograd.backward([found[k] for k in slopes], [x[at] * own for x in slopes.values()])
+        run.policy.eval()
+        slope = scored.logp.grad
+        self.force = torch.zeros_like(scored.logp) if slope is None else -slope / run.ranks.world  # F_t
+        self.flow = token_flow(scored, self.force)  # (5.3)
 
-    def close(self) -> dict[str, float]:
+    def numbers(self, loss: Tensor, metrics: dict[str, float]) -> dict[str, float]:
         """All numbers of the update, of all ranks together."""
-        self.force, self.flow = self.passes.join(self.forces).detach(), self.passes.join(self.flows)
         up, down = up_and_down(self.flow)
-        own = self.metrics | {"flow_up": up, "flow_down": down}
+        own = {"loss": float(loss.detach()), **metrics, "flow_up": up, "flow_down": down}
         return self.plan.metrics | {key: self.run.ranks.sum(value) for key, value in own.items()}
 
 

@@ -56,11 +56,9 @@ def update(run: Run, batch: Tokens) -> Update:
     """Loss, gradient and metrics of one update as `train` makes them, without the optimizer's step."""
     run.optimizer.zero_grad(set_to_none=True)
     made = Update(run, batch)
-    for part, plan in made.micro_batches():
-        loss, metrics = batch_loss(part, plan, run.method)
-        loss.backward()
-        made.collect(part, loss, metrics)
-    made.close()
+    loss, metrics = batch_loss(made.tokens, made.own, run.method)
+    made.backward(loss)
+    made.numbers(loss, metrics)
     return made
 
 

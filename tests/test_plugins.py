@@ -126,8 +126,7 @@ def run_of(model, method=None):
 def gradient_of_our_loop(model, batch, method):
     model.zero_grad()
     update = Update(run_of(model, method), batch)
-    for part, plan in update.micro_batches():
-        batch_loss(part, plan, method)[0].backward()
+    update.backward(batch_loss(update.tokens, update.own, method)[0])
     return [p.grad.clone() for p in model.parameters()]
 
 

@@ -94,11 +94,9 @@ def update(policy, batch, method, settings=None, ranks=ALONE):
     """The part of `train` that makes the gradient: (Update, its numbers)."""
     policy.zero_grad(set_to_none=True)
     made = Update(run_of(policy, method, settings, ranks), batch)
-    for part, plan in made.micro_batches():
-        loss, metrics = grpo.batch_loss(part, plan, method)
-        (loss * ranks.world).backward()
-        made.collect(part, loss, metrics)
-    return made, made.close()
+    loss, metrics = grpo.batch_loss(made.tokens, made.own, method)
+    made.backward(loss)
+    return made, made.numbers(loss, metrics)
 
 
 def gradient(policy):
@@ -184,8 +182,33 @@ def test_the_float32_gradient_does_not_depend_on_micro_batches_either(batch, bou
     for how in ({}, bounds):
         made, _ = update(policy, batch, build("opefo"), Settings(**how))
         grads.append(gradient(policy))
-    assert len(made.passes.rows) >= 8
+    assert not made.whole and len(train.Passes(made.run, batch).rows) >= 8
     assert float((grads[0] - grads[1]).norm()) <= 1e-5 * float(grads[0].norm())
+
+
+@pytest.mark.parametrize("spec", ["grpo", "opefo", "psr", "entropy_bonus", "ref_kl"])
+def test_in_micro_batches_only_what_teaches_is_passed_again(world, batch, spec, monkeypatch):
+    """One pass without gradient over all responses, one with it over those in which the loss has a slope; a
+    penalty has one in all of them."""
+    reward = torch.where(batch.group < 10, 1.0, batch.reward)  # ten of 32 groups have no contrast
+    batch = replace(batch, reward=reward, correct=reward > 0)
+    (method, tokens), policy, rows = supplied(world, batch, spec, False), Policy(world[0]), [0, 0]
+    real = policy.forward
+
+    def counted(part, *args, **kwargs):
+        rows[torch.is_grad_enabled()] += len(part.ids)
+        return real(part, *args, **kwargs)
+
+    monkeypatch.setattr(policy, "forward", counted)
+    update(policy, tokens, method, Settings(micro_batch=60))
+    teach = {"grpo": 352, "opefo": 352, "psr": int(reward.sum())}.get(spec, 512)
+    assert rows[0] == 512 and rows[1] - teach in (0, 1), "the first response is passed in any case"
+
+
+def test_an_update_without_any_slope_still_moves_by_momentum(batch):
+    policy = Policy(small_world()[0])
+    update(policy, replace(batch, reward=torch.zeros(512)), build("grpo"), Settings(micro_batch=60))
+    assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())
 
 
 def test_the_order_of_the_responses_does_not_matter(policy, batch):
@@ -279,7 +302,7 @@ def test_before_a_rollouts_first_step_rounding_gives_a_kink_no_gradient(monkeypa
     run = make_run(small_world(double=False), method, tmp_path, **how)
 
     class Spy(Update):
-        def close(self):
+        def numbers(self, loss, metrics):
             policy = self.run.policy
             own = [p.grad.clone() for p in policy.parameters()]
             got = gradient(policy)
@@ -287,7 +310,7 @@ def test_before_a_rollouts_first_step_rounding_gives_a_kink_no_gradient(monkeypa
             off.append(float((got - gradient(policy)).norm() / got.norm()))
             for p, g in zip(policy.parameters(), own):
                 p.grad = g * math.nan if skip and len(off) == 1 else g
-            return super().close()
+            return super().numbers(loss, metrics)
 
     monkeypatch.setattr(train, "Update", Spy)
     assert next(train.train(run))["skipped"] == skip and off[skip] <= 1e-5
@@ -524,19 +547,18 @@ def test_the_ledger_does_not_touch_the_run(tmp_path):
 @pytest.mark.parametrize("spec", ["opefo", "entropy_bonus"])
 @pytest.mark.parametrize("rows", [0, 128])
 def test_the_ledger_that_shares_the_update_s_passes_is_the_one_with_its_own(policy, batch, spec, rows):
-    """H̄ and ∇H̄ to rounding, float64; the update's gradient bit for bit what it is without a ledger. The
-    entropy bonus differentiates entropy itself."""
+    """H̄ and ∇H̄ to rounding, float64; the update's gradient is what it is without a ledger, bit for bit
+    where one pass serves all. The entropy bonus differentiates entropy itself."""
     settings, gradients = Settings(micro_batch=rows), []
     own = Ledger.open(run_of(policy, settings=settings), batch)
     for shared in (None, Ledger.open(run_of(policy, settings=settings), batch, shared=True)):
         policy.zero_grad(set_to_none=True)
         made = Update(run_of(policy, build(spec), settings), batch, shared)
-        for part, plan in made.micro_batches():
-            loss, metrics = grpo.batch_loss(part, plan, build(spec))
-            loss.backward()
-            made.collect(part, loss, metrics)
+        made.backward(grpo.batch_loss(made.tokens, made.own, build(spec))[0])
         gradients.append(gradient(policy))
-    assert torch.equal(*gradients) and gradients[0].norm() > 1e-6
+    assert gradients[0].norm() > 1e-6
+    # In micro-batches the ledger needs the responses that teach nothing too: others share a pass.
+    torch.testing.assert_close(*gradients, rtol=1e-9 * bool(rows), atol=1e-14 * bool(rows))
     assert shared.before == pytest.approx(own.before, rel=1e-12)
     for a, b in zip(shared.grads, own.grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
