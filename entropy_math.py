@@ -87,7 +87,7 @@ def expected_change(logits: Tensor, adv: Tensor, natural: bool = False) -> Tenso
     """dH per unit η of the *expected* step, action a having advantage adv[a]: (..., V), (..., V) -> (...).
 
         policy gradient   dz = η p (A - E_p[A]):   dH/η = -Cov(log p, p (A - E_p[A])) = Σ_y p_y A_y T_y  (1.5)
-        natural gradient  dz = η A:                dH/η = -Cov(log p, A), the same for A + const         (1.6)
+        natural gradient  dz = η A, without p:     dH/η = -Cov(log p, A), the same for A + const         (1.6)
     The first is (2.1) below, a step on each token y, averaged over y ~ p: Σ_y p_y A_y (e_y - p). These are
     Theorems 1 and 2 of 2505.22617. The first presupposes E_p[A] = 0; the baseline is subtracted
     here, so any A will do. Both say: entropy falls when the likely actions are the good ones.
@@ -155,10 +155,10 @@ def entropy_change(stats: TokenStats, adv: Tensor | float, form: str = "exact") 
       s_star          p u          the push -ηAp on all logits    far too large     vanishes        C
       steer_theorem   p (1-p) u    the others' part of (2.4)      right within 2    vanishes        C - D
       steer_released  (1-p) u      the same, and one factor p     right within 2    unbounded       -C
-      opefo           (1-p)² u     the same, all off-diagonals    vanishes          unbounded       D - 2C
+      opefo           (1-p)² u     the same, ∂p/∂z off-diagonal   vanishes          unbounded       D - 2C
       cov             u            all but the sign               far too large     unbounded       0
-    D = Σ p³ u >= 0. Over the exact b, "far too large" is 1/(κ(1-p)) with κ from 1 to 2, "vanishes" is p|u|/C
-    (rare) or (1-p)/(κp) (opefo, confident), "unbounded" |u|/C.
+    D = Σ p³ u >= 0. Over the exact b, "far too large" is 1/(κ(1-p)), "vanishes" is p|u|/C (rare) or
+    (1-p)/(κp) (opefo, confident), "unbounded" |u|/C. κ = exact/(p (1-p) u) is 1 (rest spread) to 2 (V = 2).
 
     Sign rule: from s_star to cov, b has the sign of u. They err only where 0 < p u < C, a little above p =
     e^-H, and in one direction: for A > 0 there H really rises, and they say that it falls.              (3.3)

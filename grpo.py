@@ -543,7 +543,7 @@ def mismatch_weight(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. A method: five places, five hooks
+# 6. A method: five places and their hooks
 
 # Hyperparameters with a range, ends included
 Positive = Annotated[float, (0, math.inf)]  # 0 is allowed

@@ -1,7 +1,7 @@
-"""Chapter 3. Forty-nine published methods that move entropy, each a small class that overrides one hook.
+"""Chapter 3. Forty-eight published methods that move entropy, each a small class on plain GRPO.
 
 Claim. Each of them multiplies the force of some tokens by a number, drops some responses, or adds one term to
-the loss. Written on the five hooks of `grpo.Method`, a diff between two methods is the lesson.
+the loss. Written on the hooks of `grpo.Method`, a diff between two methods is the lesson.
 
 An entry gives the formula (3.n) as the code computes it, where it was read, what differs between paper and
 code, and the edges. The tests carry the number n. Read in the [paper], in the authors' [code], [second-hand]
@@ -799,7 +799,8 @@ class MCPO(Method, key="mcpo", place="weight", paper="2604.16972", needs=GROUPED
 
 class PAR(Method, key="par", place="weight", paper="2511.05993", needs=ENTROPY):
     """Multiply positive advantages by a lambda in [0, 1] that follows the entropy. [second-hand] eq. 3-5. The
-    paper recommends `entropy` with these defaults. λ = 1 is GRPO, λ = 0 learns from failures only.
+    paper recommends `entropy` with these defaults. λ = 1 is GRPO, λ = 0 learns from failures only: rewarding
+    likely tokens is what lowers H most, entropy_math (2.6).
 
         w = λ where A > 0, 1 elsewhere                                                                  (3.10)
         entropy   λ <- clip(λ - delta, 0, 1) if H < target else clip(λ + delta, 0, 1), from lam
@@ -968,9 +969,9 @@ class OPEFO(Method, key="opefo", place="weight", paper="2605.11491"):
         λ = (Q - P)/(Q + P)  (+ gain (target - H)/target + integral Σ past errors),  clamped to [-1, 1]
         w = 1 + λ where f > 0,  1 - λ where f < 0,  1 where f = 0      =>     Σ w f = 0 without a target
 
-    The paper's f keeps only the diagonal of the softmax Jacobian and one factor p too few: rare tokens
-    dominate, and on the embedded task entropy rises until the reward is gone. Balance alone drifts; a target
-    holds, entropy_math (6.2). One empty side gives λ = ±1, which switches the other off.
+    The paper's f keeps only the diagonal of ∂p/∂z, dp = p (1 - p) dz with dz = A (1 - p), and drops its p:
+    rare tokens dominate, and on the embedded task entropy rises until the reward is gone. Balance alone
+    drifts; a target holds, entropy_math (6.2). One empty side gives λ = ±1, which switches the other off.
     """
 
     form: Literal["exact", "paper", "theorem"] = "exact"
@@ -2376,7 +2377,8 @@ def show_batch(tokens: Tokens, logits: Tensor, path: str | None = None) -> None:
         weights[key] = torch.where(base == 0, 1, force / base).clamp(0, 2), touched
         up, down = (float(force[s].abs().sum() / base[s].abs().sum()) for s in (adv > 0, adv < 0))
         share, dh = masked_mean(touched.double(), mask), change.sum() / flow_of_grpo.abs().sum()
-        inert = "acts with several updates per rollout only" if on_policy and not m.on_policy else ""
+        inert = "its clip or penalty acts with several updates per rollout" * (on_policy and not m.on_policy)
+        inert = "acts when responses are drawn" if m.place == "sampling" else inert
         numbers = (f"{share:.1%}", f"{up:.2f}", f"{down:.2f}", f"{dh:+.3f}")
         rows.append((key, m.place, *numbers, inert or options.get(key, "")))
     print(f"{int(mask.sum())} tokens, entropy {entropy:.3f} nats")

@@ -99,7 +99,7 @@ def main() -> None:
         for seed in SEEDS:
             run(seed)
         collect().to_csv(HERE / "claims.csv.gz", index=False, float_format="%.6g")
-    data = pd.read_csv(HERE / "claims.csv.gz")
+    data = pd.read_csv(HERE / "claims.csv.gz", dtype={"k": "Int64"})  # empty between evaluations
     text = tables(data)
     print(text)
     (HERE / "claims.txt").write_text(text)
