@@ -695,10 +695,15 @@ class Engine:
 
     @cached_property
     def completes_stop(self) -> Callable[..., Tensor]:
-        """(B, t) tokens -> (B,) bool: does the last one complete `stop`?"""
+        """(B, t) tokens -> (B,) bool: does the last one complete `stop`?  ValueError on a tokenizer of whole
+        words, in which transformers cannot look for texts."""
         from transformers import StopStringCriteria
 
-        return StopStringCriteria(self.tokenizer, [self.stop])
+        try:
+            return StopStringCriteria(self.tokenizer, [self.stop])
+        except ValueError as error:
+            text = f"--stop {self.stop}: cannot be found in this tokenizer's words ({error}); leave it out"
+            raise ValueError(text) from None
 
     def batch(self, prompts: list[list[int]], ids: Tensor, logp: Tensor, nats: Tensor | None) -> Tokens:
         """(B, T) responses to P prompts, B/P each in order, with the text that scoring reads: prompt and

@@ -1147,6 +1147,8 @@ def load_task_and_policy(
     with user_error(f"--model {s.model}:"):
         config = model.config.get_text_config()
         rollout.longest_prompt((*task.train, *task.test), tokenizer, config, s.max_new_tokens)
+        if s.stop:  # ValueError where it cannot be
+            _ = TorchEngine(model, tokenizer, stop=s.stop).completes_stop
     shown = [note for note in notes if not quiet or "left out" in note]
     shown += [] if quiet else ["the first prompt:", task.train[0].prompt, ""]
     if compute_dtype(s, device) == torch.bfloat16 and device.type == "cpu" and ranks.is_main:

@@ -918,6 +918,19 @@ def test_bad_settings_of_language_models_are_named(lm, capsys, flags, words):
     assert code == 2 and all(w in err for w in words) and len(err.splitlines()) <= 2, err
 
 
+def test_a_stop_that_no_token_can_complete_is_named(tmp_path, capsys, monkeypatch):
+    """In a tokenizer of whole words transformers finds no texts."""
+    tokenizer = rollout.tiny_tokenizer()
+    rollout.TinyModel(num_hidden_layers=1).build(tokenizer, 0).save_pretrained(tmp_path / "words")
+    tokenizer.save_pretrained(tmp_path / "words")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    argv = ["--method", "grpo", "--model", "words", "--data", "arithmetic", "--stop", "+", "--out", "a"]
+    assert train.main([*argv, "--quiet"]) == 2 and not Path("a").exists()
+    err = capsys.readouterr().err.strip().splitlines()
+    assert len(err) == 1 and "--stop +" in err[0] and "leave it out" in err[0], err
+
+
 def test_a_tokenizer_larger_than_the_embedding_is_named(lm, model_folder, data_file, tmp_path, capsys):
     """A prompt's token would index past the embedding's last row; a padding token becomes EOS (below)."""
     word, tokenizer = "What", byte_tokenizer()
