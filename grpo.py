@@ -46,12 +46,13 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, dataclass_transform, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad as pad_right
+from typing_extensions import dataclass_transform  # of typing from Python 3.11 on
 
 from entropy_math import TokenStats, exact_score, head_token_stats, token_stats
 

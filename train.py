@@ -48,6 +48,7 @@ import tempfile
 import textwrap
 import time
 import timeit
+import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -757,6 +758,8 @@ class Run:
         except CheckpointException as error:  # not an Exception; holds those of all ranks
             causes = [e for e, _ in error.failures.values()]
             causes += [e.__context__ for e in causes if e.__context__]  # of a stream that a Ctrl-C cut short
+            for e in causes:
+                traceback.clear_frames(e.__traceback__)  # the files end here, under the hook
             raise min(causes, key=lambda e: isinstance(e, Exception)) from None
         finally:
             sys.unraisablehook = hook
