@@ -90,7 +90,7 @@ def methods(folder: Path, repeats: int = 15) -> None:
         other = new_run(key, folder)
         other.method.progress = Progress(3, 300, 0, 11)
         times: dict[str, list[float]] = {"grpo": [], key: []}
-        extra, tokens = "", replace(batch)
+        extra, tokens = "", replace(batch, outcome=batch.ids[:, 0])  # of the answer: its first token will do
         supply(other, tokens)
         for name in {"ref_logp", "proxy_logp", "teacher_logp"} & set(other.method.needs):
             passes = statistics.median(clock(lambda r=other: supply(r, replace(batch))) for _ in range(5))
