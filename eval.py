@@ -47,6 +47,7 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
+from filelock import FileLock
 from tqdm import tqdm
 
 import rollout
@@ -364,9 +365,15 @@ def series(rows: list[dict[str, Any]], key: str) -> pd.Series:
     return values[np.isfinite(values)]
 
 
+def common_k(runs: dict[str, list[dict[str, Any]]]) -> Any:
+    """The k of every evaluation; "k" where they differ."""
+    found = {r["k"] for rows in runs.values() for r in rows if "k" in r}
+    return found.pop() if len(found) == 1 else "k"
+
+
 def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """entropy.png: entropy, pass@1 and pass@k, the plane of both, and one panel of flows a method."""
-    k, lines = next((r["k"] for rows in runs.values() for r in rows if "k" in r), "k"), -(-len(runs) // 3)
+    k, lines = common_k(runs), -(-len(runs) // 3)
     labels = [
         ("Entropy on the training batch", "step", "nats per token"),
         (f"Held-out: pass@1 (circles), pass@{k} (triangles)", "step", "share of problems"),
@@ -419,16 +426,18 @@ def _draw_flows(axes: Any, runs: dict[str, list[dict[str, Any]]]) -> None:
 
 def table(runs: dict[str, list[dict[str, Any]]]) -> str:
     """Start and end of what matters, one line a method."""
-    k, body = next((r["k"] for rows in runs.values() for r in rows if "k" in r), "k"), []
+    k, body = common_k(runs), []
     keys = {"eval_entropy": "entropy", "pass@1": "pass@1", "pass@k": f"pass@{k}",
             "hard_pass@k": f"hard pass@{k}", "distinct_correct": "distinct right"}  # fmt: skip
     for label, rows in runs.items():
         if marks := [r for r in rows if "pass@1" in r]:
             a, b, last = marks[0], marks[-1], rows[-1]["step"]
             row = {key: f"{a[key]:.3f} → {b[key]:.3f}" for key in keys if key in a}
+            row["k"] = b.get("k")
             row["steps"] = last if b["step"] == last else f"{last} (evaluated at {b['step']})"
             body.append(row | {"method": label, "seconds": f"{sum(r.get('seconds', 0) for r in rows):.0f}"})
-    return shown(body, {"method": "method", **keys, "steps": "steps", "seconds": "seconds"})
+    each = {"k": "k"} if k == "k" else {}  # they differ: each method's own
+    return shown(body, {"method": "method", **keys, **each, "steps": "steps", "seconds": "seconds"})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -537,10 +546,22 @@ def logged(groups: Groups) -> pd.DataFrame:
     return pd.DataFrame([{"method": x, "pair": r.seed} | e for x, r in runs for e in r.evaluations])
 
 
+def at_smallest_k(log: pd.DataFrame) -> pd.DataFrame:
+    """pass@k of all rows at the smallest k among them (6.1); what only k samples tell becomes NaN."""
+    if "k" in log and (log["k"] > log["k"].min()).any():
+        k, more = int(log["k"].min()), log["k"] > log["k"].min()
+        for x in ("", "hard_"):
+            kept = [f"{x}right", "k"] if f"{x}right" in log else []
+            few = lambda row: np.mean([pass_at_k(int(row.iloc[1]), c, k) for c in row.iloc[0]])  # noqa: B023, E731
+            log.loc[more, f"{x}pass@k"] = log.loc[more, kept].dropna().apply(few, axis=1) if kept else np.nan
+        log.loc[more, "distinct_correct"] = np.nan
+    return log
+
+
 def comparison(groups: Groups) -> list[dict[str, Any]]:
     """One row a method: mean and standard error over seeds (6.2) at the last evaluation, and the difference
     to plain GRPO on the same seeds at the same step (6.3)."""
-    by = logged(groups).set_index(["pair", "step"]).groupby("method", sort=False)
+    by = at_smallest_k(logged(groups)).set_index(["pair", "step"]).groupby("method", sort=False)
     logs, rows = {label: log.reindex(columns=METRICS) for label, log in by}, []
     for label, log in logs.items():
         last, other = log.groupby("pair", sort=False).tail(1), next(iter(rivals(groups, label)), None)
@@ -559,7 +580,7 @@ def comparison(groups: Groups) -> list[dict[str, Any]]:
 def print_comparison(groups: Groups, rows: list[dict[str, Any]]) -> None:
     """Two tables, and how far they can be trusted."""
     records = [r for g in groups.values() for r in g]
-    k = max(int(r.evaluations[-1].get("k", 0)) for r in records)
+    k = min((int(e["k"]) for r in records for e in r.evaluations if "k" in e), default=0)
     names = {x: x.replace("_", " ").replace("@k", f"@{k}").replace("eval ", "") for x in METRICS}
     print("At the last evaluation: mean ± standard error over seeds (6.2)\n")
     print(shown(rows, {"method": "method", "seeds": "seeds", "step": "step", **names}))
@@ -811,12 +832,21 @@ def sampled(
     text = json.dumps([s, [[p.prompt, p.answer] for p in problems]])
     path = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.jsonl"
     step = max(1, s["batch"] // n)  # problems in a batch
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):  # a second eval.py waits, and finds them drawn
+        return _sampled(path, name, problems, s, step, ask)
+
+
+def _sampled(
+    path: Path, name: str, problems: Sequence[Problem], s: dict[str, Any], step: int, ask: Callable[[], tuple]
+) -> pd.DataFrame:
+    """`sampled`, where nobody else writes to the file."""
+    folder, n = path.parent, s["samples"]
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     done = sum(x.endswith(b"\n") for x in lines) // n
     if done < len(problems):
         engine, task, prompts = ask()
         done -= done % step
-        folder.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".json").write_text(json.dumps(s, indent=2) + "\n")
         how = Sampling(n, s["max_new_tokens"], s["temperature"], s["top_p"], entropy=True)
         with open(path, "ab") as file:
@@ -865,7 +895,7 @@ def reopen(record: Record, o: Options) -> tuple[Task, Engine]:
         str(path), how["dtype"], o.trust_remote_code, how["attention"], device
     )
     if not record.task:
-        return chain_task(), TorchEngine(model, tokenizer)
+        return chain_task(s.get("eval_problems", 96)), TorchEngine(model, tokenizer)
     names = ("data", "eval_data", "eval_problems", "prompt_template")
     limits = s["max_prompt_tokens"], s["max_new_tokens"]
     task = rollout.task_of_data(tokenizer, *(s[name] for name in names), s["chat"] == "auto", *limits)[0]
@@ -1025,8 +1055,8 @@ def page(rows: Sequence[dict[str, Any]], top: float, what: str) -> str:
 
 def show(record: Record, o: Options, out: Path) -> None:
     """flow.html, and a line a response of its strongest tokens: of flows.jsonl, else of fresh ones."""
-    if (path := record.folder / "flows.jsonl").is_file():  # what `train.py --ledger full` booked
-        rows = read_jsonl(path)
+    path = record.folder / "flows.jsonl"  # what `train.py --ledger full` booked
+    if path.is_file() and (rows := read_jsonl(path)):
         rows = [r | {"flow": r["network_flow"]} for r in rows if r["step"] == rows[-1]["step"]]
         what = f"Network flow of step {rows[-1]['step']}, from {path}"
     else:

@@ -41,6 +41,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -743,6 +744,7 @@ class Run:
         """checkpoint-best/: the model of the evaluation with the highest pass@1."""
         part, best = self.folder / ".best.part", self.folder / "checkpoint-best"
         left_out = shutil.ignore_patterns("training", "state.pt")
+        shutil.rmtree(part, ignore_errors=True)  # of a kill
         shutil.copytree(self.folder / "checkpoint", part, ignore=left_out)
         (part / "best.json").write_text(json.dumps({"step": self.step, "pass@1": self.best}) + "\n")
         shutil.rmtree(best, ignore_errors=True)
@@ -807,6 +809,10 @@ class Run:
             if self.ranks.is_main:
                 write_atomically(self.folder / name, "".join(json.dumps(r) + "\n" for r in rows))
             self.rows = rows if name == "metrics.jsonl" else self.rows
+        last, marked = self.rows[-1] if self.rows else {}, self.folder / "checkpoint-best" / "best.json"
+        if self.ranks.is_main and has("checkpoint") and last.get("pass@1") == self.best:
+            if not marked.exists() or json.loads(marked.read_text())["pass@1"] < self.best:
+                self._mark_best()  # the process died before it could
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -1107,8 +1113,9 @@ def complaints(s: Settings, method: Method, device: torch.device, ranks: Ranks) 
         # vLLM does not allow it, --mismatch would undo it
         yield f"--engine {s.engine}: {method.key} chooses tokens itself; use --engine torch --mismatch off"
     yield from filter(None, (m.complaint(s) for m in members(method)))
-    if s.ledger == "full" and (n > 1 or sharded(s, device, ranks)):
-        yield "--ledger full: needs --updates-per-rollout 1, one process, --dtype float32; else --ledger step"
+    if s.ledger == "full" and (n > 1 or s.gradient_checkpointing or sharded(s, device, ranks)):
+        text = "one process, --dtype float32, no --gradient-checkpointing; else --ledger step"
+        yield f"--ledger full: needs --updates-per-rollout 1, {text}"
 
 
 def make_job(spec: str, base: Settings, device: torch.device, ranks: Ranks) -> tuple[Settings, Method]:
@@ -1304,7 +1311,7 @@ methods (options ride behind the name, NAME:key=value,key=value; so may training
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 diverged, 2 bad input, 130 stopped by the user, 141 by a pipe nobody reads."""
+    """Exit codes: 0 done, 1 diverged or no memory, 2 bad input, 130 stopped, 141 by a pipe's end."""
     code, words = 141, sys.argv[1:] if argv is None else argv
     with warnings.catch_warnings():  # above the progress line
         warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
@@ -1319,6 +1326,13 @@ def main(argv: list[str] | None = None) -> int:
             return code
         except (UserError, ImportError) as error:
             print(f"train.py: error: {error}", file=sys.stderr)
+        except (MemoryError, RuntimeError) as error:
+            text = str(error).partition("\n")[0][:200]
+            if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", text):
+                raise
+            remedy = "a smaller --tokens-per-micro-batch or --micro-batch, or --gradient-checkpointing"
+            print(f"train.py: error: out of memory; try {remedy}\n{text}", file=sys.stderr)
+            return 1
         except BrokenPipeError:  # `| head` has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return code
@@ -1415,14 +1429,18 @@ def places(folder: Path, specs: Sequence[str]) -> list[Path]:
 
 
 def new_folder(out: str, specs: Sequence[str], seed: int) -> Path:
-    """--out, which must not hold a run; without it a fresh name under runs/."""
+    """--out, which must be new or empty; without it a fresh name under runs/."""
     name = "runs/" + "-vs-".join(map(label_of, specs))[:80] + f"-s{seed}"
     for folder in map(Path, [out] if out else (name + f"-{n}" * (n > 1) for n in count(1))):
-        files = [p / x for p in (folder, *places(folder, specs)) for x in ("config.json", "metrics.jsonl")]
-        there = next((file.parent for file in files if file.exists()), None)
-        if not there:
+        other = next((x for x in folder.rglob("*") if x.is_file() and x.name != ".lock"), None)
+        if not other:
             return folder
-    raise UserError(f"--out {out}: {there} holds a run already; take another, or go on: --resume {there}")
+    files = [p / x for p in (folder, *places(folder, specs)) for x in ("config.json", "metrics.jsonl")]
+    if there := next((file.parent for file in files if file.exists()), None):
+        text = f"{there} holds a run already; take another, or go on: --resume {there}"
+    else:
+        text = f"{other} is there, and a run writes and removes files of its own; take an empty folder"
+    raise UserError(f"--out {out}: {text}")
 
 
 def pick_device(name: str) -> torch.device:
@@ -1463,7 +1481,7 @@ def compare(command: Command, jobs: list[Any], folder: Path, device: torch.devic
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of saving and loading a checkpoint
-    quiet, done, engine = command.quiet or not ranks.is_main, {}, None
+    quiet, done, engine, worst = command.quiet or not ranks.is_main, {}, None, 0
     with contextlib.ExitStack() as at_the_end:
         for (settings, method), place in zip(jobs, places(folder, [s.method for s, _ in jobs])):
             with user_error():
@@ -1477,25 +1495,26 @@ def compare(command: Command, jobs: list[Any], folder: Path, device: torch.devic
             if command.resume is not None:
                 run.load()
             run.create()
-            code = follow(run, quiet)
+            code = follow(run, quiet)  # 1: it diverged, and the next may not
+            worst = max(worst, code)
             done[settings.method] = run.rows
             if ranks.is_main:
                 draw({settings.method: run.rows}, place / "entropy.png")
                 if skipped := sum(row.get("skipped", 0) for row in run.rows):
                     text = f"{settings.method}: {skipped} updates skipped: non-finite loss or gradient"
                     print(text, file=sys.stderr)
-            if code:
+            if code == 130:
                 break
     if ranks.is_main:
-        if len(done) > 1:
+        if len(jobs) > 1:
             draw(done, folder / "entropy.png")
         text = table(done)
-        (folder / "summary.txt").write_text(text + "\n")
+        (folder / "summary.txt").write_text(text + "\n", encoding="utf-8")
         print(f"\n{text}\n\npicture: {folder / 'entropy.png'}    numbers: {folder}/**/metrics.jsonl")
         if code == 130:
             at = f"stopped at step {run.step} of {run.settings.steps}"
             print(f"{at}; go on with: python train.py --resume {folder}")
-    return code
+    return worst
 
 
 # The progress line.  alike: groups whose rewards are all the same; draws: rollouts, where a method refills.

@@ -9,7 +9,9 @@ import math
 import os
 import shutil
 import statistics
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -699,6 +701,44 @@ def test_test_temperatures_are_sampled_once_and_reused_after_a_kill(cli, tmp_pat
     assert code == 0 and "nothing is sampled" in out and len(asked) == 5, err
 
 
+def test_runs_of_different_k_are_compared_at_the_smaller(cli, tmp_path):
+    """(6.1) gives pass@4 of eight samples, of which the number of different answers says nothing of four."""
+    make_run(tmp_path / "a", "grpo")
+    path = make_run(tmp_path / "b", "opefo") / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        if "k" in row:
+            row |= {"k": 4, "right": [min(c, 4) for c in row["right"]], "pass@k": 0.25}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (grpo, opefo) = comparison(grouped(find_records([str(tmp_path)])[0]))
+    assert grpo["pass@k"] == pytest.approx(np.mean([pass_at_k(8, c, 4) for c in (4, 2, 0)]))
+    assert opefo["pass@k"] == 0.25 and math.isnan(grpo["distinct_correct"]) and opefo["distinct_correct"] == 2
+    assert opefo["pass@k diff"] == pytest.approx(0.25 - grpo["pass@k"])
+    code, out, _ = cli(str(tmp_path))
+    assert code == 0 and "pass@4" in out and "pass@8" not in out
+
+
+def test_two_at_once_draw_no_sample_twice(tmp_path, checkpoint):
+    """The second waits for the first, then finds its samples."""
+    task, engine, drawn = chain_task(2), TorchEngine(*rollout.load_model(str(checkpoint))), []
+
+    def ask():
+        drawn.append(1)
+        time.sleep(0.3)
+        return engine, task, task.test
+
+    how = {"samples": 4, "batch": 4, "max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0, "seed": 0}
+    with ThreadPoolExecutor(2) as pool:
+        work = [pool.submit(chapter.sampled, tmp_path / "x", "test", task.test, how, ask) for _ in range(2)]
+        one, other = (x.result() for x in work)
+    assert len(drawn) == 1 and one.equals(other) and len(one) == 8
+
+
+def test_an_embedded_run_is_sampled_on_its_own_problems(tmp_path, checkpoint):
+    run = make_run(tmp_path / "a", checkpoint=checkpoint, eval_problems=5)
+    assert chapter.reopen(read_record(run), chapter.Options())[0].test == chain_task(5).test
+
+
 def test_law_on_the_command_line(cli, tmp_path):
     make_run(tmp_path / "a", steps=60)
     code, out, err = cli("--law", "a", "--out", "law")
@@ -825,7 +865,7 @@ def test_show_from_the_log_and_from_the_checkpoint(cli, tmp_path, checkpoint, mo
     assert code == 0 and "+ -100  <?> +50" in out, err
     (run / "flows.jsonl").unlink()
     solved = lambda texts, problems: [i % 2 == 0 for i in range(len(texts))]  # noqa: E731
-    monkeypatch.setattr(chapter, "chain_task", lambda: Task(**vars(chain_task()) | {"verify": solved}))
+    monkeypatch.setattr(chapter, "chain_task", lambda n: Task(**vars(chain_task(n)) | {"verify": solved}))
     code, out, err = cli("--show", run)
     assert code == 0 and "fresh batch" in out and out.count("   reward ") == 8, err
 

@@ -1000,6 +1000,22 @@ def two_ctrl_c():
     signal.raise_signal(signal.SIGINT), signal.raise_signal(signal.SIGINT)
 
 
+def test_a_best_checkpoint_that_a_kill_prevented_is_made_up_for(cli, home, monkeypatch):
+    """The process dies behind the checkpoint that was the best, and no later one is better."""
+
+    def killed(_):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(Run, "_mark_best", killed)
+        cli("--method", "grpo:lr=.1", "--out", "a", *SIX, *TINY)
+    (home / "a" / ".best.part").mkdir()
+    assert cli("--resume", "a", "--quiet")[0] == 0
+    scores = {r["step"]: r["pass@1"] for r in rows_of("a") if "pass@1" in r}
+    best = json.loads((home / "a" / "checkpoint-best" / "best.json").read_text())
+    assert best == {"step": 0, "pass@1": scores[0]} and scores[0] == max(scores.values())
+
+
 @pytest.mark.parametrize("trouble", [full_disk, two_ctrl_c])
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(cli, home, monkeypatch, goes_on, trouble):
     """In the middle of a file: torch's writer ends with "unexpected pos", whatever it was."""
