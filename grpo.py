@@ -183,7 +183,8 @@ class Policy(nn.Module):
         """
         row, col = tokens.mask.nonzero(as_tuple=True)  # (N,)
         head, length = self.model.get_output_embeddings(), int(tokens.lengths.max())
-        with _attention(head.weight, tokens.full_ids.shape[1]):
+        # In training mode layers may be recomputed, by the backward pass, outside of the context.
+        with nullcontext() if self.training else _attention(head.weight, tokens.full_ids.shape[1]):
             shared = None if chunk is None else self._hidden_of_groups(tokens.full_ids, tokens.start, length)
             if shared is None:
                 read = tokens.full_ids[:, : int((tokens.start + tokens.lengths).max())]

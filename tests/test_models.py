@@ -704,6 +704,13 @@ def test_gradient_checkpointing_and_budget_change_no_number(lm):
             assert a.get(key) == pytest.approx(b.get(key), rel=1e-4, abs=1e-6), key
 
 
+def test_gradient_checkpointing_in_bfloat16_on_a_processor(lm):
+    """The backward pass recomputes with the attention of the forward pass, else torch refuses."""
+    pytest.importorskip("math_verify")
+    how = ["--method", "grpo", "--reward", "random", "--gradient-checkpointing", "--dtype", "bfloat16"]
+    assert lm(*how)[0] == 0
+
+
 def test_lora_trains_adapters_only_and_saves_a_merged_model(lm, model_folder):
     pytest.importorskip("math_verify")
     pytest.importorskip("peft")
