@@ -339,8 +339,7 @@ class Update:
         self.tokens.logp.retain_grad()
 
     def _policy(self, tokens: Tokens) -> dict[str, Tensor]:
-        """`Policy.forward` with its graph, that of the entropy where method or ledger differentiate it; the
-        ledger takes its gradient."""
+        """`Policy.forward` with its graph, the entropy's too where method or ledger differentiate it."""
         s, method, policy = self.run.settings, self.run.method, self.run.policy
         policy.train(s.gradient_checkpointing)  # transformers recomputes in train mode only; dropout is 0
         return policy(tokens, s.temperature, method.entropy_grad or self.ledger is not None, topk=method.topk)
